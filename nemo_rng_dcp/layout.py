@@ -1,0 +1,129 @@
+"""Which row of a table is this process's, and how that row becomes a table that DCP stores."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+
+
+def global_rank() -> int:
+    """Return this process's global rank; does not communicate.
+
+    The default process group decides. Before it exists, torchrun's ``RANK`` variable does, and
+    without either the process is rank 0.
+
+    Raises:
+        ValueError: ``RANK`` is set but is no rank.
+    """
+    if _has_process_group():
+        return dist.get_rank()
+    value = os.environ.get("RANK", "0")
+    if not value.isdecimal():
+        raise ValueError(f"the environment variable RANK is {value!r}, expected an integer >= 0")
+    return int(value)
+
+
+def world_size() -> int:
+    """Return the default process group's size, 1 without one; does not communicate."""
+    return dist.get_world_size() if _has_process_group() else 1
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One row per coordinate of a mesh, numbered row-major.
+
+    Attributes:
+        row: The row that belongs to this process, ``0 <= row < rows``.
+        rows: Rows of every table.
+        mesh: The mesh along which streams differ; ``None`` without a process group.
+    """
+
+    row: int
+    rows: int
+    mesh: DeviceMesh | None
+
+    @classmethod
+    def current(cls, mesh: DeviceMesh | None = None) -> Layout:
+        """Return the layout as of now; does not communicate and creates no process group.
+
+        Args:
+            mesh: The (sub)mesh along which streams differ, of any number of dimensions. Ranks of
+                one coordinate share a row. ``None``: all ranks of the default process group, so
+                that row = global rank; without a group, one row.
+
+        Raises:
+            ValueError: This process's rank is not in ``mesh``.
+        """
+        if mesh is None:
+            if not _has_process_group():
+                return cls(row=0, rows=1, mesh=None)
+            # Rows are CPU tensors and nothing here communicates, so the mesh is a CPU one whatever
+            # backend the group has. init_device_mesh() would create a group of its own for some.
+            assert dist.group.WORLD is not None
+            mesh = DeviceMesh.from_group(dist.group.WORLD, "cpu")
+        coordinate = mesh.get_coordinate()
+        if coordinate is None:
+            raise ValueError(f"rank {global_rank()} is not in the mesh {mesh}, so it has no row")
+        row = 0
+        for index, size in zip(coordinate, mesh.shape, strict=True):
+            row = row * size + index
+        return cls(row, mesh.size(), mesh)
+
+    def table(self, row: torch.Tensor) -> torch.Tensor:
+        """Return the table of which ``row`` is this process's part; does not communicate.
+
+        Args:
+            row: Shape ``(n,)``.
+
+        Returns:
+            Shape ``(rows, n)``: a DTensor sharded on dim 0, or a plain tensor without a process
+            group. DCP stores either as one chunk per row.
+        """
+        local = row.unsqueeze(0)
+        if self.mesh is None:
+            return local
+        return DTensor.from_local(
+            local,
+            self.mesh,
+            # Sharding dim 0 over every mesh dimension in order is the row-major numbering.
+            [Shard(0)] * self.mesh.ndim,
+            run_check=False,
+            shape=torch.Size((self.rows, row.numel())),
+            stride=(row.numel(), 1),
+        )
+
+    def own_row(self, table: torch.Tensor) -> torch.Tensor:
+        """Return this process's row of a table, on the CPU; does not communicate.
+
+        Args:
+            table: Shape ``(rows, n)``: a DTensor as :meth:`table` makes it, or a whole plain
+                tensor (as ``dcp_to_torch_save`` writes it).
+
+        Returns:
+            Shape ``(n,)``. It may share memory with ``table``.
+
+        Raises:
+            ValueError: Another number of rows or dimensions, or a DTensor that does not hold
+                exactly this process's row.
+        """
+        if table.ndim != 2 or table.shape[0] != self.rows:
+            raise ValueError(f"the table has shape {tuple(table.shape)}, expected ({self.rows}, n)")
+        if not isinstance(table, DTensor):
+            return table[self.row].cpu()
+        local = table.to_local()
+        # A DTensor of another mesh or placement could hold some other row in the same shape.
+        if Layout.current(table.device_mesh).row != self.row or local.shape[0] != 1:
+            raise ValueError(
+                f"the table is sharded as {table.placements} over {table.device_mesh}, "
+                f"which does not place row {self.row} alone on rank {global_rank()}"
+            )
+        return local[0].cpu()
+
+
+def _has_process_group() -> bool:
+    return dist.is_available() and dist.is_initialized()

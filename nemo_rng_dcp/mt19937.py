@@ -1,0 +1,248 @@
+"""The one algorithm behind Python's, NumPy's and torch CPU's generators: MT19937.
+
+Its state is a block of 624 32-bit words and a position in it: how many words of the block were
+drawn. A draw past the end replaces the whole block ("regenerates") and starts again at word 0.
+Each library wraps those same words in a format of its own.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+WORDS = 624
+"""Words in one block."""
+
+TENSOR_LENGTH = WORDS + 3
+"""Elements of :meth:`MT19937State.to_tensor`: words, position, has-gauss, bits of the gaussian."""
+
+_PYTHON_VERSION = 3  # the first element of random.getstate() since Python 3.2
+
+# at::CPUGeneratorImplState (aten/src/ATen/CPUGeneratorImpl.cpp): seed, left, seeded, next, then
+# 624 words of 64 bits each, then 40 bytes of cached normals, which are no part of the algorithm.
+_TORCH_HEAD = struct.Struct("=QiiQ")
+_TORCH_WORDS = slice(_TORCH_HEAD.size, _TORCH_HEAD.size + 8 * WORDS)
+TORCH_LENGTH = _TORCH_WORDS.stop + 40
+"""Bytes of ``torch.get_rng_state()``."""
+
+_MATRIX = 0x9908B0DF
+_UPPER, _LOWER = 0x80000000, 0x7FFFFFFF
+
+
+@dataclass(frozen=True, eq=False)
+class MT19937State:
+    """A position in an MT19937 stream, convertible to and from each library that runs on it.
+
+    From the same state, Python (``getrandbits(32)``), NumPy (``MT19937.random_raw()``) and torch
+    produce the same raw 32-bit words; torch shows them through ``random_(0, 2**28 - 1)``, which
+    takes ``word % range``. What does **not** match is everything made *from* words: each library
+    builds floats, normals, bounded integers and permutations in its own way, so
+    ``random.random()`` and ``torch.rand(())`` differ even though they read one stream.
+
+    Args:
+        words: The current block, uint32, shape ``(624,)``.
+        position: Words of the block already drawn, 0 to 624.
+        gauss: The second of a pair of normals, kept for the next call by Python's
+            ``random.gauss`` and NumPy's legacy normals; ``None`` when there is none. Torch keeps
+            its cached normals elsewhere, so :meth:`from_torch` gives ``None``.
+
+    Raises:
+        ValueError: A field is outside its range.
+
+    Example:
+        >>> import random, numpy as np
+        >>> state = MT19937State.from_python(random.Random(7).getstate())
+        >>> shared = np.random.RandomState()
+        >>> shared.set_state(state.to_numpy())
+        >>> int(shared.randint(2**32, dtype=np.uint32)) == random.Random(7).getrandbits(32)
+        True
+    """
+
+    words: npt.NDArray[np.uint32]
+    position: int
+    gauss: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.words.dtype != np.uint32 or self.words.shape != (WORDS,):
+            raise ValueError(
+                f"the words are {self.words.dtype} {self.words.shape}, expected uint32 ({WORDS},)"
+            )
+        if not self.words.any():
+            raise ValueError("all words are zero, a state from which MT19937 draws only zeros")
+        if not isinstance(self.position, int) or not 0 <= self.position <= WORDS:
+            raise ValueError(f"the position is {self.position}, expected 0 to {WORDS}")
+        if self.gauss is not None and not (
+            isinstance(self.gauss, float) and math.isfinite(self.gauss)
+        ):
+            raise ValueError(f"the cached gaussian is {self.gauss}, expected a finite float")
+
+    @classmethod
+    def from_tensor(cls, tensor: torch.Tensor) -> MT19937State:
+        """Read what :meth:`to_tensor` wrote.
+
+        Args:
+            tensor: int64, shape ``(627,)``.
+
+        Raises:
+            ValueError: Another dtype or shape, or a value out of range.
+        """
+        check_vector(tensor, torch.int64, TENSOR_LENGTH)
+        words = tensor[:WORDS].numpy()
+        position, has_gauss, bits = tensor[WORDS:].tolist()
+        if has_gauss not in (0, 1) or (has_gauss == 0 and bits != 0):
+            raise ValueError(f"the has-gauss flag is {has_gauss} with gaussian bits {bits:#x}")
+        gauss = struct.unpack("=d", struct.pack("=q", bits))[0] if has_gauss else None
+        return cls(_to_uint32(words), position, gauss)
+
+    def to_tensor(self) -> torch.Tensor:
+        """Return the state as int64, shape ``(627,)``: words, position, has-gauss, gaussian bits.
+
+        The gaussian travels as the bits of its float64, so that it comes back exactly.
+        """
+        numbers = np.empty(TENSOR_LENGTH, dtype=np.int64)
+        numbers[:WORDS] = self.words
+        bits = 0 if self.gauss is None else struct.unpack("=q", struct.pack("=d", self.gauss))[0]
+        numbers[WORDS:] = (self.position, self.gauss is not None, bits)
+        return torch.from_numpy(numbers)
+
+    @classmethod
+    def from_python(cls, state: tuple[Any, ...]) -> MT19937State:
+        """Convert what ``random.getstate()`` gives.
+
+        Raises:
+            ValueError: Not a version 3 state, or a value out of range.
+        """
+        if not isinstance(state, tuple) or len(state) != 3 or state[0] != _PYTHON_VERSION:
+            raise ValueError("not a state of Python's random: expected (3, (...), gauss_next)")
+        _, internal, gauss = state
+        if not isinstance(internal, tuple) or len(internal) != WORDS + 1:
+            raise ValueError(f"not a state of Python's random: expected {WORDS + 1} integers")
+        try:
+            words = np.array(internal[:WORDS], dtype=np.int64)
+        except (TypeError, OverflowError, ValueError) as error:
+            raise ValueError(f"not a state of Python's random: {error}") from error
+        return cls(_to_uint32(words), internal[WORDS], gauss)
+
+    def to_python(self) -> tuple[int, tuple[int, ...], float | None]:
+        """Return the state as ``random.setstate()`` takes it."""
+        return _PYTHON_VERSION, (*self.words.tolist(), self.position), self.gauss
+
+    @classmethod
+    def from_numpy(cls, state: dict[str, Any] | tuple[Any, ...]) -> MT19937State:
+        """Convert what ``numpy.random.get_state()`` gives, as a tuple or (``legacy=False``) a dict.
+
+        Raises:
+            ValueError: A state of another bit generator, or a value out of range.
+        """
+        if isinstance(state, dict):
+            inner = state.get("state", {})
+            state = (
+                state.get("bit_generator"),
+                inner.get("key"),
+                inner.get("pos"),
+                state.get("has_gauss", 0),
+                state.get("gauss", 0.0),
+            )
+        if not isinstance(state, tuple) or len(state) != 5 or state[0] != "MT19937":
+            found = state[0] if isinstance(state, tuple) and state else type(state).__name__
+            raise ValueError(f"not an MT19937 state of NumPy: found {found!r}")
+        _, key, position, has_gauss, gauss = state
+        if has_gauss not in (0, 1):
+            raise ValueError(f"the has-gauss flag is {has_gauss}, expected 0 or 1")
+        if isinstance(position, np.integer):
+            position = int(position)
+        return cls(_to_uint32(np.asarray(key)), position, float(gauss) if has_gauss else None)
+
+    def to_numpy(self) -> tuple[str, npt.NDArray[np.uint32], int, int, float]:
+        """Return the state as ``numpy.random.set_state()`` takes it."""
+        has_gauss = int(self.gauss is not None)
+        return "MT19937", self.words, self.position, has_gauss, self.gauss or 0.0
+
+    @classmethod
+    def from_torch(cls, state: torch.Tensor) -> MT19937State:
+        """Convert what ``torch.get_rng_state()`` or a CPU ``torch.Generator.get_state()`` gives.
+
+        Args:
+            state: uint8, shape ``(5056,)``. Its cached normals are left out.
+
+        Raises:
+            ValueError: Another dtype or shape, or a value that torch would refuse or truncate.
+        """
+        check_vector(state, torch.uint8, TORCH_LENGTH)
+        raw = state.contiguous().numpy()
+        _, left, seeded, following = _TORCH_HEAD.unpack(raw[: _TORCH_HEAD.size].tobytes())
+        # torch counts down the draws until it regenerates: left == 1 means "at the next draw",
+        # and then next is not read any more.
+        if seeded != 1 or not (left == 1 or (1 < left <= WORDS and following == WORDS + 1 - left)):
+            raise ValueError(
+                f"not a CPU state of torch: seeded {seeded}, left {left}, next {following}"
+            )
+        if following > WORDS:
+            raise ValueError(f"the next word is {following}, expected 0 to {WORDS}")
+        words = _to_uint32(raw[_TORCH_WORDS].view(np.uint64))
+        return cls(words, WORDS + 1 - left)
+
+    def to_torch(self) -> torch.Tensor:
+        """Return the state as ``torch.set_rng_state()`` takes it: uint8, shape ``(5056,)``.
+
+        Its cached normals are empty, and ``torch.initial_seed()`` will say 0.
+        """
+        words, position = self.words, self.position
+        if position == 0:
+            # torch cannot say "nothing drawn of this block": give it the block before instead,
+            # all of it drawn, which regenerates into this one.
+            words, position = _previous_block(words), WORDS
+        raw = np.zeros(TORCH_LENGTH, dtype=np.uint8)
+        head = _TORCH_HEAD.pack(0, WORDS + 1 - position, 1, position % WORDS)
+        raw[: _TORCH_HEAD.size] = np.frombuffer(head, dtype=np.uint8)
+        raw[_TORCH_WORDS] = words.astype(np.uint64).view(np.uint8)
+        return torch.from_numpy(raw)
+
+
+def check_vector(tensor: torch.Tensor, dtype: torch.dtype, length: int) -> None:
+    """Raise ``ValueError`` unless ``tensor`` is one-dimensional with this dtype and length."""
+    if tensor.dtype != dtype or tensor.shape != (length,):
+        raise ValueError(
+            f"the state is {tensor.dtype} {tuple(tensor.shape)}, expected {dtype} ({length},)"
+        )
+
+
+def _to_uint32(numbers: npt.NDArray[Any]) -> npt.NDArray[np.uint32]:
+    """Narrow integers to words, refusing a value that does not fit instead of wrapping it."""
+    if numbers.dtype == np.uint32:
+        return numbers.copy()
+    if numbers.dtype.kind not in "iu" or numbers.size == 0:
+        raise ValueError(f"the words are {numbers.dtype} {numbers.shape}, expected integers")
+    low, high = int(numbers.min()), int(numbers.max())
+    if low < 0 or high >= 2**32:
+        bad = low if low < 0 else high
+        raise ValueError(f"a word is {bad}, expected 0 to 2**32 - 1")
+    words: npt.NDArray[np.uint32] = numbers.astype(np.uint32)
+    return words
+
+
+def _previous_block(words: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint32]:
+    """Undo one regeneration: the block whose successor is ``words``.
+
+    Step i of a regeneration computes ``s[i] = s[i + 397] ^ twist(y)``, where y takes its upper
+    bit from ``s[i]`` and the lower 31 from ``s[i + 1]``. Walking the steps backwards gives every
+    y back. The lower 31 bits of word 0 were never read, so they are free; they stay 0.
+    """
+    block: list[int] = words.tolist()
+    previous = [0] * WORDS
+    for i in range(WORDS - 1, -1, -1):
+        # Step i read the old word where i + 397 was still ahead of it, and the new one behind it.
+        source = previous[i + 397] if i + 397 < WORDS else block[i + 397 - WORDS]
+        twisted = block[i] ^ source
+        odd = twisted >> 31  # only the matrix can have set the top bit, and only an odd y adds it
+        y = ((twisted ^ _MATRIX * odd) << 1 & 0xFFFFFFFF) | odd
+        previous[i] |= y & _UPPER
+        if i + 1 < WORDS:
+            previous[i + 1] |= y & _LOWER
+    return np.array(previous, dtype=np.uint32)

@@ -1,0 +1,191 @@
+"""All generators of a process at once: read together, restored all or nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from nemo_rng_dcp.errors import RNGStateError
+from nemo_rng_dcp.generators import (
+    AcceleratorAdapter,
+    GeneratorAdapter,
+    bytes_to_int64,
+    current_accelerator,
+    global_generators,
+)
+from nemo_rng_dcp.mt19937 import MT19937State
+
+
+def read(generators: Mapping[str, GeneratorAdapter]) -> dict[str, torch.Tensor]:
+    """Return every generator's state by name; moves no stream.
+
+    Raises:
+        RNGStateError: A generator is in a state that cannot be stored.
+    """
+    states = {}
+    for name, generator in generators.items():
+        try:
+            states[name] = generator.read()
+        except ValueError as error:
+            raise RNGStateError(f"{name}: {error}") from error
+    return states
+
+
+def restore(generators: Mapping[str, GeneratorAdapter], states: Mapping[str, torch.Tensor]) -> None:
+    """Put every generator into its state, all or nothing.
+
+    Every state is checked before any generator is touched. If one cannot be written all the same,
+    those already written are put back.
+
+    Args:
+        generators: The adapters by name.
+        states: The states, with the same names.
+
+    Raises:
+        RNGStateError: A state is missing, not expected or malformed. No stream has moved.
+    """
+    check(generators, states)
+    with put_back_on_error(generators):
+        for name, generator in generators.items():
+            generator.write(states[name])
+
+
+def check(generators: Mapping[str, GeneratorAdapter], states: Mapping[str, torch.Tensor]) -> None:
+    """Raise ``RNGStateError`` unless ``states`` fit ``generators`` by name and by value."""
+    for name, generator in generators.items():
+        if name not in states:
+            raise RNGStateError(
+                f"{name}: the state holds nothing for this generator, only {sorted(states)}"
+            )
+        try:
+            generator.check(states[name])
+        except ValueError as error:
+            raise RNGStateError(f"{name}: {error}") from error
+    for name in states:
+        if name not in generators:
+            raise RNGStateError(
+                f"{name}: this process has no such generator, only {sorted(generators)}"
+            )
+
+
+@contextmanager
+def put_back_on_error(generators: Mapping[str, GeneratorAdapter]) -> Iterator[None]:
+    """Put every generator back to where it is now if the block raises."""
+    before = read(generators)
+    try:
+        yield
+    except BaseException:
+        put_back(generators, before)
+        raise
+
+
+def put_back(
+    generators: Mapping[str, GeneratorAdapter], states: Mapping[str, torch.Tensor]
+) -> None:
+    """Write states that :func:`read` gave earlier; one that fails does not stop the others.
+
+    Raises:
+        RNGStateError: A generator did not take back its own state: it was exchanged meanwhile.
+    """
+    failed: tuple[str, Exception] | None = None
+    for name, generator in generators.items():
+        try:
+            generator.write(states[name])
+        except Exception as error:
+            failed = failed or (name, error)
+    if failed is not None:
+        raise RNGStateError(
+            f"{failed[0]}: the generator does not take back its own earlier state ({failed[1]}). "
+            "Was it exchanged meanwhile, for example by np.random.set_bit_generator()?"
+        ) from failed[1]
+
+
+@dataclass
+class RNGState:
+    """The global streams of one process, in each library's own format (NeMo Automodel's names).
+
+    Attributes:
+        random_rng_state: As ``random.getstate()`` gives it.
+        np_rng_state: As ``numpy.random.get_state()`` gives it.
+        torch_rng_state: As ``torch.get_rng_state()`` gives it: uint8, shape ``(5056,)``.
+        cuda_rng_state: The accelerator's states, uint8: the current device's alone, or one for
+            each visible device as ``torch.cuda.get_rng_state_all()`` gives them; empty without
+            an accelerator.
+    """
+
+    random_rng_state: tuple[Any, ...]
+    np_rng_state: tuple[Any, ...]
+    torch_rng_state: torch.Tensor
+    cuda_rng_state: list[torch.Tensor]
+
+
+def _get_rng_state() -> RNGState:
+    """Return the global streams of this process; moves none and does not communicate.
+
+    Returns:
+        The state; its ``cuda_rng_state`` holds the current accelerator device's alone.
+
+    Raises:
+        RNGStateError: NumPy's global generator does not run MT19937.
+    """
+    generators = global_generators()
+    states = read(generators)
+    return RNGState(
+        random_rng_state=MT19937State.from_tensor(states["python"]).to_python(),
+        np_rng_state=MT19937State.from_tensor(states["numpy"]).to_numpy(),
+        torch_rng_state=torch.get_rng_state(),
+        cuda_rng_state=[
+            generator.state_bytes()
+            for generator in generators.values()
+            if isinstance(generator, AcceleratorAdapter)
+        ],
+    )
+
+
+def _restore_rng_state(state: RNGState) -> None:
+    """Put the global streams of this process into a state; does not communicate.
+
+    Args:
+        state: What :func:`_get_rng_state` gave, or an ``RNGState`` of NeMo Automodel.
+
+    Raises:
+        RNGStateError: A field is missing or malformed, or the state and this process do not have
+            the same accelerator streams. No stream has moved.
+    """
+    device = current_accelerator()
+    fields: list[tuple[str, str, Callable[[Any], torch.Tensor]]] = [
+        ("python", "random_rng_state", lambda field: MT19937State.from_python(field).to_tensor()),
+        ("numpy", "np_rng_state", lambda field: MT19937State.from_numpy(field).to_tensor()),
+        ("torch", "torch_rng_state", bytes_to_int64),
+        ("cuda" if device is None else device.type, "cuda_rng_state", _own_device_state),
+    ]
+    states = {}
+    for name, field, convert in fields:
+        value = getattr(state, field, None)
+        if value is None:
+            raise RNGStateError(f"{name}: the RNGState has no {field}")
+        if field == "cuda_rng_state" and device is None and value == []:
+            continue
+        try:
+            states[name] = convert(value)
+        except (TypeError, ValueError) as error:
+            raise RNGStateError(f"{name}: the RNGState's {field} is malformed: {error}") from error
+    restore(global_generators(), states)
+
+
+def _own_device_state(states: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return the current device's state out of one, or out of one for each visible device."""
+    device = current_accelerator()
+    if device is None:
+        raise ValueError(f"{len(states)} accelerator states, but no accelerator here")
+    if len(states) == 1:
+        return bytes_to_int64(states[0])
+    if device.index is None or len(states) != torch.accelerator.device_count():
+        raise ValueError(
+            f"{len(states)} accelerator states, expected 1 or one for each visible device"
+        )
+    return bytes_to_int64(states[device.index])

@@ -1,0 +1,184 @@
+"""``StatefulRNG``: what ``dcp.save`` and ``dcp.load`` see."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+
+from nemo_rng_dcp import snapshot
+from nemo_rng_dcp.errors import RNGStateError
+from nemo_rng_dcp.generators import GeneratorAdapter, global_generators
+from nemo_rng_dcp.layout import Layout, global_rank, world_size
+from nemo_rng_dcp.rows import ORIGIN, Origin, seal, unseal
+from nemo_rng_dcp.seeding import check_ranked, check_seed, seed_all
+from nemo_rng_dcp.snapshot import RNGState
+
+
+class StatefulRNG:
+    """The random streams of every rank, as one entry of a DCP checkpoint.
+
+    Construction seeds the global generators: Python's ``random``, NumPy's, torch CPU's and the
+    accelerator's. Pass the object to ``dcp.save`` and ``dcp.load`` beside model and optimizer; each
+    rank then gets its own streams back, bit for bit, in the process that saved or in a new one.
+
+    What is promised about the moment: a checkpoint holds the streams as they are when DCP calls
+    :meth:`state_dict`, and after a load they are as they were then when DCP calls
+    :meth:`load_state_dict`. ``dcp.save`` asks its entries in the order of the dict, ``dcp.load``
+    restores them in alphabetical order of their keys. An entry that itself draws random numbers
+    while it is saved should therefore come before this one in the dict; one that draws while it
+    is loaded moves the streams again unless :meth:`rewind` is called after ``dcp.load``.
+
+    Construct it after ``init_process_group``. Under torchrun it may come before, since ``RANK``
+    tells the rank.
+
+    Args:
+        seed: An integer (NumPy's too, ``bool`` not), ``0 <= seed`` and ``seed + row < 2**32``; the
+            same on every rank.
+        ranked: Add the row number (without a mesh: the global rank) to the seed, so that ranks
+            draw different numbers.
+        mesh: The (sub)mesh along which streams differ: one row per coordinate, numbered
+            row-major, and ranks of the same coordinate share a stream. ``None``: one row per
+            global rank.
+
+    Raises:
+        ValueError: The seed is no integer or out of range, or this rank is not in ``mesh``.
+            Nothing was seeded.
+        TypeError: ``ranked`` is no bool. Nothing was seeded.
+
+    Example:
+        >>> import tempfile, torch
+        >>> import torch.distributed.checkpoint as dcp
+        >>> rng = StatefulRNG(seed=42, ranked=True)
+        >>> with tempfile.TemporaryDirectory() as path:
+        ...     _ = dcp.save({"rng": rng}, checkpoint_id=path)
+        ...     expected = torch.rand(3)
+        ...     dcp.load({"rng": rng}, checkpoint_id=path)
+        >>> torch.equal(torch.rand(3), expected)
+        True
+    """
+
+    use_distributed_checkpointing = True
+    """Tells NeMo Automodel's recipes to send the object through DCP, not through torch.save."""
+
+    def __init__(self, seed: int, ranked: bool = False, *, mesh: DeviceMesh | None = None) -> None:
+        self.ranked = check_ranked(ranked)
+        self.mesh = mesh
+        self._seeded_row = self._own_row()
+        check_seed(seed, self._seeded_row if ranked else 0)
+        self.seed = int(seed)
+        self._loaded: dict[str, torch.Tensor] | None = None
+        seed_all(self.seed + (self._seeded_row if ranked else 0))
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Return this rank's row of every table; moves no stream and does not communicate.
+
+        Every rank of the default process group must call it, as DCP does.
+
+        Returns:
+            By table name an int64 tensor of shape ``(rows, n)``, a DTensor sharded on dim 0 (a
+            plain tensor without a process group): ``origin`` (n = 10), ``python`` (628),
+            ``numpy`` (628), ``torch`` (633) and, with an accelerator, its device type (``cuda``:
+            3). The last element of a row is its check word.
+
+        Raises:
+            RNGStateError: NumPy's global generator does not run MT19937.
+            RuntimeError: The streams were seeded, or would be stored, for another rank than this
+                process's.
+        """
+        layout = self._layout()
+        origin = Origin.here(
+            row=layout.row,
+            rows=layout.rows,
+            world_size=world_size(),
+            seed=self.seed,
+            ranked=self.ranked,
+        )
+        states = {ORIGIN: origin.to_tensor(), **snapshot.read(self._generators())}
+        return {name: layout.table(seal(name, layout.row, state)) for name, state in states.items()}
+
+    def load_state_dict(self, state_dict: Mapping[str, torch.Tensor] | RNGState) -> None:
+        """Put every stream of this rank back to where ``state_dict`` has it; all or nothing.
+
+        Does not communicate. Under DCP every rank calls it with its own rows.
+
+        Args:
+            state_dict: What :meth:`state_dict` gave, with DTensors or with whole plain tensors of
+                shape ``(rows, n)``; or an ``RNGState``, whose streams become this rank's.
+
+        Raises:
+            RNGStateError: A table is missing, unexpected, of another dtype or shape, altered, of
+                another rank or generator, or out of range. No stream has moved.
+            RuntimeError: As for :meth:`state_dict`.
+        """
+        generators = self._generators()
+        if isinstance(state_dict, RNGState):
+            snapshot._restore_rng_state(state_dict)
+            self._loaded = snapshot.read(generators)
+            return
+        states = self._open(state_dict)
+        snapshot.restore(generators, states)
+        self._loaded = states
+
+    def rewind(self) -> None:
+        """Put every stream back to where the last load left it; does not communicate.
+
+        Whatever draws between ``dcp.load`` and the next training step would otherwise move the
+        streams: a fresh ``iter(dataloader)``, or another entry of the checkpoint that draws in its
+        ``load_state_dict``.
+
+        Raises:
+            RuntimeError: Nothing has been loaded yet.
+        """
+        if self._loaded is None:
+            raise RuntimeError("rewind() goes back to the last load, and nothing was loaded yet")
+        snapshot.restore(self._generators(), self._loaded)
+
+    def _generators(self) -> dict[str, GeneratorAdapter]:
+        return global_generators()
+
+    def _own_row(self) -> int:
+        """Return the row that this process must own, with or without a process group."""
+        return global_rank() if self.mesh is None else Layout.current(self.mesh).row
+
+    def _layout(self) -> Layout:
+        """Return the layout, after making sure that it gives this process the streams it has."""
+        layout = Layout.current(self.mesh)
+        own_row = self._own_row()
+        if self.ranked and self._seeded_row != own_row:
+            raise RuntimeError(
+                f"this StatefulRNG was seeded for rank {self._seeded_row}, but the process is "
+                f"rank {own_row}: construct it after init_process_group"
+            )
+        if layout.row != own_row:
+            raise RuntimeError(
+                f"this process is rank {own_row} (RANK), but without a process group its streams "
+                f"would be stored as rank {layout.row}'s: call init_process_group, and construct "
+                "StatefulRNG after init_process_group"
+            )
+        return layout
+
+    def _open(self, tables: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return the states that this process's rows of the tables hold, by generator."""
+        layout = self._layout()
+        rows = {}
+        for name, table in tables.items():
+            if not isinstance(table, torch.Tensor):
+                raise RNGStateError(f"{name}: expected a tensor, found {type(table).__name__}")
+            try:
+                rows[name] = layout.own_row(table)
+            except ValueError as error:
+                raise RNGStateError(f"{name}: {error}") from error
+        if ORIGIN not in rows:
+            raise RNGStateError(
+                f"{ORIGIN}: the state has no such table, only {sorted(rows)}; it is no state of a "
+                "StatefulRNG"
+            )
+        origin = Origin.unseal(rows.pop(ORIGIN))
+        if origin.row != layout.row:
+            raise RNGStateError(
+                f"{ORIGIN}: rank {global_rank()} was given row {origin.row}, expected row "
+                f"{layout.row}. Load with the ranks in the order in which they saved."
+            )
+        return {name: unseal(name, origin.row, row) for name, row in rows.items()}
