@@ -215,14 +215,13 @@ def check_vector(tensor: torch.Tensor, dtype: torch.dtype, length: int) -> None:
 
 def _to_uint32(numbers: npt.NDArray[Any]) -> npt.NDArray[np.uint32]:
     """Narrow integers to words, refusing a value that does not fit instead of wrapping it."""
-    if numbers.dtype == np.uint32:
-        return numbers.copy()
-    if numbers.dtype.kind not in "iu" or numbers.size == 0:
-        raise ValueError(f"the words are {numbers.dtype} {numbers.shape}, expected integers")
-    low, high = int(numbers.min()), int(numbers.max())
-    if low < 0 or high >= 2**32:
-        bad = low if low < 0 else high
-        raise ValueError(f"a word is {bad}, expected 0 to 2**32 - 1")
+    if numbers.dtype != np.uint32:
+        if numbers.dtype.kind not in "iu" or numbers.size == 0:
+            raise ValueError(f"the words are {numbers.dtype} {numbers.shape}, expected integers")
+        low, high = int(numbers.min()), int(numbers.max())
+        if low < 0 or high >= 2**32:
+            bad = low if low < 0 else high
+            raise ValueError(f"a word is {bad}, expected 0 to 2**32 - 1")
     words: npt.NDArray[np.uint32] = numbers.astype(np.uint32)
     return words
 

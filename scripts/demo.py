@@ -52,6 +52,19 @@ def first_difference(out: Path, reference: Path, rank: int) -> int | None:
     return min([*differing, *missing], default=None)
 
 
+def report(uninterrupted: Path, per_rank: Path, rank_less: Path) -> bool:
+    """Print the table; return whether the run with per-rank streams is the uninterrupted one."""
+    print(f"\nLosses of steps 0 to {STEPS - 1} against the uninterrupted run, bit for bit:\n")
+    print(f"{'rank':>4}  {'per-rank streams':<22}  rank-less dict")
+    all_equal = True
+    for rank in range(RANKS):
+        steps = [first_difference(run, uninterrupted, rank) for run in (per_rank, rank_less)]
+        cells = ["equal" if step is None else f"differs from step {step}" for step in steps]
+        print(f"{rank:>4}  {cells[0]:<22}  {cells[1]}")
+        all_equal = all_equal and steps[0] is None
+    return all_equal
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, default=Path("runs/demo"))
@@ -63,18 +76,7 @@ def main() -> int:
     uninterrupted = train(out / "uninterrupted")
     per_rank = train(out / "killed, per-rank streams", *kill)
     rank_less = train(out / "killed, rank-less dict", *kill, "--rng", "rank-less")
-
-    print(f"\nLosses of steps 0 to {STEPS - 1} against the uninterrupted run, bit for bit:\n")
-    print(f"{'rank':>4}  {'per-rank streams':<22}  {'rank-less dict':<22}")
-    verdicts = {}
-    for rank in range(RANKS):
-        cells = []
-        for run in (per_rank, rank_less):
-            step = first_difference(run, uninterrupted, rank)
-            verdicts[run, rank] = step is None
-            cells.append("equal" if step is None else f"differs from step {step}")
-        print(f"{rank:>4}  {cells[0]:<22}  {cells[1]:<22}")
-    if not all(verdicts[per_rank, rank] for rank in range(RANKS)):
+    if not report(uninterrupted, per_rank, rank_less):
         print("\nFAILED: the resumed run with per-rank streams is not the uninterrupted one.")
         return 1
     return 0

@@ -1,0 +1,74 @@
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch.distributed as dist
+from launch import LaunchError, torchrun
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from nemo_rng_dcp import ScopedRNG
+
+
+@pytest.fixture(autouse=True)
+def _streams_of_its_own(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No test sees another one's streams, process group or RANK."""
+    monkeypatch.delenv("RANK", raising=False)
+    with ScopedRNG(seed=0):
+        yield
+
+
+@pytest.fixture
+def fake_group() -> Iterator[Callable[[int, int], None]]:
+    """Make this process one rank of a world whose collectives do nothing."""
+
+    def create(rank: int, world_size: int) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+
+    yield create
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+class Launches:
+    """Launches of the scripts in ``tests/ranks``, each made once however many tests look at it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.outputs: dict[str, str] = {}
+
+    def assert_passed(self, checks: ModuleType, check: str, processes: int) -> None:
+        """Assert that a check of a script of checks passed on every rank."""
+        name = f"{checks.__name__.removeprefix('ranks.')}-{processes}"
+        folder = self.folder / name
+        if name not in self.outputs:
+            folder.mkdir()
+            self.outputs[name] = launch(Path(str(checks.__file__)), processes, str(folder))
+        passed = [rank for rank in range(processes) if (folder / f"{check}-{rank}").exists()]
+        if passed != list(range(processes)):
+            pytest.fail(f"{check} passed on ranks {passed} only:\n{self.outputs[name]}")
+
+
+def launch(script: Path, processes: int, *arguments: str) -> str:
+    """Run a script and return its output, whether it failed or not; 0 processes: no torchrun."""
+    if processes == 0:
+        environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+        command = [sys.executable, str(script), *arguments]
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=100, env=environment, check=False
+        )
+        return done.stdout + done.stderr
+    try:
+        return torchrun(script, processes, *arguments, timeout=100)
+    except LaunchError as error:
+        return str(error)
+
+
+@pytest.fixture(scope="session")
+def launches(tmp_path_factory: pytest.TempPathFactory) -> Launches:
+    return Launches(tmp_path_factory.mktemp("launches"))

@@ -1,0 +1,33 @@
+"""What tests draw from the global streams, and how they see that none has moved."""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+from nemo_rng_dcp import snapshot
+from nemo_rng_dcp.generators import global_generators
+
+
+def draw(count: int = 1) -> list[float]:
+    """Draw from every global stream, normals first, so that cached gaussians matter."""
+    numbers: list[float] = []
+    for _ in range(count):
+        numbers += [random.gauss(0, 1), float(np.random.standard_normal()), torch.randn(1).item()]
+        numbers += [random.random(), float(np.random.random()), torch.rand(1).item()]
+    return numbers
+
+
+def states() -> dict[str, list[int]]:
+    return {name: state.tolist() for name, state in snapshot.read(global_generators()).items()}
+
+
+@contextmanager
+def unmoved() -> Iterator[None]:
+    before = states()
+    yield
+    after = states()
+    moved = [name for name in before if before[name] != after[name]]
+    assert not moved, f"streams moved: {moved}"

@@ -1,0 +1,197 @@
+import random
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nemo_rng_dcp.mt19937 import TENSOR_LENGTH, TORCH_LENGTH, WORDS, MT19937State
+
+THREE_BLOCKS = 3 * WORDS
+
+
+def state_at(seed: int, position: int, gauss: float | None = None) -> MT19937State:
+    numpy = np.random.RandomState(seed)
+    numpy.randint(2**32, size=WORDS, dtype=np.uint32)
+    return MT19937State(numpy.get_state()[1], position, gauss)  # type: ignore[arg-type, index]
+
+
+def words_of_python(state: MT19937State) -> list[int]:
+    generator = random.Random()
+    generator.setstate(state.to_python())
+    return [generator.getrandbits(32) for _ in range(THREE_BLOCKS)]
+
+
+def words_of_numpy(state: MT19937State) -> list[int]:
+    generator = np.random.RandomState()
+    generator.set_state(state.to_numpy())
+    return generator.randint(2**32, size=THREE_BLOCKS, dtype=np.uint32).tolist()
+
+
+def words_of_torch(state: MT19937State) -> list[int]:
+    """torch shows its words modulo a range below 2**28, so twice is needed for all 32 bits."""
+    shown = []
+    for limit in (2**28 - 1, 2**27 - 1):
+        generator = torch.Generator()
+        generator.set_state(state.to_torch())
+        words = torch.empty(THREE_BLOCKS, dtype=torch.int64)
+        shown.append(words.random_(0, limit, generator=generator).tolist())
+    return shown  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("position", [0, 1, 2, 226, 227, 228, 396, 397, 622, 623, 624])
+@pytest.mark.parametrize("seed", [0, 20261121])
+def test_all_three_libraries_draw_the_same_words(seed: int, position: int) -> None:
+    state = state_at(seed, position)
+    words = words_of_numpy(state)
+    assert words_of_python(state) == words
+    assert words_of_torch(state) == [
+        [word % (2**28 - 1) for word in words],
+        [word % (2**27 - 1) for word in words],
+    ]
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, WORDS), st.none() | st.floats(-9, 9))
+def test_conversions_lose_nothing(seed: int, position: int, gauss: float | None) -> None:
+    state = state_at(seed, position, gauss)
+    back = [
+        MT19937State.from_tensor(state.to_tensor()),
+        MT19937State.from_python(state.to_python()),
+        MT19937State.from_numpy(state.to_numpy()),
+    ]
+    for other in back:
+        assert np.array_equal(other.words, state.words)
+        assert other.position == position
+        # As hexadecimal, because 0.0 and -0.0 are equal but not the same bits.
+        assert (other.gauss and other.gauss.hex()) == (gauss and gauss.hex())
+    other = MT19937State.from_torch(state.to_torch())
+    assert np.array_equal(other.words, state.words)
+    assert other.position == position
+
+
+@pytest.mark.parametrize("draws", [0, 1, 2, 623, 624, 625, 1248, 1249])
+def test_states_of_live_generators_are_understood(draws: int) -> None:
+    torch_generator, numpy = torch.Generator().manual_seed(9), np.random.RandomState(9)
+    torch.empty(draws, dtype=torch.int64).random_(0, 100, generator=torch_generator)
+    numpy.randint(2**32, size=draws, dtype=np.uint32)
+    from_torch = MT19937State.from_torch(torch_generator.get_state())
+    from_numpy = MT19937State.from_numpy(numpy.get_state())
+    assert words_of_numpy(from_torch) == words_of_numpy(from_numpy)
+
+
+def test_both_forms_of_a_numpy_state_are_one_state() -> None:
+    numpy = np.random.RandomState(9)
+    numpy.standard_normal()
+    as_tuple = MT19937State.from_numpy(numpy.get_state())
+    as_dict = MT19937State.from_numpy(numpy.get_state(legacy=False))
+    assert as_tuple.gauss is not None
+    assert torch.equal(as_tuple.to_tensor(), as_dict.to_tensor())
+
+
+def with_element(index: int, value: int) -> torch.Tensor:
+    tensor = state_at(1, 5).to_tensor()
+    tensor[index] = value
+    return tensor
+
+
+POSITION, HAS_GAUSS, GAUSS_BITS = WORDS, WORDS + 1, WORDS + 2
+
+
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        (with_element(0, -1), "a word is -1"),
+        (with_element(623, 2**32), "a word is 4294967296"),
+        (with_element(POSITION, -1), "position is -1"),
+        (with_element(POSITION, 625), "position is 625"),
+        (with_element(HAS_GAUSS, 2), "has-gauss flag is 2"),
+        (with_element(GAUSS_BITS, 1), "has-gauss flag is 0"),
+        (torch.zeros(TENSOR_LENGTH, dtype=torch.int64), "all words are zero"),
+        (torch.zeros(TENSOR_LENGTH - 1, dtype=torch.int64), r"\(626,\), expected torch.int64"),
+        (torch.zeros(TENSOR_LENGTH), "torch.float32"),
+        (torch.zeros(1, TENSOR_LENGTH, dtype=torch.int64), r"\(1, 627\)"),
+    ],
+)
+def test_malformed_tensors_are_refused(tensor: torch.Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MT19937State.from_tensor(tensor)
+
+
+def test_a_gaussian_that_is_no_number_is_refused() -> None:
+    tensor = with_element(HAS_GAUSS, 1)
+    tensor[GAUSS_BITS] = 0x7FF8000000000000
+    with pytest.raises(ValueError, match="cached gaussian is nan"):
+        MT19937State.from_tensor(tensor)
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        None,
+        (),
+        (2, (1,) * 625, None),
+        (3, (1,) * 624, None),
+        (3, [1] * 625, None),
+        (3, (2**32,) + (1,) * 624, None),
+        (3, (-1,) + (1,) * 624, None),
+        (3, (2**70,) + (1,) * 624, None),
+        (3, ("a",) + (1,) * 624, None),
+        (3, (1,) * 624 + (625,), None),
+        (3, (1,) * 624 + (1.5,), None),
+        (3, (1,) * 625, "0.5"),
+    ],
+)
+def test_malformed_states_of_python_are_refused(state: object) -> None:
+    with pytest.raises(ValueError, match=r"."):
+        MT19937State.from_python(state)  # type: ignore[arg-type]
+
+
+WORDS_OF_ONE = np.ones(WORDS, dtype=np.uint32)
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        None,
+        {},
+        {"bit_generator": "PCG64", "state": {}},
+        ("PCG64", WORDS_OF_ONE, 0, 0, 0.0),
+        ("MT19937", WORDS_OF_ONE, 0),
+        ("MT19937", WORDS_OF_ONE[:-1], 0, 0, 0.0),
+        ("MT19937", WORDS_OF_ONE, 625, 0, 0.0),
+        ("MT19937", WORDS_OF_ONE, -1, 0, 0.0),
+        ("MT19937", WORDS_OF_ONE, None, 0, 0.0),
+        ("MT19937", WORDS_OF_ONE, 0, 2, 0.0),
+        ("MT19937", WORDS_OF_ONE, 0, 1, float("inf")),
+        ("MT19937", WORDS_OF_ONE.astype(float), 0, 0, 0.0),
+        ("MT19937", WORDS_OF_ONE.astype(np.int64) * 2**32, 0, 0, 0.0),
+        ("MT19937", None, 0, 0, 0.0),
+    ],
+)
+def test_malformed_states_of_numpy_are_refused(state: object) -> None:
+    with pytest.raises(ValueError, match=r"."):
+        MT19937State.from_numpy(state)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("offset", "value"),
+    [
+        (8, 0),  # left
+        (8, 200),  # left, which does not fit next
+        (12, 2),  # seeded
+        (16, 9),  # next, which does not fit left
+        (28, 1),  # the upper half of word 0
+    ],
+)
+def test_malformed_states_of_torch_are_refused(offset: int, value: int) -> None:
+    state = state_at(1, 5).to_torch()
+    state[offset] = value
+    with pytest.raises(ValueError, match=r"."):
+        MT19937State.from_torch(state)
+
+
+def test_a_state_of_another_size_or_dtype_is_no_state_of_torch() -> None:
+    for state in (torch.zeros(16, dtype=torch.uint8), torch.zeros(TORCH_LENGTH)):
+        with pytest.raises(ValueError, match=r"expected torch\.uint8"):
+            MT19937State.from_torch(state)

@@ -1,0 +1,48 @@
+"""README shows what runs: its snippets are run, its demo table is the demo's."""
+
+import re
+from pathlib import Path
+
+import demo
+import pytest
+from launch import torchrun
+from test_recipe import write_losses
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS, ids=lambda snippet: snippet.split("\n")[0])
+def test_snippets_run(snippet: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    script = tmp_path / "snippet.py"
+    script.write_text(snippet)
+    torchrun(script, 2)
+
+
+def test_a_runnable_example_is_in_the_first_30_lines() -> None:
+    lines = README.splitlines()
+    assert "```python" in lines[:30]
+    assert lines[lines.index("```python") :].index("```") + lines.index("```python") < 30
+
+
+def test_the_demo_table_is_what_the_demo_prints(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    uninterrupted = write_losses(tmp_path / "uninterrupted", 0.5)
+    rank_less = write_losses(tmp_path / "rank-less", 0.5)
+    for rank in range(demo.RANKS):
+        file = rank_less / f"losses-rank{rank}.txt"
+        changed = [
+            line if int(line.split()[0]) < 20 else line.replace("p+", "p-")
+            for line in file.read_text().splitlines(keepends=True)
+        ]
+        file.write_text("".join(changed))
+    demo.report(uninterrupted, uninterrupted, rank_less)
+    assert capsys.readouterr().out in README
+
+
+def test_every_module_is_in_the_readme() -> None:
+    modules = {path.name for path in (Path(__file__).parent.parent / "nemo_rng_dcp").glob("*.py")}
+    listed = set(re.findall(r"^\| `(\w+\.py)`", README, re.MULTILINE))
+    assert listed == modules - {"__init__.py"}

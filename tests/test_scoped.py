@@ -1,0 +1,113 @@
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from streams import draw, unmoved
+
+from nemo_rng_dcp import RNGStateError, ScopedRNG, init_all_rng
+
+
+def test_draws_inside_are_those_of_the_seed_and_leave_no_trace() -> None:
+    init_all_rng(7)
+    expected = draw(2)
+    with unmoved(), ScopedRNG(7):
+        assert draw(2) == expected
+
+
+def test_the_default_seed_is_that_of_nemo_automodel() -> None:
+    init_all_rng(95050)
+    expected = draw()
+    with ScopedRNG():
+        assert draw() == expected
+
+
+def test_cached_gaussians_come_back() -> None:
+    random.gauss(0, 1)
+    np.random.standard_normal()
+    torch.randn(1)
+    with unmoved(), ScopedRNG(7):
+        draw()
+
+
+def test_streams_come_back_after_an_exception() -> None:
+    @ScopedRNG(7)
+    def failing() -> None:
+        draw()
+        raise KeyError
+
+    with unmoved(), pytest.raises(KeyError):
+        failing()
+
+
+def test_seed_none_only_puts_back() -> None:
+    with unmoved():
+        with ScopedRNG(None):
+            inside = draw()
+        with ScopedRNG(None):
+            assert draw() == inside
+
+
+def test_scopes_nest() -> None:
+    with unmoved(), ScopedRNG(1):
+        draw()
+        with unmoved(), ScopedRNG(2):
+            draw()
+
+
+def test_one_object_is_entered_once_at_a_time() -> None:
+    scope = ScopedRNG(1)
+    with unmoved(), scope:
+        with unmoved(), pytest.raises(RuntimeError, match="entered already"), scope:
+            pass
+        draw()
+    with unmoved(), scope:  # and again, once it was left
+        draw()
+
+
+def test_a_decorated_function_may_recurse() -> None:
+    @ScopedRNG(3)
+    def numbers(depth: int) -> list[float]:
+        """Docstring."""
+        if depth:
+            assert numbers(depth - 1) == first
+        return draw()
+
+    init_all_rng(3)
+    first = draw()
+    with unmoved():
+        assert numbers(2) == first
+    assert (numbers.__name__, numbers.__doc__) == ("numbers", "Docstring.")
+
+
+def test_functions_whose_body_runs_later_are_not_decorated() -> None:
+    def generator() -> Iterator[int]:
+        yield 1
+
+    async def coroutine() -> None: ...
+
+    for function in (generator, coroutine):
+        with pytest.raises(TypeError, match="runs after the call"):
+            ScopedRNG(1)(function)
+
+
+def test_the_rank_is_that_of_the_entry(monkeypatch: pytest.MonkeyPatch) -> None:
+    scope = ScopedRNG(10, ranked=True)
+    monkeypatch.setenv("RANK", "4")
+    init_all_rng(14)
+    expected = draw()
+    with scope:
+        assert draw() == expected
+
+
+def test_a_generator_exchanged_inside_is_named_and_the_others_come_back() -> None:
+    before = np.random.get_bit_generator()
+    python, torch_state = random.getstate(), torch.get_rng_state()
+    try:
+        with pytest.raises(RNGStateError, match=r"^numpy: .*set_bit_generator"), ScopedRNG(1):
+            np.random.set_bit_generator(np.random.PCG64(1))
+    finally:
+        np.random.set_bit_generator(before)
+    assert random.getstate() == python
+    assert torch.equal(torch.get_rng_state(), torch_state)
