@@ -25,14 +25,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from checkpoints import CheckpointFolder
-from gpt import GPT
-from rankless import RanklessRNG
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from checkpoints import CheckpointFolder
+from gpt import GPT
 from nemo_rng_dcp import ScopedRNG, StatefulRNG
+from rankless import RanklessRNG
 
 TEXT_BYTES = 2_000_000
 LOWER_CASE_PROBABILITY = 0.3

@@ -7,10 +7,14 @@ from types import ModuleType
 
 import pytest
 import torch.distributed as dist
-from launch import LaunchError, torchrun
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from launch import LaunchError, torchrun
 from nemo_rng_dcp import ScopedRNG
+
+# Launched scripts import what the tests import.
+TESTS = Path(__file__).parent
+os.environ["PYTHONPATH"] = f"{TESTS}{os.pathsep}{TESTS.parent / 'scripts'}"
 
 
 @pytest.fixture(autouse=True)

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from streams import draw, unmoved
 
 from nemo_rng_dcp import RNGStateError, ScopedRNG, StatefulRNG, init_all_rng
 from nemo_rng_dcp.snapshot import _get_rng_state, _restore_rng_state
+from streams import draw, unmoved
 
 pytestmark = [
     pytest.mark.cuda,

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+
 from conftest import launch
 from ranks import fresh_process
 

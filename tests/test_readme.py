@@ -3,8 +3,9 @@
 import re
 from pathlib import Path
 
-import demo
 import pytest
+
+import demo
 from launch import torchrun
 from test_recipe import write_losses
 

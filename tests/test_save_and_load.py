@@ -1,6 +1,7 @@
 """Save and load in one job, on real ranks: launched by torchrun, looked at check by check."""
 
 import pytest
+
 from conftest import Launches
 from ranks import save_and_load
 from ranks.harness import checks_of

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from streams import draw, unmoved
 
 from nemo_rng_dcp import RNGStateError, ScopedRNG, init_all_rng
+from streams import draw, unmoved
 
 
 def test_draws_inside_are_those_of_the_seed_and_leave_no_trace() -> None:

@@ -4,9 +4,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from streams import draw, unmoved
 
 from nemo_rng_dcp import ScopedRNG, StatefulRNG, init_all_rng
+from streams import draw, unmoved
 
 
 def test_the_seed_reaches_every_stream_as_its_own_library_would_seed_it() -> None:

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from streams import draw, unmoved
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.tensor import DTensor, Shard
 
 from nemo_rng_dcp import RNGState, RNGStateError, StatefulRNG, init_all_rng
 from nemo_rng_dcp.rows import seal
 from nemo_rng_dcp.snapshot import _get_rng_state, _restore_rng_state
+from streams import draw, unmoved
 
 TABLES = ["origin", "python", "numpy", "torch"]
 

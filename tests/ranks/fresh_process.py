@@ -8,14 +8,12 @@ import os
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from streams import draw
 
 from nemo_rng_dcp import StatefulRNG
+from streams import draw
 
 
 def main(phase: str, folder: Path) -> None:

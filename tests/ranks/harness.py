@@ -8,10 +8,6 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-# Scripts run as files, so make `streams` importable as it is under pytest.
-sys.path.insert(0, str(Path(__file__).parent.parent))
-sys.path.insert(0, str(Path(__file__).parent.parent.parent / "scripts"))
-
 
 def checks_of(module: types.ModuleType) -> list[str]:
     return [name for name in vars(module) if name.startswith("check_")]

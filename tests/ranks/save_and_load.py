@@ -1,24 +1,20 @@
 """Checks of save and load in one job; every check runs on every rank of a real group."""
 
 import os
-import sys
 from pathlib import Path
 from typing import Any
-
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from rankless import RanklessRNG
-from streams import draw, unmoved
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.checkpoint.stateful import Stateful
 
 from nemo_rng_dcp import RNGStateError, StatefulRNG, init_all_rng
+from rankless import RanklessRNG
 from ranks.harness import gather, run
+from streams import draw, unmoved
 
 
 def draw_unevenly() -> None:
