@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from nemo_rng_dcp.mt19937 import MT19937State, check_vector
+from nemo_rng_dcp.seeding import SEED_LIMIT
 
 
 class GeneratorAdapter(Protocol):
@@ -35,7 +36,10 @@ class GeneratorAdapter(Protocol):
         ...
 
     def seed(self, value: int) -> None:
-        """Seed the generator, ``0 <= value < 2**32``, as its own library would."""
+        """Start a stream that depends on every bit of ``value``, ``0 <= value < 2**64``.
+
+        Below 2**32 it is the stream that the generator's own library starts from that seed.
+        """
         ...
 
 
@@ -84,7 +88,10 @@ class NumPyAdapter:
         self._generator.set_state(MT19937State.from_tensor(state).to_numpy())
 
     def seed(self, value: int) -> None:
-        self._generator.seed(value)
+        if value < SEED_LIMIT:
+            self._generator.seed(value)
+        else:
+            self._generator.set_state(MT19937State.from_seed(value).to_numpy())
 
     def _state(self) -> dict[str, Any]:
         state: dict[str, Any] = self._generator.get_state(legacy=False)
@@ -118,7 +125,11 @@ class TorchAdapter:
         self._generator.set_state(int64_to_bytes(state, length))
 
     def seed(self, value: int) -> None:
-        self._generator.manual_seed(value)
+        if value < SEED_LIMIT or self._generator.device.type != "cpu":
+            self._generator.manual_seed(value)
+        else:
+            # The CPU's manual_seed() would only see the lower 32 bits.
+            self._generator.set_state(MT19937State.from_seed(value).to_torch())
 
 
 class AcceleratorAdapter:

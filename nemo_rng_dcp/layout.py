@@ -125,5 +125,24 @@ class Layout:
         return local[0].cpu()
 
 
+def gather(numbers: torch.Tensor) -> torch.Tensor:
+    """Return every rank's numbers; a collective of the default process group, one all-gather.
+
+    Args:
+        numbers: int64, shape ``(k,)``, on the CPU; the same k on every rank.
+
+    Returns:
+        int64, shape ``(world_size, k)``, on the CPU; row = global rank.
+    """
+    if not _has_process_group():
+        return numbers.unsqueeze(0)
+    # "cpu:gloo,cuda:nccl" or "cuda:nccl": a group that serves the CPU is used there.
+    devices = [served.split(":")[0] for served in dist.get_backend_config().split(",")]
+    device = "cpu" if "cpu" in devices else devices[0]
+    everyone = [torch.empty_like(numbers, device=device) for _ in range(world_size())]
+    dist.all_gather(everyone, numbers.to(device))
+    return torch.stack(everyone).cpu()
+
+
 def _has_process_group() -> bool:
     return dist.is_available() and dist.is_initialized()

@@ -83,6 +83,17 @@ class MT19937State:
             raise ValueError(f"the cached gaussian is {self.gauss}, expected a finite float")
 
     @classmethod
+    def from_seed(cls, seed: int) -> MT19937State:
+        """Return the start of a stream that depends on every bit of a 64-bit seed.
+
+        Args:
+            seed: ``0 <= seed < 2**64``. ``numpy.random.seed([seed % 2**32, seed >> 32])`` gives
+                the same stream; ``numpy.random.seed`` and ``torch.manual_seed`` alone would only
+                see the lower 32 bits.
+        """
+        return cls.from_numpy(np.random.RandomState([seed % 2**32, seed >> 32]).get_state())
+
+    @classmethod
     def from_tensor(cls, tensor: torch.Tensor) -> MT19937State:
         """Read what :meth:`to_tensor` wrote.
 

@@ -51,12 +51,42 @@ def unseal(name: str, number: int, row: torch.Tensor) -> torch.Tensor:
             "expected torch.int64 of length 2 or more"
         )
     state = row[:-1].clone()
-    if int(row[-1]) != digest(name, number, state):
+    if not is_sealed(name, number, row):
         raise RNGStateError(
             f"{name}: row {number} does not fit its check word, so it was altered after it was "
             "written, or belongs to another rank or another generator. Load another checkpoint."
         )
     return state
+
+
+def is_sealed(name: str, number: int, row: torch.Tensor) -> bool:
+    """Return whether ``row`` is one that :func:`seal` made for this table name and row number."""
+    well_formed = row.dtype == torch.int64 and row.numel() >= 2
+    return well_formed and int(row[-1]) == digest(name, number, row[:-1])
+
+
+def fork_seed(name: str, number: int, resizes: int, state: torch.Tensor) -> int:
+    """Return the seed of a new stream that is made from another row's.
+
+    It depends on the state it is made from, so it moves on with the job, and on ``resizes``, so a
+    job that grows twice from one unmoved state does not replay what it drew in between.
+
+    Args:
+        name: The table's name.
+        number: The new row's number.
+        resizes: How often the job was resumed with another number of rows, this time included.
+        state: The other row's state, int64, shape ``(n,)``.
+
+    Returns:
+        An integer from 0 to 2**64 - 1.
+    """
+    content = torch.cat([state, torch.tensor([resizes])])
+    return digest(f"fork of {name}", number, content) % 2**64
+
+
+def fingerprint(state: torch.Tensor) -> str:
+    """Return 12 hexadecimal digits that tell a state from every other one."""
+    return hashlib.blake2b(state.numpy().tobytes(), digest_size=6).hexdigest()
 
 
 def digest(name: str, number: int, state: torch.Tensor) -> int:
@@ -80,6 +110,7 @@ class Origin:
         world_size: Processes of the job that wrote it.
         seed: The seed given to ``StatefulRNG``, before a rank was added.
         ranked: Whether the row number was added to the seed: 0 or 1.
+        resizes: How often the job was resumed with another number of rows before this was written.
         python_version, numpy_version, torch_version: As ``major * 10**6 + minor * 10**3 + micro``.
     """
 
@@ -89,12 +120,15 @@ class Origin:
     world_size: int
     seed: int
     ranked: int
+    resizes: int
     python_version: int
     numpy_version: int
     torch_version: int
 
     @classmethod
-    def here(cls, *, row: int, rows: int, world_size: int, seed: int, ranked: bool) -> Origin:
+    def here(
+        cls, *, row: int, rows: int, world_size: int, seed: int, ranked: bool, resizes: int
+    ) -> Origin:
         """Return the origin of a row written now, by this process."""
         return cls(
             LAYOUT_VERSION,
@@ -103,13 +137,14 @@ class Origin:
             world_size,
             seed,
             int(ranked),
+            resizes,
             _version(platform.python_version()),
             _version(np.__version__),
             _version(torch.__version__),
         )
 
     def to_tensor(self) -> torch.Tensor:
-        """Return the fields in their order, int64, shape ``(9,)``."""
+        """Return the fields in their order, int64, shape ``(10,)``."""
         return torch.tensor(astuple(self), dtype=torch.int64)
 
     @classmethod
@@ -117,7 +152,7 @@ class Origin:
         """Return the origin that a row of the ``origin`` table holds, whatever its number.
 
         Args:
-            row: int64, shape ``(10,)``.
+            row: int64, shape ``(11,)``.
 
         Raises:
             RNGStateError: Another layout version, or a malformed or altered row.
@@ -136,7 +171,12 @@ class Origin:
                 "checkpoint with the version of nemo_rng_dcp that wrote it, or a newer one."
             )
         unseal(ORIGIN, values[1], row)
-        return cls(*values[:-1])
+        origin = cls(*values[:-1])
+        if not 0 <= origin.row < origin.rows:
+            raise RNGStateError(
+                f"{ORIGIN}: a row says that it is row {origin.row} of {origin.rows}"
+            )
+        return origin
 
 
 def _version(text: str) -> int:

@@ -35,7 +35,11 @@ def read(generators: Mapping[str, GeneratorAdapter]) -> dict[str, torch.Tensor]:
     return states
 
 
-def restore(generators: Mapping[str, GeneratorAdapter], states: Mapping[str, torch.Tensor]) -> None:
+def restore(
+    generators: Mapping[str, GeneratorAdapter],
+    states: Mapping[str, torch.Tensor],
+    seeds: Mapping[str, int] | None = None,
+) -> None:
     """Put every generator into its state, all or nothing.
 
     Every state is checked before any generator is touched. If one cannot be written all the same,
@@ -44,6 +48,8 @@ def restore(generators: Mapping[str, GeneratorAdapter], states: Mapping[str, tor
     Args:
         generators: The adapters by name.
         states: The states, with the same names.
+        seeds: By name, the generators that are seeded instead of put into their state, and the
+            seeds, ``0 <= seed < 2**64``.
 
     Raises:
         RNGStateError: A state is missing, not expected or malformed. No stream has moved.
@@ -51,7 +57,10 @@ def restore(generators: Mapping[str, GeneratorAdapter], states: Mapping[str, tor
     check(generators, states)
     with put_back_on_error(generators):
         for name, generator in generators.items():
-            generator.write(states[name])
+            if seeds and name in seeds:
+                generator.seed(seeds[name])
+            else:
+                generator.write(states[name])
 
 
 def check(generators: Mapping[str, GeneratorAdapter], states: Mapping[str, torch.Tensor]) -> None:

@@ -10,8 +10,17 @@ from torch.distributed.device_mesh import DeviceMesh
 from nemo_rng_dcp import snapshot
 from nemo_rng_dcp.errors import RNGStateError
 from nemo_rng_dcp.generators import GeneratorAdapter, global_generators
-from nemo_rng_dcp.layout import Layout, global_rank, world_size
-from nemo_rng_dcp.rows import ORIGIN, Origin, seal, unseal
+from nemo_rng_dcp.layout import Layout, gather, global_rank, world_size
+from nemo_rng_dcp.rows import (
+    ORIGIN,
+    Origin,
+    digest,
+    fingerprint,
+    fork_seed,
+    is_sealed,
+    seal,
+    unseal,
+)
 from nemo_rng_dcp.seeding import check_ranked, check_seed, seed_all
 from nemo_rng_dcp.snapshot import RNGState
 
@@ -68,6 +77,7 @@ class StatefulRNG:
         self._seeded_row = self._own_row()
         check_seed(seed, self._seeded_row if ranked else 0)
         self.seed = int(seed)
+        self._resizes = 0
         self._loaded: dict[str, torch.Tensor] | None = None
         seed_all(self.seed + (self._seeded_row if ranked else 0))
 
@@ -78,7 +88,7 @@ class StatefulRNG:
 
         Returns:
             By table name an int64 tensor of shape ``(rows, n)``, a DTensor sharded on dim 0 (a
-            plain tensor without a process group): ``origin`` (n = 10), ``python`` (628),
+            plain tensor without a process group): ``origin`` (n = 11), ``python`` (628),
             ``numpy`` (628), ``torch`` (633) and, with an accelerator, its device type (``cuda``:
             3). The last element of a row is its check word.
 
@@ -94,6 +104,7 @@ class StatefulRNG:
             world_size=world_size(),
             seed=self.seed,
             ranked=self.ranked,
+            resizes=self._resizes,
         )
         states = {ORIGIN: origin.to_tensor(), **snapshot.read(self._generators())}
         return {name: layout.table(seal(name, layout.row, state)) for name, state in states.items()}
@@ -117,9 +128,29 @@ class StatefulRNG:
             snapshot._restore_rng_state(state_dict)
             self._loaded = snapshot.read(generators)
             return
-        states = self._open(state_dict)
-        snapshot.restore(generators, states)
-        self._loaded = states
+        rows = self._rows(state_dict)
+        origin = Origin.unseal(rows.pop(ORIGIN))
+        layout, resizes = self._layout(), origin.resizes
+        if origin.row != layout.row % origin.rows:
+            raise RNGStateError(
+                f"{ORIGIN}: row {layout.row} of {layout.rows} was given row {origin.row} of "
+                f"{origin.rows}, expected row {layout.row % origin.rows}. Give each rank its own "
+                "rows: load with dcp.load, not from another rank's state_dict()."
+            )
+        if origin.rows != layout.rows:
+            resizes += 1
+        states, seeds = {}, {}
+        for name, row in rows.items():
+            if origin.row != layout.row and is_sealed(name, layout.row, row):
+                # The checkpoint lacked this table, so it still holds what state_dict() put there.
+                states[name] = unseal(name, layout.row, row)
+                continue
+            states[name] = unseal(name, origin.row, row)
+            if origin.row != layout.row and (self.ranked or origin.ranked):
+                seeds[name] = fork_seed(name, layout.row, resizes, states[name])
+        snapshot.restore(generators, states, seeds)
+        self._resizes = resizes
+        self._loaded = snapshot.read(generators) if seeds else states
 
     def rewind(self) -> None:
         """Put every stream back to where the last load left it; does not communicate.
@@ -134,6 +165,50 @@ class StatefulRNG:
         if self._loaded is None:
             raise RuntimeError("rewind() goes back to the last load, and nothing was loaded yet")
         snapshot.restore(self._generators(), self._loaded)
+
+    def fingerprint(self) -> dict[str, str]:
+        """Return 12 hexadecimal digits for each of this rank's streams, by generator.
+
+        Two streams with the same digits draw the same numbers from here on. Moves no stream and
+        does not communicate.
+
+        Raises:
+            RNGStateError: NumPy's global generator does not run MT19937.
+        """
+        states = snapshot.read(self._generators())
+        return {name: fingerprint(state) for name, state in states.items()}
+
+    def verify_shared(self) -> None:
+        """Make sure that ranks which share a row are in the same state; moves no stream.
+
+        A collective: every rank of the default process group must call it, with the same
+        generators. It costs one all-gather of 8 bytes per generator and rank. A checkpoint holds
+        a shared row once, so peers that drifted apart would come back as one of them; call this
+        before a save, or when debugging.
+
+        Raises:
+            RNGStateError: Ranks that share a row differ; on every rank, naming the ranks and the
+                generators. Also as for :meth:`state_dict`, on the rank concerned.
+        """
+        row = self._layout().row
+        states = snapshot.read(self._generators())
+        numbers = [row, *(digest(name, row, state) for name, state in states.items())]
+        everyone = gather(torch.tensor(numbers)).tolist()
+        peers: dict[int, list[int]] = {}
+        for rank, (its_row, *_) in enumerate(everyone):
+            peers.setdefault(its_row, []).append(rank)
+        drifted = [
+            f"{name}: ranks {', '.join(map(str, ranks))} share row {shared}, but their streams "
+            "differ"
+            for column, name in enumerate(states, start=1)
+            for shared, ranks in peers.items()
+            if len({everyone[rank][column] for rank in ranks}) > 1
+        ]
+        if drifted:
+            raise RNGStateError(
+                "; ".join(drifted) + ". A draw happened on some of them only, or the mesh given "
+                "to StatefulRNG is not the one along which streams differ."
+            )
 
     def _generators(self) -> dict[str, GeneratorAdapter]:
         return global_generators()
@@ -159,8 +234,8 @@ class StatefulRNG:
             )
         return layout
 
-    def _open(self, tables: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Return the states that this process's rows of the tables hold, by generator."""
+    def _rows(self, tables: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return this process's row of every table."""
         layout = self._layout()
         rows = {}
         for name, table in tables.items():
@@ -175,10 +250,4 @@ class StatefulRNG:
                 f"{ORIGIN}: the state has no such table, only {sorted(rows)}; it is no state of a "
                 "StatefulRNG"
             )
-        origin = Origin.unseal(rows.pop(ORIGIN))
-        if origin.row != layout.row:
-            raise RNGStateError(
-                f"{ORIGIN}: rank {global_rank()} was given row {origin.row}, expected row "
-                f"{layout.row}. Load with the ranks in the order in which they saved."
-            )
-        return {name: unseal(name, origin.row, row) for name, row in rows.items()}
+        return rows

@@ -8,7 +8,7 @@ streams differs anywhere.
 
 from __future__ import annotations
 
-import argparse
+import json
 import shutil
 import sys
 import time
@@ -21,20 +21,28 @@ STEPS = 40
 SAVE_EVERY = 10
 DIE_AT_STEP = 25
 DIE_RANK = 2
+RESUMED_STEP = 20
+FEWER, MORE = 2, 6
 RECIPE = Path(__file__).with_name("train_fsdp2.py")
 
 
-def train(out: Path, *arguments: str) -> Path:
-    """Run the recipe from scratch into ``out``, with one restart allowed."""
+def train(out: Path, *arguments: str, ranks: int = RANKS) -> Path:
+    """Run the recipe into ``out``, with one restart allowed."""
     started = time.monotonic()
     print(f"{out.name:<36} ", end="", flush=True)
-    shutil.rmtree(out, ignore_errors=True)
-    steps = ["--steps", str(STEPS), "--save-every", str(SAVE_EVERY)]
-    output = torchrun(RECIPE, RANKS, "--out", str(out), *steps, *arguments, restarts=1)
+    steps = ["--steps", str(STEPS), "--save-every", str(SAVE_EVERY), "--keep", "3"]
+    output = torchrun(RECIPE, ranks, "--out", str(out), *steps, *arguments, restarts=1)
     (out / "log.txt").write_text(output)
     resumed = [line for line in output.splitlines() if line.startswith("resumed from")]
-    print(f"{time.monotonic() - started:4.0f} s  {', '.join(resumed)}", flush=True)
+    print(f"{time.monotonic() - started:4.0f} s  {', '.join(resumed)}".rstrip(), flush=True)
     return out
+
+
+def resume_on(ranks: int, killed: Path, out: Path) -> Path:
+    """Resume the checkpoint from which the killed run went on, on another number of ranks."""
+    checkpoint = Path("checkpoints", f"step-{RESUMED_STEP:08d}")
+    shutil.copytree(killed / checkpoint, out / checkpoint)
+    return train(out, ranks=ranks)
 
 
 def read_losses(out: Path, rank: int) -> list[tuple[int, str]]:
@@ -65,10 +73,46 @@ def report(uninterrupted: Path, per_rank: Path, rank_less: Path) -> bool:
     return all_equal
 
 
+def read_streams(out: Path, rank: int, event: str) -> dict[str, str]:
+    """Return the fingerprints of a rank's streams when step 20 was first saved or restored."""
+    lines = (out / f"streams-rank{rank}.jsonl").read_text().splitlines()
+    for note in map(json.loads, lines):
+        if (note["event"], note["step"]) == (event, RESUMED_STEP):
+            return dict(note["streams"])
+    raise LookupError(f"{out.name}: rank {rank} never {event} its streams at step {RESUMED_STEP}")
+
+
+def fates(ranks: int, out: Path, killed: Path) -> list[str]:
+    """Return what became of each rank's streams, by their fingerprints alone."""
+    saved = [read_streams(killed, rank, "saved") for rank in range(RANKS)]
+    restored = [read_streams(out, rank, "restored") for rank in range(ranks)]
+    found = []
+    for rank, streams in enumerate(restored):
+        others = saved + restored[:rank] + restored[rank + 1 :]
+        taken = {digits for other in others for digits in other.values()}
+        if rank < RANKS and streams == saved[rank]:
+            found.append("continued")
+        else:
+            found.append("MIXED UP" if taken & set(streams.values()) else "forked")
+    return found + ["dropped"] * (RANKS - ranks)
+
+
+def report_fates(killed: Path, fewer: Path, more: Path) -> bool:
+    """Print the table; return whether every stream is what the rules say."""
+    on_fewer, on_more = fates(FEWER, fewer, killed), fates(MORE, more, killed)
+    print(f"\nStreams of the checkpoint of step {RESUMED_STEP}, saved by {RANKS} ranks:\n")
+    print(f"{'rank':>4}  {f'resumed on {FEWER} ranks':<22}  resumed on {MORE} ranks")
+    for rank in range(MORE):
+        first = on_fewer[rank] if rank < RANKS else "-"
+        print(f"{rank:>4}  {first:<22}  {on_more[rank]}")
+    return on_fewer == ["continued"] * FEWER + ["dropped"] * (RANKS - FEWER) and on_more == [
+        "continued"
+    ] * RANKS + ["forked"] * (MORE - RANKS)
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"))
-    out: Path = parser.parse_args().out
+    out = Path("runs", "demo")
+    shutil.rmtree(out, ignore_errors=True)
 
     kill = ["--die-at-step", str(DIE_AT_STEP), "--die-rank", str(DIE_RANK)]
     print(f"{RANKS} ranks, {STEPS} steps, a checkpoint every {SAVE_EVERY};")
@@ -76,10 +120,16 @@ def main() -> int:
     uninterrupted = train(out / "uninterrupted")
     per_rank = train(out / "killed, per-rank streams", *kill)
     rank_less = train(out / "killed, rank-less dict", *kill, "--rng", "rank-less")
-    if not report(uninterrupted, per_rank, rank_less):
+    fewer = resume_on(FEWER, per_rank, out / f"killed, resumed on {FEWER} ranks")
+    more = resume_on(MORE, per_rank, out / f"killed, resumed on {MORE} ranks")
+
+    equal = report(uninterrupted, per_rank, rank_less)
+    as_ruled = report_fates(per_rank, fewer, more)
+    if not equal:
         print("\nFAILED: the resumed run with per-rank streams is not the uninterrupted one.")
-        return 1
-    return 0
+    if not as_ruled:
+        print("\nFAILED: on another number of ranks, some stream is not what the rules say.")
+    return 0 if equal and as_ruled else 1
 
 
 if __name__ == "__main__":

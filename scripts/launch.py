@@ -11,7 +11,7 @@ GRACE_SECONDS = 20
 
 
 class LaunchError(RuntimeError):
-    """A launch failed or took too long; the message ends with its last output."""
+    """A launch failed or took too long; the message ends with what it printed."""
 
 
 def torchrun(
@@ -60,10 +60,10 @@ def torchrun(
             process.kill()
             output, _ = process.communicate()
         raise LaunchError(
-            f"{script.name} on {processes} ranks took over {timeout:.0f} s:\n{output[-4000:]}"
+            f"{script.name} on {processes} ranks took over {timeout:.0f} s:\n{output}"
         ) from None
     if process.returncode != 0:
         raise LaunchError(
-            f"{script.name} on {processes} ranks ended with {process.returncode}:\n{output[-8000:]}"
+            f"{script.name} on {processes} ranks ended with {process.returncode}:\n{output}"
         )
     return output

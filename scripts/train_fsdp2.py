@@ -5,12 +5,14 @@
 
 Runs on CPU with gloo and on GPUs where there are some. The text is the Python standard library's
 own source code. Each rank appends its losses to ``losses-rank<r>.txt`` in the output folder, one
-line per step: the step and the loss as ``float.hex()``.
+line per step: the step and the loss as ``float.hex()``. With per-rank streams it also appends their
+fingerprints to ``streams-rank<r>.jsonl`` whenever they are saved or restored.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import random
 import signal
@@ -31,7 +33,7 @@ from torch.distributed.fsdp import fully_shard
 
 from checkpoints import CheckpointFolder
 from gpt import GPT
-from nemo_rng_dcp import ScopedRNG, StatefulRNG
+from nemo_rng_dcp import RNGLoadPlanner, ScopedRNG, StatefulRNG
 from rankless import RanklessRNG
 
 TEXT_BYTES = 2_000_000
@@ -180,6 +182,16 @@ def die_once(config: Config, rank: int, step: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+def note_streams(
+    config: Config, rank: int, rng: StatefulRNG | RanklessRNG, event: str, step: int
+) -> None:
+    """Append the fingerprints of this rank's streams to its file."""
+    if isinstance(rng, StatefulRNG):
+        note = {"event": event, "step": step, "streams": rng.fingerprint()}
+        with (config.out / f"streams-rank{rank}.jsonl").open("a") as notes:
+            notes.write(json.dumps(note) + "\n")
+
+
 def show_progress(config: Config, step: int, loss: float, started: float, first: int) -> None:
     """Print one line for the step: overwritten on a terminal, every tenth one elsewhere."""
     terminal = sys.stdout.isatty()
@@ -196,15 +208,19 @@ def main() -> None:
     config = validate_and_prepare_config()
     distributed = setup_distributed()
     training = setup_model_and_optimizer(config, distributed)
-    rng_class = StatefulRNG if config.rng == "per-rank" else RanklessRNG
-    rng = rng_class(seed=config.seed, ranked=True)
+    rng: StatefulRNG | RanklessRNG
+    if config.rng == "per-rank":
+        rng, planner = StatefulRNG(config.seed, ranked=True), RNGLoadPlanner()
+    else:
+        rng, planner = RanklessRNG(config.seed, ranked=True), None
     app = AppState(training)
     state = {"app": app, "rng": rng}
 
     checkpoints = CheckpointFolder(config.out / "checkpoints", config.keep)
     newest = checkpoints.newest()
     if newest is not None:
-        dcp.load(state, checkpoint_id=newest)
+        dcp.load(state, checkpoint_id=newest, planner=planner)
+        note_streams(config, distributed.rank, rng, "restored", app.step)
         if distributed.rank == 0:
             print(f"resumed from {newest.name}", flush=True)
 
@@ -223,6 +239,7 @@ def main() -> None:
             app.step = step + 1
             if app.step % config.save_every == 0:
                 checkpoints.save(state, app.step)
+                note_streams(config, distributed.rank, rng, "saved", app.step)
     dist.destroy_process_group()
 
 

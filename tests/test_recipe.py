@@ -1,5 +1,6 @@
 """The recipe, killed for real: model, optimizer and streams continue bit for bit."""
 
+import json
 import random
 from pathlib import Path
 
@@ -93,3 +94,42 @@ def test_the_demo_sees_one_different_bit(
     file.write_text(file.read_text().replace("30 " + (30.5).hex(), "30 " + (30.5 + 2**-47).hex()))
     assert not demo.report(uninterrupted, equal, rank_less)
     assert "differs from step 30" in capsys.readouterr().out
+
+
+def write_streams(out: Path, event: str, streams: list[str]) -> Path:
+    out.mkdir(exist_ok=True)
+    for rank, digits in enumerate(streams):
+        note = {"event": event, "step": demo.RESUMED_STEP, "streams": {"torch": digits}}
+        (out / f"streams-rank{rank}.jsonl").write_text(json.dumps(note) + "\n")
+    return out
+
+
+def test_the_demo_tells_what_became_of_each_stream(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    killed = write_streams(tmp_path / "killed", "saved", ["a", "b", "c", "d"])
+    fewer = write_streams(tmp_path / "fewer", "restored", ["a", "b"])
+    more = write_streams(tmp_path / "more", "restored", ["a", "b", "c", "d", "e", "f"])
+    assert demo.report_fates(killed, fewer, more)
+    assert capsys.readouterr().out in (Path(__file__).parent.parent / "README.md").read_text()
+
+    for bad in (
+        ["a", "b", "c", "d", "b", "f"],
+        ["a", "b", "c", "d", "e", "e"],
+        [*"abcx", "e", "f"],
+    ):
+        write_streams(tmp_path / "more", "restored", bad)
+        assert not demo.report_fates(killed, fewer, more)
+    write_streams(tmp_path / "fewer", "restored", ["b", "a"])
+    assert demo.fates(2, fewer, killed) == ["MIXED UP", "MIXED UP", "dropped", "dropped"]
+
+
+def test_a_job_resumes_on_another_number_of_ranks(tmp_path: Path) -> None:
+    """Model, optimizer and streams together, through the recipe."""
+    torchrun(demo.RECIPE, 2, "--out", str(tmp_path), "--steps", "2", "--save-every", "2")
+    output = torchrun(demo.RECIPE, 3, "--out", str(tmp_path), "--steps", "4", "--save-every", "2")
+    assert "resumed from step-00000002" in output
+    assert "row 2 is new" in output
+    last = [demo.read_losses(tmp_path, rank)[-1] for rank in range(3)]
+    assert [step for step, _ in last] == [3, 3, 3]
+    assert len({loss for _, loss in last}) == 3

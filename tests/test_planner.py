@@ -1,0 +1,113 @@
+"""Which row each rank is given, for any two numbers of rows, in one process with a fake group."""
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch.distributed.checkpoint import _version
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.tensor import DTensor
+
+from nemo_rng_dcp import RNGLoadPlanner, StatefulRNG
+from streams import draw, unmoved
+
+FakeGroup = Callable[[int, int], None]
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def save(rows: int, ranked: bool, path: Path, fake_group: FakeGroup) -> list[list[float]]:
+    """Write the checkpoint of a job of ``rows`` ranks; returns what each would draw next."""
+    streams = []
+    tables: dict[str, list[torch.Tensor]] = {}
+    for rank in range(rows):
+        fake_group(rank, rows)
+        rng = StatefulRNG(42, ranked=ranked)
+        draw(rank % 3 if ranked else 1)
+        for name, table in rng.state_dict().items():
+            assert isinstance(table, DTensor)
+            tables.setdefault(name, []).append(table.to_local())
+        streams.append(draw())
+    whole = {name: torch.cat(parts) for name, parts in tables.items()}
+    dcp.save({"rng": whole}, checkpoint_id=path, no_dist=True)
+    return streams
+
+
+def load(rows: int, ranked: bool, path: Path, fake_group: FakeGroup) -> list[list[float]]:
+    streams = []
+    for rank in range(rows):
+        fake_group(rank, rows)
+        rng = StatefulRNG(1000, ranked=ranked)
+        dcp.load({"rng": rng}, checkpoint_id=path, planner=RNGLoadPlanner(), no_dist=True)
+        streams.append(draw())
+    return streams
+
+
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(saved=st.integers(1, 5), loaded=st.integers(1, 9), ranked=st.booleans())
+def test_every_rank_gets_its_row_or_a_stream_of_its_own(
+    saved: int, loaded: int, ranked: bool, fake_group: FakeGroup
+) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        expected = save(saved, ranked, Path(folder), fake_group)
+        found = load(loaded, ranked, Path(folder), fake_group)
+        assert load(loaded, ranked, Path(folder), fake_group) == found
+    assert found[:saved] == expected[:loaded]
+    if ranked:
+        numbers = [number for stream in [*expected, *found[saved:]] for number in stream]
+        assert len(set(numbers)) == len(numbers)
+    else:
+        assert found == [expected[0]] * loaded
+
+
+def test_a_row_that_the_metadata_does_not_place_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To DCP a tensor with no chunks is nothing to read, and the live state would stay."""
+    rng = StatefulRNG(1)
+    dcp.save({"rng": rng}, checkpoint_id=tmp_path)
+    real = dcp.FileSystemReader.read_metadata
+
+    def without_chunks(self: Any, *arguments: Any, **options: Any) -> Any:
+        metadata = real(self, *arguments, **options)
+        metadata.state_dict_metadata["rng.numpy"].chunks.clear()
+        return metadata
+
+    monkeypatch.setattr(dcp.FileSystemReader, "read_metadata", without_chunks)
+    draw()
+    with unmoved(), pytest.raises(CheckpointException, match=r"rng\.numpy: .* 0 chunks for row 0"):
+        dcp.load({"rng": rng}, checkpoint_id=tmp_path, planner=RNGLoadPlanner())
+
+
+@pytest.mark.parametrize("planner_class", [RNGLoadPlanner, dcp.DefaultLoadPlanner])
+def test_a_checkpoint_of_torch_2_3_loads_as_with_the_default_planner(
+    planner_class: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch 2.3 stored a list of numbers as one value; later ones store every element."""
+    rng = StatefulRNG(1)
+    with monkeypatch.context() as patch:
+        patch.setattr(_version, "_derived_version", "2_3")
+        dcp.save({"rng": rng, "losses": [1.5, 2.5]}, checkpoint_id=tmp_path)
+    stored = dcp.FileSystemReader(tmp_path).read_metadata().state_dict_metadata
+    assert "losses" in stored
+    expected = draw()
+    state = {"rng": rng, "losses": [0.0, 0.0]}
+    dcp.load(state, checkpoint_id=tmp_path, planner=planner_class())
+    assert state["losses"] == [1.5, 2.5]
+    assert draw() == expected
+
+
+@pytest.mark.parametrize(
+    ("keys", "error"), [("rng", TypeError), ((), ValueError), ((1,), TypeError)]
+)
+def test_keys_are_a_sequence_of_paths(keys: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match="keys is"):
+        RNGLoadPlanner(keys=keys)
