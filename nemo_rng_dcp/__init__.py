@@ -6,6 +6,7 @@ from nemo_rng_dcp.scoped import ScopedRNG
 from nemo_rng_dcp.seeding import init_all_rng
 from nemo_rng_dcp.snapshot import RNGState
 from nemo_rng_dcp.stateful import StatefulRNG
+from nemo_rng_dcp.version import __version__
 
 __all__ = [
     "RNGLoadPlanner",
@@ -13,7 +14,6 @@ __all__ = [
     "RNGStateError",
     "ScopedRNG",
     "StatefulRNG",
+    "__version__",
     "init_all_rng",
 ]
-
-__version__ = "0.1.0"

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from nemo_rng_dcp.errors import RNGStateError
 from nemo_rng_dcp.layout import Layout
-from nemo_rng_dcp.rows import ORIGIN
+from nemo_rng_dcp.origin import ORIGIN
 
 
 class RNGLoadPlanner(DefaultLoadPlanner):

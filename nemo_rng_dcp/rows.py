@@ -1,68 +1,73 @@
-"""What a row of a table holds: a generator's state, sealed by a check word, and the origin row."""
+"""What a row of a table holds: a generator's state, sealed by a check word."""
 
 from __future__ import annotations
 
 import hashlib
-import platform
-import re
-from dataclasses import astuple, dataclass, fields
+from collections.abc import Mapping
 
-import numpy as np
 import torch
 
 from nemo_rng_dcp.errors import RNGStateError
 
-LAYOUT_VERSION = 1
-"""Version of the tables' layout, the first element of every origin row."""
 
-ORIGIN = "origin"
-"""Key of the table that says whose row this is and what wrote it."""
+def seal(number: int, states: Mapping[str, torch.Tensor]) -> tuple[int, dict[str, torch.Tensor]]:
+    """Return the rows that store the states of one process's generators.
 
-
-def seal(name: str, number: int, state: torch.Tensor) -> torch.Tensor:
-    """Return the row that stores ``state``: the state and its check word.
+    A check word is the digest of the table's name, the row's number and the state, exclusive-or a
+    digest of all those digests. So it fits only a row that is unaltered, in its own table, under
+    its own number, and beside the rows that were taken at the same moment.
 
     Args:
-        name: The table's name.
-        number: The row's number in the table.
-        state: int64, shape ``(n,)``.
+        number: The rows' number in their tables.
+        states: By table name, int64, shape ``(n,)`` each.
 
     Returns:
-        int64, shape ``(n + 1,)``.
+        The digest of them all, which :func:`unseal` needs, and by table name the state followed
+        by its check word, int64, shape ``(n + 1,)``.
     """
-    return torch.cat([state, torch.tensor([digest(name, number, state)])])
+    digests = {name: digest(name, number, state) for name, state in states.items()}
+    contents = digest("contents", number, torch.tensor(list(digests.values())))
+    rows = {
+        name: torch.cat([state, torch.tensor([digests[name] ^ contents])])
+        for name, state in states.items()
+    }
+    return contents, rows
 
 
-def unseal(name: str, number: int, row: torch.Tensor) -> torch.Tensor:
-    """Return the state of a row whose check word holds, as a copy.
+def unseal(name: str, number: int, contents: int, row: torch.Tensor) -> torch.Tensor:
+    """Return the state of a row whose check word fits, as a copy.
 
     Args:
         name: The table's name.
         number: The number the row had when it was written.
+        contents: What :func:`seal` gave when the row was written.
         row: int64, shape ``(n + 1,)``.
 
     Raises:
-        RNGStateError: The dtype is another, or the check word does not fit: a bit was flipped, or
-            the row is another rank's or another generator's.
+        RNGStateError: The dtype is another, or the check word does not fit.
     """
+    check_row(name, row)
+    if not is_sealed(name, number, contents, row):
+        raise RNGStateError(
+            f"{name}: row {number} does not fit its check word: it was altered after it was "
+            "written, or is another rank's, another generator's or of another moment than the "
+            "rest of the row. Load another checkpoint; if ranks share a row, see verify_shared()."
+        )
+    return row[:-1].clone()
+
+
+def is_sealed(name: str, number: int, contents: int, row: torch.Tensor) -> bool:
+    """Return whether ``row`` is one that :func:`seal` made under these circumstances."""
+    return int(row[-1]) == digest(name, number, row[:-1]) ^ contents
+
+
+def check_row(name: str, row: torch.Tensor) -> None:
+    """Raise ``RNGStateError`` unless ``row`` is int64 and holds more than a check word."""
     if row.dtype != torch.int64 or row.numel() < 2:
         raise RNGStateError(
-            f"{name}: row {number} is {row.dtype} of length {row.numel()}, "
-            "expected torch.int64 of length 2 or more"
+            f"{name}: a row is {row.dtype} of length {row.numel()}, expected torch.int64 of length "
+            "2 or more"
         )
-    state = row[:-1].clone()
-    if not is_sealed(name, number, row):
-        raise RNGStateError(
-            f"{name}: row {number} does not fit its check word, so it was altered after it was "
-            "written, or belongs to another rank or another generator. Load another checkpoint."
-        )
-    return state
-
-
-def is_sealed(name: str, number: int, row: torch.Tensor) -> bool:
-    """Return whether ``row`` is one that :func:`seal` made for this table name and row number."""
-    well_formed = row.dtype == torch.int64 and row.numel() >= 2
-    return well_formed and int(row[-1]) == digest(name, number, row[:-1])
 
 
 def fork_seed(name: str, number: int, resizes: int, state: torch.Tensor) -> int:
@@ -97,92 +102,3 @@ def digest(name: str, number: int, state: torch.Tensor) -> int:
     """
     content = f"{name}\0{number}\0".encode() + state.numpy().tobytes()
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True)
-
-
-@dataclass(frozen=True)
-class Origin:
-    """Who wrote a row; the state of the ``origin`` table. All fields are integers >= 0.
-
-    Attributes:
-        layout_version: :data:`LAYOUT_VERSION` of the library that wrote it.
-        row: The row's own number.
-        rows: Rows of the table it was written to.
-        world_size: Processes of the job that wrote it.
-        seed: The seed given to ``StatefulRNG``, before a rank was added.
-        ranked: Whether the row number was added to the seed: 0 or 1.
-        resizes: How often the job was resumed with another number of rows before this was written.
-        python_version, numpy_version, torch_version: As ``major * 10**6 + minor * 10**3 + micro``.
-    """
-
-    layout_version: int
-    row: int
-    rows: int
-    world_size: int
-    seed: int
-    ranked: int
-    resizes: int
-    python_version: int
-    numpy_version: int
-    torch_version: int
-
-    @classmethod
-    def here(
-        cls, *, row: int, rows: int, world_size: int, seed: int, ranked: bool, resizes: int
-    ) -> Origin:
-        """Return the origin of a row written now, by this process."""
-        return cls(
-            LAYOUT_VERSION,
-            row,
-            rows,
-            world_size,
-            seed,
-            int(ranked),
-            resizes,
-            _version(platform.python_version()),
-            _version(np.__version__),
-            _version(torch.__version__),
-        )
-
-    def to_tensor(self) -> torch.Tensor:
-        """Return the fields in their order, int64, shape ``(10,)``."""
-        return torch.tensor(astuple(self), dtype=torch.int64)
-
-    @classmethod
-    def unseal(cls, row: torch.Tensor) -> Origin:
-        """Return the origin that a row of the ``origin`` table holds, whatever its number.
-
-        Args:
-            row: int64, shape ``(11,)``.
-
-        Raises:
-            RNGStateError: Another layout version, or a malformed or altered row.
-        """
-        if row.dtype != torch.int64 or row.numel() < 2:
-            raise RNGStateError(
-                f"{ORIGIN}: a row is {row.dtype} of length {row.numel()}, "
-                f"expected torch.int64 of length {len(fields(cls)) + 1}"
-            )
-        values = row.tolist()
-        # The version comes first: a newer layout may well be longer, and should be called that.
-        if values[0] != LAYOUT_VERSION or row.numel() != len(fields(cls)) + 1:
-            raise RNGStateError(
-                f"{ORIGIN}: a row has layout version {values[0]} and length {row.numel()}, "
-                f"expected version {LAYOUT_VERSION} and length {len(fields(cls)) + 1}. Load the "
-                "checkpoint with the version of nemo_rng_dcp that wrote it, or a newer one."
-            )
-        unseal(ORIGIN, values[1], row)
-        origin = cls(*values[:-1])
-        if not 0 <= origin.row < origin.rows:
-            raise RNGStateError(
-                f"{ORIGIN}: a row says that it is row {origin.row} of {origin.rows}"
-            )
-        return origin
-
-
-def _version(text: str) -> int:
-    """Return 2013000 for "2.13.0+cpu": what a person can read off an int64."""
-    match = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", text)
-    if match is None:
-        return 0
-    major, minor, micro = (int(part or 0) for part in match.groups())
-    return major * 10**6 + minor * 10**3 + micro

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 
 import torch
@@ -11,16 +12,8 @@ from nemo_rng_dcp import snapshot
 from nemo_rng_dcp.errors import RNGStateError
 from nemo_rng_dcp.generators import GeneratorAdapter, global_generators
 from nemo_rng_dcp.layout import Layout, gather, global_rank, world_size
-from nemo_rng_dcp.rows import (
-    ORIGIN,
-    Origin,
-    digest,
-    fingerprint,
-    fork_seed,
-    is_sealed,
-    seal,
-    unseal,
-)
+from nemo_rng_dcp.origin import ORIGIN, Origin
+from nemo_rng_dcp.rows import check_row, digest, fingerprint, fork_seed, is_sealed, seal, unseal
 from nemo_rng_dcp.seeding import check_ranked, check_seed, seed_all
 from nemo_rng_dcp.snapshot import RNGState
 
@@ -78,6 +71,7 @@ class StatefulRNG:
         check_seed(seed, self._seeded_row if ranked else 0)
         self.seed = int(seed)
         self._resizes = 0
+        self._contents: int | None = None
         self._loaded: dict[str, torch.Tensor] | None = None
         seed_all(self.seed + (self._seeded_row if ranked else 0))
 
@@ -88,7 +82,7 @@ class StatefulRNG:
 
         Returns:
             By table name an int64 tensor of shape ``(rows, n)``, a DTensor sharded on dim 0 (a
-            plain tensor without a process group): ``origin`` (n = 11), ``python`` (628),
+            plain tensor without a process group): ``origin`` (n = 13), ``python`` (628),
             ``numpy`` (628), ``torch`` (633) and, with an accelerator, its device type (``cuda``:
             3). The last element of a row is its check word.
 
@@ -98,6 +92,8 @@ class StatefulRNG:
                 process's.
         """
         layout = self._layout()
+        contents, rows = seal(layout.row, snapshot.read(self._generators()))
+        self._contents = contents
         origin = Origin.here(
             row=layout.row,
             rows=layout.rows,
@@ -105,9 +101,10 @@ class StatefulRNG:
             seed=self.seed,
             ranked=self.ranked,
             resizes=self._resizes,
+            contents=contents,
         )
-        states = {ORIGIN: origin.to_tensor(), **snapshot.read(self._generators())}
-        return {name: layout.table(seal(name, layout.row, state)) for name, state in states.items()}
+        rows = {ORIGIN: origin.to_row(), **rows}
+        return {name: layout.table(row) for name, row in rows.items()}
 
     def load_state_dict(self, state_dict: Mapping[str, torch.Tensor] | RNGState) -> None:
         """Put every stream of this rank back to where ``state_dict`` has it; all or nothing.
@@ -128,26 +125,34 @@ class StatefulRNG:
             snapshot._restore_rng_state(state_dict)
             self._loaded = snapshot.read(generators)
             return
-        rows = self._rows(state_dict)
-        origin = Origin.unseal(rows.pop(ORIGIN))
-        layout, resizes = self._layout(), origin.resizes
+        layout, rows = self._layout(), self._rows(state_dict)
+        origin = Origin.from_row(rows.pop(ORIGIN))
         if origin.row != layout.row % origin.rows:
             raise RNGStateError(
                 f"{ORIGIN}: row {layout.row} of {layout.rows} was given row {origin.row} of "
                 f"{origin.rows}, expected row {layout.row % origin.rows}. Give each rank its own "
                 "rows: load with dcp.load, not from another rank's state_dict()."
             )
-        if origin.rows != layout.rows:
-            resizes += 1
+        resizes = origin.resizes + (origin.rows != layout.rows)
+        is_new = origin.row != layout.row and (self.ranked or bool(origin.ranked))
         states, seeds = {}, {}
         for name, row in rows.items():
-            if origin.row != layout.row and is_sealed(name, layout.row, row):
-                # The checkpoint lacked this table, so it still holds what state_dict() put there.
-                states[name] = unseal(name, layout.row, row)
+            check_row(name, row)
+            if self._contents is not None and is_sealed(name, layout.row, self._contents, row):
+                # The checkpoint lacks this table: DCP left in it what state_dict() had put there.
+                states[name] = row[:-1].clone()
                 continue
-            states[name] = unseal(name, origin.row, row)
-            if origin.row != layout.row and (self.ranked or origin.ranked):
+            states[name] = unseal(name, origin.row, origin.contents, row)
+            if is_new:
                 seeds[name] = fork_seed(name, layout.row, resizes, states[name])
+        skew = origin.version_skew()
+        if skew and layout.row == 0:
+            # Before the restore: where warnings are errors, nothing may have moved by then.
+            warnings.warn(
+                f"the RNG state was saved with {'; '.join(skew)}: the streams continue, but what a "
+                "library makes of them may have changed",
+                stacklevel=2,
+            )
         snapshot.restore(generators, states, seeds)
         self._resizes = resizes
         self._loaded = snapshot.read(generators) if seeds else states

@@ -12,7 +12,8 @@ from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.tensor import DTensor, Shard
 
 from nemo_rng_dcp import RNGState, RNGStateError, StatefulRNG, init_all_rng
-from nemo_rng_dcp.rows import seal
+from nemo_rng_dcp.origin import Origin
+from nemo_rng_dcp.rows import digest
 from nemo_rng_dcp.snapshot import _get_rng_state, _restore_rng_state
 from streams import draw, unmoved
 
@@ -62,7 +63,7 @@ def test_the_tables_are_plain_tensors_of_the_documented_shapes() -> None:
     tables = StatefulRNG(1).state_dict()
     shapes = {name: tuple(table.shape) for name, table in tables.items() if name in TABLES}
     assert shapes == {
-        "origin": (1, 11),
+        "origin": (1, 13),
         "python": (1, 628),
         "numpy": (1, 628),
         "torch": (1, 633),
@@ -111,7 +112,7 @@ def test_in_a_group_a_table_is_one_row_per_rank(
         assert table.to_local().shape[0] == 1
     origin = tables["origin"]
     assert isinstance(origin, DTensor)
-    assert origin.to_local()[0, :6].tolist() == [1, rank, world_size, world_size, 1, 1]
+    assert origin.to_local()[0, 2:8].tolist() == [rank, world_size, world_size, 1, 1, 0]
     expected = draw()
     rng.load_state_dict(tables)
     assert draw() == expected
@@ -161,10 +162,19 @@ def test_another_bit_generator_of_numpy_is_refused_by_name() -> None:
 # Bad tables. Each keeps a valid check word where it could, so that the values are looked at.
 
 
+def sealed(tables: dict[str, torch.Tensor], name: str, state: torch.Tensor) -> torch.Tensor:
+    """A table whose check word fits, whatever the state is."""
+    contents = 0 if name == "origin" else Origin.from_row(tables["origin"][0]).contents
+    return torch.cat([state, torch.tensor([digest(name, 0, state) ^ contents])]).unsqueeze(0)
+
+
 def resealed(tables: dict[str, torch.Tensor], name: str, index: int, value: int) -> None:
     state = tables[name][0, :-1].clone()
     state[index] = value
-    tables[name] = seal(name, 0, state).unsqueeze(0)
+    number = value if (name, index) == ("origin", 2) else 0
+    tables[name] = sealed(tables, name, state)
+    if number:
+        tables[name][0, -1] = digest(name, number, state)
 
 
 def replaced(tables: dict[str, torch.Tensor], name: str, table: object) -> None:
@@ -174,25 +184,31 @@ def replaced(tables: dict[str, torch.Tensor], name: str, table: object) -> None:
 BAD: dict[str, tuple[str, Callable[[dict[str, torch.Tensor]], object]]] = {
     "missing": ("numpy", lambda t: t.pop("numpy")),
     "missing origin": ("origin", lambda t: t.pop("origin")),
-    "extra": ("cuda:7", lambda t: t.update({"cuda:7": seal("cuda:7", 0, t["torch"][0])[None]})),
+    "extra": ("cuda:7", lambda t: t.update({"cuda:7": sealed(t, "cuda:7", t["torch"][0])})),
     "no tensor": ("torch", lambda t: replaced(t, "torch", [1, 2])),
     "dtype": ("python", lambda t: replaced(t, "python", t["python"].to(torch.int32))),
     "float": ("origin", lambda t: replaced(t, "origin", t["origin"].double())),
-    "short": ("torch", lambda t: replaced(t, "torch", seal("torch", 0, t["torch"][0, :-2])[None])),
-    "long": ("python", lambda t: replaced(t, "python", seal("python", 0, t["python"][0])[None])),
+    "short": ("torch", lambda t: replaced(t, "torch", sealed(t, "torch", t["torch"][0, :-2]))),
+    "long": ("python", lambda t: replaced(t, "python", sealed(t, "python", t["python"][0]))),
     "empty": ("numpy", lambda t: replaced(t, "numpy", t["numpy"][:, :0])),
     "rows": ("numpy", lambda t: replaced(t, "numpy", t["numpy"].repeat(2, 1))),
     "one dimension": ("numpy", lambda t: replaced(t, "numpy", t["numpy"][0])),
     "bit flipped": ("torch", lambda t: t["torch"][0, 100].bitwise_xor_(1 << 20)),
     "check word": ("numpy", lambda t: t["numpy"][0, -1].add_(1)),
-    "origin altered": ("origin", lambda t: t["origin"][0, 4].add_(1)),
+    "origin altered": ("origin", lambda t: t["origin"][0, 5].add_(1)),
+    "origin short": ("origin", lambda t: replaced(t, "origin", t["origin"][:, 1:])),
     "another generator's": ("python", lambda t: replaced(t, "python", t["numpy"].clone())),
-    "another row": ("origin", lambda t: resealed(t, "origin", 1, 1)),
+    "another row": ("origin", lambda t: resealed(t, "origin", 2, 1)),
+    "no row": ("origin", lambda t: resealed(t, "origin", 3, 0)),
     "newer layout": ("origin", lambda t: resealed(t, "origin", 0, 2)),
     "position": ("python", lambda t: resealed(t, "python", 624, 625)),
     "word": ("numpy", lambda t: resealed(t, "numpy", 3, 2**32)),
     "has-gauss": ("numpy", lambda t: resealed(t, "numpy", 625, 7)),
     "torch left": ("torch", lambda t: resealed(t, "torch", 1, 0)),
+    "another moment's": (
+        "numpy",
+        lambda t: replaced(t, "numpy", StatefulRNG(2).state_dict()["numpy"]),
+    ),
     "torch word": ("torch", lambda t: resealed(t, "torch", 9, 2**32)),
 }
 
@@ -210,14 +226,24 @@ def test_a_bad_table_is_named_and_nothing_moves(case: str) -> None:
         rng.rewind()
 
 
-def test_a_newer_layout_is_called_that() -> None:
+def test_a_newer_layout_names_the_version_that_reads_it() -> None:
     rng = StatefulRNG(1)
     tables = rng.state_dict()
     longer = torch.cat([tables["origin"][0], torch.zeros(3, dtype=torch.int64)])
-    longer[0] = 2
+    longer[0], longer[1] = 2, 3004005
     tables["origin"] = longer.unsqueeze(0)
-    with pytest.raises(RNGStateError, match=r"layout version 2.*version of nemo_rng_dcp"):
+    with pytest.raises(RNGStateError, match=r"layout version 2.*nemo_rng_dcp 3\.4\.5"):
         rng.load_state_dict(tables)
+
+
+def test_other_versions_are_warned_of_once_naming_both() -> None:
+    rng = StatefulRNG(1)
+    tables = rng.state_dict()
+    resealed(tables, "origin", 9, 3010004)
+    resealed(tables, "origin", 11, 2006000)
+    with pytest.warns(UserWarning, match="saved with python 3.10.4, now .*; torch 2.6.0, now") as w:
+        rng.load_state_dict(tables)
+    assert len(w) == 1
 
 
 def test_a_write_that_fails_halfway_puts_the_others_back(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -316,7 +316,7 @@ def check_without_the_planner_the_error_is_that_of_dcp(path: Path) -> None:
     def plain() -> None:
         state = {"rng": StatefulRNG(1000, ranked=True)}
         text = failure(state, path / "a")
-        assert "Size mismatch between saved torch.Size([4, 11]) and current: " in text
+        assert "Size mismatch between saved torch.Size([4, 13]) and current: " in text
         assert "for rng.origin" in text
 
     job(2, path / "plain", plain)
@@ -424,6 +424,21 @@ def check_tensor_parallel_peers_share_a_row(path: Path) -> None:
     job(2, path / "2x1", narrower)
     job(6, path / "2x3", wider)
     job(6, path / "3x2", more_rows)
+
+
+def check_a_row_mixed_from_drifted_peers_is_refused(path: Path) -> None:
+    """DCP stores a shared row table by table, each from the peer that has least to write."""
+
+    def drift() -> None:
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+        rng = StatefulRNG(42, ranked=True, mesh=mesh["dp"])
+        draw(dist.get_rank())
+        dcp.save({"rng": rng}, checkpoint_id=path / "a")
+        rng = StatefulRNG(1000, ranked=True, mesh=mesh["dp"])
+        with unmoved(), pytest.raises(RNGStateError, match=r"^\w+: row \d does not fit"):
+            dcp.load({"rng": rng}, checkpoint_id=path / "a")
+
+    job(4, path / "job", drift)
 
 
 def check_three_dimensions(path: Path) -> None:
