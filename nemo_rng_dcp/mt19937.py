@@ -109,7 +109,7 @@ class MT19937State:
         if has_gauss not in (0, 1) or (has_gauss == 0 and bits != 0):
             raise ValueError(f"the has-gauss flag is {has_gauss} with gaussian bits {bits:#x}")
         gauss = struct.unpack("=d", struct.pack("=q", bits))[0] if has_gauss else None
-        return cls(_to_uint32(words), position, gauss)
+        return cls(to_words(words), position, gauss)
 
     def to_tensor(self) -> torch.Tensor:
         """Return the state as int64, shape ``(627,)``: words, position, has-gauss, gaussian bits.
@@ -138,7 +138,7 @@ class MT19937State:
             words = np.array(internal[:WORDS], dtype=np.int64)
         except (TypeError, OverflowError, ValueError) as error:
             raise ValueError(f"not a state of Python's random: {error}") from error
-        return cls(_to_uint32(words), internal[WORDS], gauss)
+        return cls(to_words(words), internal[WORDS], gauss)
 
     def to_python(self) -> tuple[int, tuple[int, ...], float | None]:
         """Return the state as ``random.setstate()`` takes it."""
@@ -168,7 +168,7 @@ class MT19937State:
             raise ValueError(f"the has-gauss flag is {has_gauss}, expected 0 or 1")
         if isinstance(position, np.integer):
             position = int(position)
-        return cls(_to_uint32(np.asarray(key)), position, float(gauss) if has_gauss else None)
+        return cls(to_words(np.asarray(key)), position, float(gauss) if has_gauss else None)
 
     def to_numpy(self) -> tuple[str, npt.NDArray[np.uint32], int, int, float]:
         """Return the state as ``numpy.random.set_state()`` takes it."""
@@ -196,7 +196,7 @@ class MT19937State:
             )
         if following > WORDS:
             raise ValueError(f"the next word is {following}, expected 0 to {WORDS}")
-        words = _to_uint32(raw[_TORCH_WORDS].view(np.uint64))
+        words = to_words(raw[_TORCH_WORDS].view(np.uint64))
         return cls(words, WORDS + 1 - left)
 
     def to_torch(self) -> torch.Tensor:
@@ -224,8 +224,8 @@ def check_vector(tensor: torch.Tensor, dtype: torch.dtype, length: int) -> None:
         )
 
 
-def _to_uint32(numbers: npt.NDArray[Any]) -> npt.NDArray[np.uint32]:
-    """Narrow integers to words, refusing a value that does not fit instead of wrapping it."""
+def to_words(numbers: npt.NDArray[Any]) -> npt.NDArray[np.uint32]:
+    """Narrow integers to uint32, refusing a value that does not fit instead of wrapping it."""
     if numbers.dtype != np.uint32:
         if numbers.dtype.kind not in "iu" or numbers.size == 0:
             raise ValueError(f"the words are {numbers.dtype} {numbers.shape}, expected integers")

@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from nemo_rng_dcp.generators import GeneratorAdapter, global_generators
+from nemo_rng_dcp.adapters import GeneratorAdapter
+from nemo_rng_dcp.generators import global_generators
 from nemo_rng_dcp.layout import global_rank
 from nemo_rng_dcp.seeding import check_ranked, check_seed
 from nemo_rng_dcp.snapshot import put_back, read

@@ -9,15 +9,11 @@ from typing import Any
 
 import torch
 
+from nemo_rng_dcp.adapters import GeneratorAdapter
 from nemo_rng_dcp.errors import RNGStateError
-from nemo_rng_dcp.generators import (
-    AcceleratorAdapter,
-    GeneratorAdapter,
-    bytes_to_int64,
-    current_accelerator,
-    global_generators,
-)
+from nemo_rng_dcp.generators import global_generators
 from nemo_rng_dcp.mt19937 import MT19937State
+from nemo_rng_dcp.torch_adapters import AcceleratorAdapter, bytes_to_int64, current_accelerator
 
 
 def read(generators: Mapping[str, GeneratorAdapter]) -> dict[str, torch.Tensor]:

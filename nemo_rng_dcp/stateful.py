@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from nemo_rng_dcp import snapshot
+from nemo_rng_dcp.adapters import GeneratorAdapter
 from nemo_rng_dcp.errors import RNGStateError
-from nemo_rng_dcp.generators import GeneratorAdapter, global_generators
+from nemo_rng_dcp.generators import global_generators, registered_generators
 from nemo_rng_dcp.layout import Layout, gather, global_rank, world_size
 from nemo_rng_dcp.origin import ORIGIN, Origin
 from nemo_rng_dcp.rows import check_row, digest, fingerprint, fork_seed, is_sealed, seal, unseal
@@ -43,11 +45,18 @@ class StatefulRNG:
         mesh: The (sub)mesh along which streams differ: one row per coordinate, numbered
             row-major, and ranks of the same coordinate share a stream. ``None``: one row per
             global rank.
+        generators: Generators that the job draws from beside the global ones, by the name of
+            their table; the same names on every rank. Accepted are ``torch.Generator`` on any
+            device, ``numpy.random.Generator`` over any bit generator that NumPy ships,
+            ``numpy.random.RandomState``, ``random.Random``, and objects with the methods of
+            ``adapters.GeneratorAdapter``. They are not seeded here, and restored in place:
+            whoever holds one sees the restored stream.
 
     Raises:
-        ValueError: The seed is no integer or out of range, or this rank is not in ``mesh``.
-            Nothing was seeded.
-        TypeError: ``ranked`` is no bool. Nothing was seeded.
+        ValueError: The seed is no integer or out of range; this rank is not in ``mesh``; or a
+            generator's name is no identifier or taken, or it is registered twice. Nothing was
+            seeded.
+        TypeError: ``ranked`` is no bool, or a generator is of another kind. Nothing was seeded.
 
     Example:
         >>> import tempfile, torch
@@ -64,8 +73,16 @@ class StatefulRNG:
     use_distributed_checkpointing = True
     """Tells NeMo Automodel's recipes to send the object through DCP, not through torch.save."""
 
-    def __init__(self, seed: int, ranked: bool = False, *, mesh: DeviceMesh | None = None) -> None:
+    def __init__(
+        self,
+        seed: int,
+        ranked: bool = False,
+        *,
+        mesh: DeviceMesh | None = None,
+        generators: Mapping[str, Any] | None = None,
+    ) -> None:
         self.ranked = check_ranked(ranked)
+        self._registered = registered_generators(generators or {})
         self.mesh = mesh
         self._seeded_row = self._own_row()
         check_seed(seed, self._seeded_row if ranked else 0)
@@ -83,8 +100,9 @@ class StatefulRNG:
         Returns:
             By table name an int64 tensor of shape ``(rows, n)``, a DTensor sharded on dim 0 (a
             plain tensor without a process group): ``origin`` (n = 13), ``python`` (628),
-            ``numpy`` (628), ``torch`` (633) and, with an accelerator, its device type (``cuda``:
-            3). The last element of a row is its check word.
+            ``numpy`` (628), ``torch`` (633); with an accelerator its device type (``cuda``: 3);
+            and every registered generator under its name. The last element of a row is its check
+            word.
 
         Raises:
             RNGStateError: NumPy's global generator does not run MT19937.
@@ -122,6 +140,7 @@ class StatefulRNG:
         """
         generators = self._generators()
         if isinstance(state_dict, RNGState):
+            # It knows the global streams only; registered ones stay as they are.
             snapshot._restore_rng_state(state_dict)
             self._loaded = snapshot.read(generators)
             return
@@ -216,7 +235,7 @@ class StatefulRNG:
             )
 
     def _generators(self) -> dict[str, GeneratorAdapter]:
-        return global_generators()
+        return {**global_generators(), **self._registered}
 
     def _own_row(self) -> int:
         """Return the row that this process must own, with or without a process group."""

@@ -1,10 +1,12 @@
 """Checks of resuming on another number of ranks or another mesh, for a launch of 8 processes."""
 
+import random
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -116,6 +118,40 @@ def check_a_forked_stream_is_saved_and_restored_like_any_other(path: Path) -> No
         assert draw() == expected
 
     job(3, path / "grow", grow)
+
+
+def check_registered_generators_are_continued_and_forked(path: Path) -> None:
+    def draw_registered(generators: dict[str, Any]) -> Numbers:
+        drawn = [torch.rand(1, generator=generators["noise"]).item()]
+        drawn += [generators["shuffle"].random(), generators["philox"].random()]
+        return [*drawn, generators["legacy"].random_sample(), generators["mersenne"].random()]
+
+    def create(seed: int) -> tuple[StatefulRNG, dict[str, Any]]:
+        own = seed + dist.get_rank()
+        generators = {
+            "noise": torch.Generator().manual_seed(own),
+            "shuffle": np.random.default_rng(own),
+            "philox": np.random.Generator(np.random.Philox(own)),
+            "legacy": np.random.RandomState(own),
+            "mersenne": random.Random(own),
+        }
+        rng = StatefulRNG(seed, ranked=True, generators=generators)
+        return rng, generators
+
+    def save_registered() -> list[Numbers]:
+        rng, generators = create(42)
+        dcp.save({"rng": rng}, checkpoint_id=path / "a")
+        return gather(draw_registered(generators))  # type: ignore[return-value]
+
+    def load_registered() -> list[Numbers]:
+        rng, generators = create(1000)
+        dcp.load({"rng": rng}, checkpoint_id=path / "a", planner=RNGLoadPlanner())
+        return gather(draw_registered(generators))  # type: ignore[return-value]
+
+    saved = job(3, path / "save", save_registered)
+    job(2, path / "fewer", lambda: _assert_rows(load_registered(), saved))
+    job(3, path / "same", lambda: _assert_rows(load_registered(), saved))
+    job(6, path / "more", lambda: _assert_rows(load_registered(), saved))
 
 
 def check_unranked_streams_are_taken_as_they_are(path: Path) -> None:

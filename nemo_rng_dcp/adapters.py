@@ -1,0 +1,134 @@
+"""One small adapter per kind of generator: its state as an int64 tensor, and back."""
+
+from __future__ import annotations
+
+import random
+from types import ModuleType
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+
+from nemo_rng_dcp import bit_generators
+from nemo_rng_dcp.mt19937 import MT19937State
+from nemo_rng_dcp.seeding import SEED_LIMIT
+
+
+@runtime_checkable
+class GeneratorAdapter(Protocol):
+    """How one generator is stored. None of the methods communicates."""
+
+    def read(self) -> torch.Tensor:
+        """Return the state without moving the stream: int64, 1-D, always of the same length.
+
+        Raises:
+            ValueError: The generator is in a state that cannot be stored.
+        """
+        ...
+
+    def check(self, state: torch.Tensor) -> None:
+        """Raise ``ValueError`` unless ``state`` is one that :meth:`write` will take.
+
+        The generator is not touched.
+        """
+        ...
+
+    def write(self, state: torch.Tensor) -> None:
+        """Put the generator into a state that was checked."""
+        ...
+
+    def seed(self, value: int) -> None:
+        """Start a stream that depends on every bit of ``value``, ``0 <= value < 2**64``.
+
+        Below 2**32 it is the stream that the generator's own library starts from that seed.
+        """
+        ...
+
+
+class PythonAdapter:
+    """Python's ``random``: the module, whose functions are the global generator's, or a Random.
+
+    State: int64 ``(627,)``, see :meth:`MT19937State.to_tensor`.
+    """
+
+    def __init__(self, generator: ModuleType | random.Random) -> None:
+        self._generator: Any = generator
+
+    def read(self) -> torch.Tensor:
+        return MT19937State.from_python(self._generator.getstate()).to_tensor()
+
+    def check(self, state: torch.Tensor) -> None:
+        MT19937State.from_tensor(state)
+
+    def write(self, state: torch.Tensor) -> None:
+        self._generator.setstate(MT19937State.from_tensor(state).to_python())
+
+    def seed(self, value: int) -> None:
+        self._generator.seed(value)
+
+
+class NumPyAdapter:
+    """NumPy's legacy generator: the module ``numpy.random``, whose functions are the global one's.
+
+    State: int64 ``(627,)``, see :meth:`MT19937State.to_tensor`. The global generator may run on
+    another algorithm since NumPy 1.24 (``numpy.random.set_bit_generator``); its state would not
+    fit the table, so that is refused.
+    """
+
+    def __init__(self, generator: ModuleType | np.random.RandomState) -> None:
+        self._generator: Any = generator
+
+    def read(self) -> torch.Tensor:
+        return MT19937State.from_numpy(self._state()).to_tensor()
+
+    def check(self, state: torch.Tensor) -> None:
+        # Not the new state's fault, but it could not be written either.
+        self._state()
+        MT19937State.from_tensor(state)
+
+    def write(self, state: torch.Tensor) -> None:
+        self._generator.set_state(MT19937State.from_tensor(state).to_numpy())
+
+    def seed(self, value: int) -> None:
+        if value < SEED_LIMIT:
+            self._generator.seed(value)
+        else:
+            self._generator.set_state(MT19937State.from_seed(value).to_numpy())
+
+    def _state(self) -> dict[str, Any]:
+        state: dict[str, Any] = self._generator.get_state(legacy=False)
+        if state["bit_generator"] != "MT19937":
+            raise ValueError(
+                f"the generator runs {state['bit_generator']}, and only MT19937, NumPy's default, "
+                "can be stored. Give the default back at the start of the job: "
+                "np.random.set_bit_generator(np.random.MT19937())"
+            )
+        return state
+
+
+class NumPyGeneratorAdapter:
+    """A ``numpy.random.Generator`` over one of NumPy's own bit generators.
+
+    State: int64 ``(626,)``, see :func:`bit_generators.to_tensor`.
+    """
+
+    def __init__(self, generator: np.random.Generator) -> None:
+        self._bit_generator = generator.bit_generator
+
+    def read(self) -> torch.Tensor:
+        return bit_generators.to_tensor(self._state(self._bit_generator))
+
+    def check(self, state: torch.Tensor) -> None:
+        bit_generators.from_tensor(state, type(self._bit_generator).__name__)
+
+    def write(self, state: torch.Tensor) -> None:
+        name = type(self._bit_generator).__name__
+        self._bit_generator.state = bit_generators.from_tensor(state, name)
+
+    def seed(self, value: int) -> None:
+        self._bit_generator.state = self._state(type(self._bit_generator)(value))
+
+    @staticmethod
+    def _state(bit_generator: Any) -> dict[str, Any]:
+        state: dict[str, Any] = bit_generator.state
+        return state

@@ -1,0 +1,227 @@
+"""Generators that a job registers beside the global ones."""
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nemo_rng_dcp import RNGStateError, StatefulRNG, bit_generators
+from nemo_rng_dcp.origin import Origin
+from nemo_rng_dcp.rows import digest
+from streams import draw, unmoved
+
+BIT_GENERATORS = [getattr(np.random, name) for name in bit_generators.ALGORITHMS]
+
+KINDS: dict[str, Callable[[int], Any]] = {
+    "torch": lambda seed: torch.Generator().manual_seed(seed),
+    "RandomState": np.random.RandomState,
+    "Random": random.Random,
+    **{c.__name__: lambda seed, c=c: np.random.Generator(c(seed)) for c in BIT_GENERATORS},
+}
+
+
+def numbers(generator: Any, count: int = 700) -> list[float]:
+    """Draw half words, words and normals, so that every cache of the generator is used."""
+    if isinstance(generator, torch.Generator):
+        return [
+            *torch.randn(count, generator=generator).tolist(),
+            torch.rand(1, generator=generator).item(),
+        ]
+    if isinstance(generator, random.Random):
+        return [generator.gauss(0, 1) for _ in range(count)]
+    if isinstance(generator, np.random.RandomState):
+        return [float(x) for x in generator.standard_normal(count)]
+    found: list[float] = []
+    for _ in range(count // 3):
+        found.append(float(generator.integers(2**31, dtype=np.uint32)))
+        found += [float(generator.random()), float(generator.standard_normal())]
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("already_drawn", [0, 1, 3, 700])
+def test_a_registered_generator_is_restored_in_place(kind: str, already_drawn: int) -> None:
+    generator = KINDS[kind](5)
+    held_elsewhere = [generator]
+    rng = StatefulRNG(1, generators={"noise": generator})
+    assert numbers(generator, 9) == numbers(KINDS[kind](5), 9), "construction does not reseed it"
+    numbers(generator, already_drawn)
+    tables = rng.state_dict()
+    assert tables["noise"].dtype == torch.int64
+    expected = numbers(held_elsewhere[0])
+    numbers(generator, 5)
+    rng.load_state_dict(tables)
+    assert numbers(held_elsewhere[0]) == expected
+    rng.rewind()
+    assert numbers(held_elsewhere[0]) == expected
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_reading_moves_nothing_and_the_length_is_fixed(kind: str) -> None:
+    generator = KINDS[kind](5)
+    rng = StatefulRNG(1, generators={"noise": generator})
+    lengths = set()
+    for _ in range(5):
+        lengths.add(rng.state_dict()["noise"].shape)
+        before = rng.fingerprint()
+        rng.state_dict()
+        assert rng.fingerprint() == before
+        numbers(generator, 3)
+        assert rng.fingerprint()["noise"] != before["noise"]
+    assert len(lengths) == 1
+
+
+def test_all_bit_generators_have_one_length_and_no_fingerprint_in_common() -> None:
+    generators = {c.__name__: np.random.Generator(c(5)) for c in BIT_GENERATORS}
+    rng = StatefulRNG(1, generators=generators)
+    tables = rng.state_dict()
+    assert {tables[name].shape for name in generators} == {(1, 627)}
+    assert len(set(rng.fingerprint().values())) == len(rng.fingerprint())
+
+
+@pytest.mark.parametrize(
+    "name", ["", "1st", "a-b", "a.b", "origin", "python", "numpy", "torch", "cuda", "mps", "xpu", 7]
+)
+def test_a_name_that_is_taken_or_no_identifier_is_refused(name: Any) -> None:
+    with unmoved(), pytest.raises(ValueError, match="cannot name a generator: expected an ident"):
+        StatefulRNG(1, generators={name: torch.Generator()})
+
+
+@pytest.mark.parametrize(
+    "generator", [None, 5, "torch", random, random.SystemRandom(), torch.Generator, np.random.PCG64]
+)
+def test_an_object_of_another_kind_is_refused(generator: Any) -> None:
+    with unmoved(), pytest.raises(TypeError, match=r"noise is a .*expected a torch\.Generator"):
+        StatefulRNG(1, generators={"noise": generator})
+
+
+def test_one_stream_is_registered_once() -> None:
+    bits = np.random.PCG64(1)
+    pairs: list[tuple[Any, Any]] = [
+        (np.random.Generator(bits), np.random.Generator(bits)),
+        (np.random.Generator(bits), np.random.RandomState(bits)),
+    ]
+    generator = torch.Generator()
+    for first, second in [(generator, generator), *pairs]:
+        with unmoved(), pytest.raises(ValueError, match="second is the same generator as first"):
+            StatefulRNG(1, generators={"first": first, "second": second})
+    for known in (
+        torch.default_generator,
+        np.random.Generator(np.random.get_bit_generator()),
+        np.random.RandomState(np.random.get_bit_generator()),
+    ):
+        with unmoved(), pytest.raises(ValueError, match="same generator as"):
+            StatefulRNG(1, generators={"noise": known})
+
+
+def test_a_random_state_over_another_algorithm_is_refused_at_construction() -> None:
+    legacy = np.random.RandomState(np.random.PCG64(1))
+    with unmoved(), pytest.raises(ValueError, match="noise: the generator runs PCG64"):
+        StatefulRNG(1, generators={"noise": legacy})
+
+
+def test_another_algorithm_in_the_checkpoint_is_an_error_that_names_both() -> None:
+    saved = StatefulRNG(1, generators={"noise": np.random.Generator(np.random.PCG64(1))})
+    tables = saved.state_dict()
+    generator = np.random.Generator(np.random.Philox(1))
+    rng = StatefulRNG(1, generators={"noise": generator})
+    before = rng.fingerprint()
+    draw()
+    with (
+        unmoved(),
+        pytest.raises(RNGStateError, match=r"noise: .* PCG64, but the generator runs P"),
+    ):
+        rng.load_state_dict(tables)
+    assert rng.fingerprint()["noise"] == before["noise"]
+
+
+class Counter:
+    """A generator that no library ships: it counts."""
+
+    def __init__(self, start: int) -> None:
+        self.next = start
+
+    def draw(self) -> int:
+        self.next += 1
+        return self.next - 1
+
+    def read(self) -> torch.Tensor:
+        return torch.tensor([self.next])
+
+    def check(self, state: torch.Tensor) -> None:
+        if state.shape != (1,) or int(state) < 0:
+            raise ValueError(f"a count is {state.tolist()}, expected one number >= 0")
+
+    def write(self, state: torch.Tensor) -> None:
+        self.next = int(state)
+
+    def seed(self, value: int) -> None:
+        self.next = value
+
+
+def test_a_generator_of_ones_own_joins_through_the_adapter_protocol() -> None:
+    counter = Counter(7)
+    rng = StatefulRNG(1, generators={"counter": counter})
+    tables = rng.state_dict()
+    assert [counter.draw(), counter.draw()] == [7, 8]
+    rng.load_state_dict(tables)
+    assert counter.draw() == 7
+    state = torch.tensor([-1])
+    contents = Origin.from_row(tables["origin"][0]).contents
+    check_word = torch.tensor([digest("counter", 0, state) ^ contents])
+    tables["counter"] = torch.cat([state, check_word]).unsqueeze(0)
+    with unmoved(), pytest.raises(RNGStateError, match=r"counter: a count is \[-1\]"):
+        rng.load_state_dict(tables)
+    assert counter.draw() == 8
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_seeding_uses_all_64_bits_and_agrees_with_the_library_below_32(kind: str) -> None:
+    generator = KINDS[kind](0)
+    adapter = StatefulRNG(1, generators={"noise": generator})._registered["noise"]
+    adapter.seed(77)
+    assert numbers(generator, 9) == numbers(KINDS[kind](77), 9)
+    found = set()
+    for value in (5, 5 + 2**32, 5 + 2**63, 2**64 - 1):
+        adapter.seed(value)
+        found.add(tuple(numbers(generator, 9)))
+    assert len(found) == 4
+
+
+@given(
+    st.sampled_from(BIT_GENERATORS),
+    st.dictionaries(st.integers(0, 625), st.integers(-(2**63), 2**63 - 1), max_size=4),
+)
+def test_no_malformed_state_is_half_taken(kind: Any, damage: dict[int, int]) -> None:
+    """Whatever the numbers are: refused with a ValueError, or exactly what is then read back."""
+    bits = kind(3)
+    name = kind.__name__
+    tensor = bit_generators.to_tensor(bits.state)
+    for index, value in damage.items():
+        tensor[index] = value
+    try:
+        state = bit_generators.from_tensor(tensor, name)
+    except ValueError:
+        return
+    bits.state = state
+    assert torch.equal(bit_generators.to_tensor(bits.state), tensor)
+
+
+@pytest.mark.parametrize("code", [-1, 0, 6, 2**40])
+def test_an_unknown_algorithm_code_is_refused(code: int) -> None:
+    tensor = bit_generators.to_tensor(np.random.PCG64(1).state)
+    tensor[0] = code
+    with pytest.raises(ValueError, match=f"algorithm code {code}"):
+        bit_generators.from_tensor(tensor, "PCG64")
+
+
+def test_tensors_of_another_shape_or_dtype_are_refused() -> None:
+    tensor = bit_generators.to_tensor(np.random.PCG64(1).state)
+    for bad in (tensor[:-1], tensor.double(), tensor.unsqueeze(0)):
+        with pytest.raises(ValueError, match="the state is torch"):
+            bit_generators.from_tensor(bad, "PCG64")
