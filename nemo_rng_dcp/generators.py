@@ -53,7 +53,7 @@ def registered_generators(generators: Mapping[str, Any]) -> dict[str, GeneratorA
     adapters: dict[str, GeneratorAdapter] = {}
     owners: dict[int, str] = {
         id(torch.default_generator): "torch",
-        id(np.random.get_bit_generator()): "numpy",
+        id(np.random.get_bit_generator()): "numpy",  # type: ignore[attr-defined]
     }
     for name, generator in generators.items():
         if not isinstance(name, str) or not name.isidentifier() or _is_reserved(name):
