@@ -1,11 +1,20 @@
 """One random stream per global rank, inside the ``torch.distributed.checkpoint`` checkpoint."""
 
+from nemo_rng_dcp.derive import derive_seed, seed_worker
 from nemo_rng_dcp.errors import RNGStateError
 from nemo_rng_dcp.scoped import ScopedRNG
 from nemo_rng_dcp.seeding import init_all_rng
 from nemo_rng_dcp.snapshot import RNGState
 from nemo_rng_dcp.stateful import StatefulRNG
 
-__all__ = ["RNGState", "RNGStateError", "ScopedRNG", "StatefulRNG", "init_all_rng"]
+__all__ = [
+    "RNGState",
+    "RNGStateError",
+    "ScopedRNG",
+    "StatefulRNG",
+    "derive_seed",
+    "init_all_rng",
+    "seed_worker",
+]
 
 __version__ = "0.1.0"
