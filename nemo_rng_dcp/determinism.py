@@ -74,7 +74,8 @@ class set_deterministic:
 
     Raises:
         RuntimeError: CUDA is initialised, and ``CUBLAS_WORKSPACE_CONFIG`` did not have a suitable
-            value by then. With ``warn_only`` that is a warning as well. Nothing was changed.
+            value by then. Nothing was changed. (With ``warn_only`` that is a warning as well, and
+            everything but the variable is switched.)
         TypeError: An argument is no bool. Nothing was changed.
 
     Example:
