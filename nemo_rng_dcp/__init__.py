@@ -1,5 +1,6 @@
 """One random stream per global rank, inside the ``torch.distributed.checkpoint`` checkpoint."""
 
+from nemo_rng_dcp.derive import derive_seed, seed_worker
 from nemo_rng_dcp.errors import RNGStateError
 from nemo_rng_dcp.planner import RNGLoadPlanner
 from nemo_rng_dcp.scoped import ScopedRNG
@@ -15,5 +16,7 @@ __all__ = [
     "ScopedRNG",
     "StatefulRNG",
     "__version__",
+    "derive_seed",
     "init_all_rng",
+    "seed_worker",
 ]

@@ -6,7 +6,8 @@
 Runs on CPU with gloo and on GPUs where there are some. The text is the Python standard library's
 own source code. Each rank appends its losses to ``losses-rank<r>.txt`` in the output folder, one
 line per step: the step and the loss as ``float.hex()``. With per-rank streams it also appends their
-fingerprints to ``streams-rank<r>.jsonl`` whenever they are saved or restored.
+fingerprints to ``streams-rank<r>.jsonl`` whenever they are saved or restored. Rank 0 writes seed,
+configuration and environment of the latest start to ``run.json``.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import signal
 import sys
 import sysconfig
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +35,7 @@ from torch.distributed.fsdp import fully_shard
 from checkpoints import CheckpointFolder
 from gpt import GPT
 from nemo_rng_dcp import RNGLoadPlanner, ScopedRNG, StatefulRNG
+from nemo_rng_dcp.determinism import environment, set_deterministic
 from rankless import RanklessRNG
 
 TEXT_BYTES = 2_000_000
@@ -48,6 +50,7 @@ class Config:
     keep: int
     seed: int
     rng: str
+    deterministic: bool
     die_at_step: int | None
     die_rank: int
     batch: int
@@ -105,6 +108,9 @@ def validate_and_prepare_config(arguments: list[str] | None = None) -> Config:
         default="per-rank",
         help="what goes into the checkpoint: StatefulRNG, or the common mistake",
     )
+    parser.add_argument(
+        "--deterministic", action="store_true", help="deterministic algorithms only; may be slower"
+    )
     parser.add_argument("--die-at-step", type=int, help="SIGKILL a rank when it first gets here")
     parser.add_argument("--die-rank", type=int, default=0)
     parser.add_argument("--batch", type=int, default=4, help="sequences per rank and step")
@@ -138,6 +144,17 @@ def setup_distributed() -> Distributed:
         dist.init_process_group("gloo")
     mesh = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("dp",))
     return Distributed(dist.get_rank(), dist.get_world_size(), device, mesh)
+
+
+def write_run_json(config: Config, distributed: Distributed) -> None:
+    """Write down what the results depend on, beside them. Rank 0 calls it."""
+    run = {
+        "seed": config.seed,
+        "world_size": distributed.world_size,
+        "config": asdict(config),
+        "environment": environment(),
+    }
+    (config.out / "run.json").write_text(json.dumps(run, indent=2, default=str) + "\n")
 
 
 def setup_model_and_optimizer(config: Config, distributed: Distributed) -> Training:
@@ -206,7 +223,11 @@ def show_progress(config: Config, step: int, loss: float, started: float, first:
 
 def main() -> None:
     config = validate_and_prepare_config()
+    # Before the process group, which initialises CUDA: cuBLAS reads its variable only once.
+    set_deterministic(config.deterministic)
     distributed = setup_distributed()
+    if distributed.rank == 0:
+        write_run_json(config, distributed)
     training = setup_model_and_optimizer(config, distributed)
     rng: StatefulRNG | RanklessRNG
     if config.rng == "per-rank":
@@ -225,6 +246,11 @@ def main() -> None:
             print(f"resumed from {newest.name}", flush=True)
 
     text = read_text()
+    # After everything that could draw between the load and the first step: an entry loaded after
+    # "rng", a warm-up, or in a job with a DataLoader the fresh iterator of the interrupted epoch
+    # and the batches it skips (README, "In the middle of an epoch"). Each would move the streams.
+    if newest is not None and isinstance(rng, StatefulRNG):
+        rng.rewind()
     first, started = app.step, time.monotonic()
     with (config.out / f"losses-rank{distributed.rank}.txt").open("a", buffering=1) as losses:
         for step in range(first, config.steps):

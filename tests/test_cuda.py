@@ -1,12 +1,14 @@
 """What only a GPU can show; skipped without one."""
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from nemo_rng_dcp import RNGStateError, ScopedRNG, StatefulRNG, init_all_rng
+from nemo_rng_dcp import RNGStateError, ScopedRNG, StatefulRNG, init_all_rng, seed_worker
+from nemo_rng_dcp.determinism import CUBLAS_VARIABLE, _Process, environment, set_deterministic
 from nemo_rng_dcp.snapshot import _get_rng_state, _restore_rng_state
 from streams import draw, unmoved
 
@@ -87,3 +89,32 @@ class Scoped(torch.utils.data.Dataset[float]):
             raise IndexError
         with ScopedRNG(index):
             return torch.rand(1).item()
+
+
+def test_seed_worker_leaves_the_gpu_the_seed_that_torch_gave_it() -> None:
+    torch.manual_seed(2**40 + 5)
+    expected = draw_on_gpu()
+    torch.manual_seed(2**40 + 5)
+    seed_worker(0)
+    assert draw_on_gpu() == expected
+
+
+def test_the_environment_names_gpu_and_driver() -> None:
+    accelerator = environment()["accelerator"]
+    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    assert (accelerator["type"], accelerator["devices"]) == ("cuda", names)
+    assert accelerator["runtime"] == torch.version.cuda
+    assert re.match(r"\d+\.\d+", accelerator["driver"])
+
+
+def test_deterministic_algorithms_on_a_gpu_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    draw_on_gpu()
+    monkeypatch.setattr(_Process, "cublas_is_deterministic", False)
+    monkeypatch.delenv(CUBLAS_VARIABLE, raising=False)
+    with pytest.raises(RuntimeError, match="too late"):
+        set_deterministic()
+    assert not torch.are_deterministic_algorithms_enabled()
+    monkeypatch.setenv(CUBLAS_VARIABLE, ":16:8")
+    with set_deterministic():
+        weights = torch.randn(64, 64, device="cuda")
+        assert torch.equal(weights @ weights, weights @ weights)

@@ -35,7 +35,12 @@ def test_a_killed_run_has_the_losses_of_the_uninterrupted_one(tmp_path: Path) ->
 def test_a_kill_without_a_restart_is_reported(tmp_path: Path) -> None:
     kill = ["--die-at-step", "1", "--die-rank", "0"]
     with pytest.raises(LaunchError, match="ended with 1"):
-        torchrun(demo.RECIPE, 1, "--out", str(tmp_path), *STEPS, *kill)
+        torchrun(demo.RECIPE, 1, "--out", str(tmp_path), *STEPS, *kill, "--deterministic")
+    # What the results depend on is on disk even so, the deterministic algorithms among it.
+    run = json.loads((tmp_path / "run.json").read_text())
+    assert (run["seed"], run["world_size"], run["config"]["steps"]) == (42, 1, 9)
+    assert run["environment"]["torch"] == torch.__version__
+    assert run["environment"]["determinism"]["algorithms"] is True
 
 
 def test_the_loss_depends_on_every_stream(tmp_path: Path) -> None:

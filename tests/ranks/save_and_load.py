@@ -89,12 +89,12 @@ def check_row_number_is_rank_in_a_plain_torch_file(path: Path) -> None:
     rng = StatefulRNG(42, ranked=True)
     draw_unevenly()
     dcp.save({"rng": rng}, checkpoint_id=path)
+    own = rng.state_dict()["origin"]
     expected = draw()
     file = path.with_suffix(f".{dist.get_rank()}.pt")
     dcp_to_torch_save(path, file)
     tables = torch.load(file, weights_only=True)["rng"]
     assert tables["origin"][:, 2].tolist() == list(range(dist.get_world_size()))
-    own = rng.state_dict()["origin"]
     assert torch.equal(tables["origin"][dist.get_rank()], own.to_local()[0])
     rng.load_state_dict(tables)
     assert draw() == expected
