@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Several ranks share few cores here: more threads than one each only fight over them.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup test lint format demo clean
+.PHONY: setup test fuzz lint format demo clean
 
 setup: $(VENV)/ready
 
@@ -16,6 +16,9 @@ $(VENV)/ready: pyproject.toml constraints.txt
 
 test: setup
 	$(BIN)/python -m pytest -n 2
+
+fuzz: setup
+	FUZZ_EXAMPLES=$${FUZZ_EXAMPLES:-26000} $(BIN)/python -m pytest -n 2 --dist=load tests/test_fuzz.py
 
 lint: setup
 	$(BIN)/ruff check .

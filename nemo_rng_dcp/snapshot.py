@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,9 @@ from nemo_rng_dcp.generators import global_generators
 from nemo_rng_dcp.mt19937 import MT19937State
 from nemo_rng_dcp.torch_adapters import AcceleratorAdapter, bytes_to_int64, current_accelerator
 
+_LOCK = threading.RLock()
+"""Held while all generators are read or restored, so that threads get whole snapshots."""
+
 
 def read(generators: Mapping[str, GeneratorAdapter]) -> dict[str, torch.Tensor]:
     """Return every generator's state by name; moves no stream.
@@ -23,11 +27,12 @@ def read(generators: Mapping[str, GeneratorAdapter]) -> dict[str, torch.Tensor]:
         RNGStateError: A generator is in a state that cannot be stored.
     """
     states = {}
-    for name, generator in generators.items():
-        try:
-            states[name] = generator.read()
-        except ValueError as error:
-            raise RNGStateError(f"{name}: {error}") from error
+    with _LOCK:
+        for name, generator in generators.items():
+            try:
+                states[name] = generator.read()
+            except ValueError as error:
+                raise RNGStateError(f"{name}: {error}") from error
     return states
 
 
@@ -51,7 +56,7 @@ def restore(
         RNGStateError: A state is missing, not expected or malformed. No stream has moved.
     """
     check(generators, states)
-    with put_back_on_error(generators):
+    with _LOCK, put_back_on_error(generators):
         for name, generator in generators.items():
             if seeds and name in seeds:
                 generator.seed(seeds[name])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn, SupportsIndex
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
@@ -36,6 +36,10 @@ class StatefulRNG:
 
     Construct it after ``init_process_group``. Under torchrun it may come before, since ``RANK``
     tells the rank.
+
+    It stands for the streams of this process, so it cannot be copied or pickled: hand its
+    :meth:`state_dict` on instead. Threads may use it at the same time: each state taken or restored
+    is whole, but what other threads draw meanwhile is theirs to keep in order.
 
     Args:
         seed: An integer (NumPy's too, ``bool`` not), ``0 <= seed`` and ``seed + row < 2**32``; the
@@ -233,6 +237,12 @@ class StatefulRNG:
                 "; ".join(drifted) + ". A draw happened on some of them only, or the mesh given "
                 "to StatefulRNG is not the one along which streams differ."
             )
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        raise TypeError(
+            "a StatefulRNG stands for the random streams of its process and cannot be copied or "
+            "pickled: pass its state_dict() on, or construct one in the other process"
+        )
 
     def _generators(self) -> dict[str, GeneratorAdapter]:
         return {**global_generators(), **self._registered}

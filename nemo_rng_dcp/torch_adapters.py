@@ -123,11 +123,12 @@ def check_torch_state(state: torch.Tensor, length: int, device: torch.device) ->
     """
     check_vector(state, torch.int64, -(-length // 8))
     content = int64_to_bytes(state, length)
-    if device.type == "cpu":
-        MT19937State.from_torch(content)
-        return
+    # The format is torch's own and differs between devices, and so does what is valid in it. Some
+    # of what is not valid raises here; the rest, such as a word that is too large, is cut off.
+    trial = torch.Generator(device)
     try:
-        # The format belongs to the device, and so does the knowledge of what is valid in it.
-        torch.Generator(device).set_state(content)
+        trial.set_state(content)
     except RuntimeError as error:
-        raise ValueError(f"{device.type} refuses the state: {error}") from error
+        raise ValueError(f"torch refuses the state: {error}") from error
+    if not torch.equal(bytes_to_int64(trial.get_state()), state):
+        raise ValueError("torch takes the state only in part: some of its numbers are out of range")

@@ -1,6 +1,10 @@
 """StatefulRNG in one process: without a process group, or as one rank of a fake one."""
 
+import copy
+import pickle
 import random
+import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,11 +15,12 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.tensor import DTensor, Shard
 
-from nemo_rng_dcp import RNGState, RNGStateError, StatefulRNG, init_all_rng
+from nemo_rng_dcp import RNGState, RNGStateError, StatefulRNG, init_all_rng, snapshot
+from nemo_rng_dcp.generators import global_generators
 from nemo_rng_dcp.origin import Origin
 from nemo_rng_dcp.rows import digest
 from nemo_rng_dcp.snapshot import _get_rng_state, _restore_rng_state
-from streams import draw, unmoved
+from streams import draw, states, unmoved
 
 TABLES = ["origin", "python", "numpy", "torch"]
 
@@ -263,6 +268,45 @@ def test_a_write_that_fails_halfway_puts_the_others_back(monkeypatch: pytest.Mon
     with unmoved(), pytest.raises(OSError, match="halfway"):
         rng.load_state_dict(tables)
     assert calls == 2
+
+
+@pytest.mark.parametrize("copy_of", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_it_is_not_copied_or_pickled_since_its_streams_are_not(
+    copy_of: Callable[[StatefulRNG], object],
+) -> None:
+    rng = StatefulRNG(1)
+    with unmoved(), pytest.raises(TypeError, match=r"pass its state_dict\(\) on"):
+        copy_of(rng)
+
+
+def test_threads_take_and_restore_whole_states() -> None:
+    rng = StatefulRNG(0)
+    saved = []
+    for seed in range(3):
+        init_all_rng(seed)
+        saved.append((rng.state_dict(), states()))
+    known = [state for _, state in saved]
+    mixed = []
+
+    def load_and_look(which: int) -> None:
+        for _ in range(80):
+            rng.load_state_dict(saved[which][0])
+            seen = {name: state.tolist() for name, state in snapshot.read(globals_).items()}
+            if seen not in known:
+                mixed.append(which)
+
+    globals_ = global_generators()
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=load_and_look, args=(which,)) for which in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not mixed
 
 
 # RNGState, as NeMo Automodel has it.
