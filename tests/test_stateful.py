@@ -244,9 +244,9 @@ def test_a_newer_layout_names_the_version_that_reads_it() -> None:
 def test_other_versions_are_warned_of_once_naming_both() -> None:
     rng = StatefulRNG(1)
     tables = rng.state_dict()
-    resealed(tables, "origin", 9, 3010004)
-    resealed(tables, "origin", 11, 2006000)
-    with pytest.warns(UserWarning, match="saved with python 3.10.4, now .*; torch 2.6.0, now") as w:
+    resealed(tables, "origin", 9, 2007018)
+    resealed(tables, "origin", 11, 1013001)
+    with pytest.warns(UserWarning, match="saved with python 2.7.18, now .*; torch 1.13.1, now") as w:
         rng.load_state_dict(tables)
     assert len(w) == 1
 
