@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from nemo_rng_dcp import snapshot
 from nemo_rng_dcp.errors import RNGStateError
 from nemo_rng_dcp.generators import GeneratorAdapter, global_generators
-from nemo_rng_dcp.layout import Layout, gather, global_rank, world_size
+from nemo_rng_dcp.layout import Layout, gather, global_rank, source_row, world_size
 from nemo_rng_dcp.origin import ORIGIN, Origin
 from nemo_rng_dcp.rows import check_row, digest, fingerprint, fork_seed, is_sealed, seal, unseal
 from nemo_rng_dcp.seeding import check_ranked, check_seed, seed_all
@@ -127,14 +127,15 @@ class StatefulRNG:
             return
         layout, rows = self._layout(), self._rows(state_dict)
         origin = Origin.from_row(rows.pop(ORIGIN))
-        if origin.row != layout.row % origin.rows:
+        source = source_row(layout.row, origin.rows)
+        if origin.row != source:
             raise RNGStateError(
                 f"{ORIGIN}: row {layout.row} of {layout.rows} was given row {origin.row} of "
-                f"{origin.rows}, expected row {layout.row % origin.rows}. Give each rank its own "
-                "rows: load with dcp.load, not from another rank's state_dict()."
+                f"{origin.rows}, expected row {source}. Give each rank its own rows: "
+                "load with dcp.load, not from another rank's state_dict()."
             )
-        resizes = origin.resizes + (origin.rows != layout.rows)
-        is_new = origin.row != layout.row and (self.ranked or bool(origin.ranked))
+        resizes = origin.resizes_on(layout.rows)
+        is_new = origin.forks(layout.row, self.ranked)
         states, seeds = {}, {}
         for name, row in rows.items():
             check_row(name, row)
