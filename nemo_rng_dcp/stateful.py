@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from typing import Literal, overload
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
@@ -11,7 +12,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from nemo_rng_dcp import snapshot
 from nemo_rng_dcp.errors import RNGStateError
 from nemo_rng_dcp.generators import GeneratorAdapter, global_generators
-from nemo_rng_dcp.layout import Layout, gather, global_rank, source_row, world_size
+from nemo_rng_dcp.layout import Layout, global_rank, source_row, world_size
+from nemo_rng_dcp.layout import gather as gather_numbers
 from nemo_rng_dcp.origin import ORIGIN, Origin
 from nemo_rng_dcp.rows import check_row, digest, fingerprint, fork_seed, is_sealed, seal, unseal
 from nemo_rng_dcp.seeding import check_ranked, check_seed, seed_all
@@ -172,17 +174,41 @@ class StatefulRNG:
             raise RuntimeError("rewind() goes back to the last load, and nothing was loaded yet")
         snapshot.restore(self._generators(), self._loaded)
 
-    def fingerprint(self) -> dict[str, str]:
-        """Return 12 hexadecimal digits for each of this rank's streams, by generator.
+    @overload
+    def fingerprint(self, gather: Literal[False] = False) -> dict[str, str]: ...
+    @overload
+    def fingerprint(self, gather: Literal[True]) -> list[dict[str, str]]: ...
+    def fingerprint(self, gather: bool = False) -> dict[str, str] | list[dict[str, str]]:
+        """Return 12 hexadecimal digits for each stream, by generator; moves no stream.
 
-        Two streams with the same digits draw the same numbers from here on. Moves no stream and
-        does not communicate.
+        Two streams with the same digits draw the same numbers from here on. ``nemo-rng-dcp
+        inspect`` shows the same digits for a checkpoint.
+
+        Args:
+            gather: Return the streams of all rows. Then it is a collective: every rank of the
+                default process group must call it, with the same generators. It costs one
+                all-gather of 8 bytes per generator and rank.
+
+        Returns:
+            This rank's streams, without communication; with ``gather``, on every rank alike, a
+            list by row. Of ranks that share a row, the lowest one speaks (see
+            :meth:`verify_shared`).
 
         Raises:
             RNGStateError: NumPy's global generator does not run MT19937.
+            RuntimeError: With ``gather``, as for :meth:`state_dict`.
         """
+        row = self._layout().row if gather else 0
         states = snapshot.read(self._generators())
-        return {name: fingerprint(state) for name, state in states.items()}
+        digits = {name: fingerprint(state) for name, state in states.items()}
+        if not gather:
+            return digits
+        numbers = torch.tensor([row, *(int(text, 16) for text in digits.values())])
+        rows: dict[int, dict[str, str]] = {}
+        for its_row, *its_numbers in gather_numbers(numbers).tolist():
+            its_digits = [f"{number:012x}" for number in its_numbers]
+            rows.setdefault(its_row, dict(zip(digits, its_digits, strict=True)))
+        return [rows[number] for number in sorted(rows)]
 
     def verify_shared(self) -> None:
         """Make sure that ranks which share a row are in the same state; moves no stream.
@@ -199,7 +225,7 @@ class StatefulRNG:
         row = self._layout().row
         states = snapshot.read(self._generators())
         numbers = [row, *(digest(name, row, state) for name, state in states.items())]
-        everyone = gather(torch.tensor(numbers)).tolist()
+        everyone = gather_numbers(torch.tensor(numbers)).tolist()
         peers: dict[int, list[int]] = {}
         for rank, (its_row, *_) in enumerate(everyone):
             peers.setdefault(its_row, []).append(rank)
