@@ -110,7 +110,7 @@ def _split(key: str) -> tuple[str, int | None, str]:
     if match:
         return f"{key[: match.start(1)]}*", int(match[1]), key[match.end() :].lstrip("._/:-")
     path, _, name = key.rpartition(".")
-    while path and _words(path) and _words(path)[-1] in _GENERATORS:
+    while _GENERATORS & set(_words(path.rpartition(".")[2])):
         path, _, last = path.rpartition(".")
         name = f"{last}.{name}"
     return path, None, name
