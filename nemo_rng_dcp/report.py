@@ -74,7 +74,7 @@ def comparison_lines(found: Comparison, rows: Sequence[range] | None, style: Sty
         return [*lines, f"{name}: {plural(found.compared, 'row')} compared, no stream differs"]
     generators = list(dict.fromkeys(name for its in differing.values() for name in its))
     lines.append(
-        f"{name}: {plural(len(differing), 'row')} of {found.compared:,} differ: "
+        f"{name}: {len(differing):,} of {plural(found.compared, 'row')} differ: "
         + ", ".join(f"{g} in {sum(g in its for its in differing.values()):,}" for g in generators)
     )
     chosen = [row for row in differing if rows is None or _within(row, rows)]

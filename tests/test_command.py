@@ -322,7 +322,7 @@ def test_diff(many: Path, saved: Path, tmp_path: Path, capsys: Capture) -> None:
     b = save(rows_of(50, lambda row: drawn_states(row + (row == 7))), tmp_path / "b")
     code, text = ask(capsys, "diff", a, b)
     assert code == 1
-    assert "rng: 1 row of 50 differ" in text
+    assert "rng: 1 of 50 rows differ" in text
     assert re.findall(r"^ *(\d+)  (\w+)", text, re.MULTILINE) == [
         ("7", "python"),
         ("7", "numpy"),
@@ -335,7 +335,7 @@ def test_diff(many: Path, saved: Path, tmp_path: Path, capsys: Capture) -> None:
     code, text = ask(capsys, "diff", a, fewer)
     assert (code, "rng: seed 42 in A, 9 in B" in text) == (1, True)
     assert "rng: rows 50 in A, 3 in B" in text
-    assert "47 rows of 50 differ" in text
+    assert "47 of 50 rows differ" in text
     code, text = ask(capsys, "diff", a, saved / "4_ranks_save")
     assert (code, "trainer.app.rng: only in B" in text) == (1, True)
     assert ask(capsys, "diff", a, tmp_path)[0] == 2
