@@ -222,6 +222,12 @@ def lengthen(metadata: Any) -> None:
     metadata.state_dict_metadata["rng.origin"].chunks[0].sizes = torch.Size((2**40, 13))
 
 
+def lengthen_all(metadata: Any) -> None:
+    metadata.state_dict_metadata["rng.origin"].size = torch.Size((2**40, 13))
+    metadata.state_dict_metadata["rng.numpy"].size = torch.Size((2**40, 628))
+    lengthen(metadata)
+
+
 def malform(metadata: Any) -> None:
     metadata.state_dict_metadata["rng.origin"].size = (2, "13")
 
@@ -250,6 +256,10 @@ UNREADABLE: dict[str, tuple[str, Callable[[Path], object]]] = {
         lambda p: change_metadata(p, lambda m: setattr(m, "storage_data", 3)),
     ),
     "huge": ("ends at row 1099511627776 of 2", lambda p: change_metadata(p, lengthen)),
+    "huge alike": (
+        "ends at row 1099511627776 of 1099511627776",
+        lambda p: change_metadata(p, lengthen_all),
+    ),
     "no size": ("is malformed: found .*'13'", lambda p: change_metadata(p, malform)),
     "not placed": (
         "the metadata names no file",
