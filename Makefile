@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Several ranks share few cores here: more threads than one each only fight over them.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup test fuzz lint format demo clean
+.PHONY: setup test fuzz lint format demo plot clean
 
 setup: $(VENV)/ready
 
@@ -31,6 +31,10 @@ format: setup
 
 demo: setup
 	$(BIN)/python scripts/demo.py
+
+plot: setup
+	test -d runs/demo || $(BIN)/python scripts/demo.py
+	$(BIN)/python scripts/plot_resume.py runs/demo scripts/resume.svg
 
 clean:
 	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

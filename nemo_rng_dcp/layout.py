@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -69,10 +70,7 @@ class Layout:
         coordinate = mesh.get_coordinate()
         if coordinate is None:
             raise ValueError(f"rank {global_rank()} is not in the mesh {mesh}, so it has no row")
-        row = 0
-        for index, size in zip(coordinate, mesh.shape, strict=True):
-            row = row * size + index
-        return cls(row, mesh.size(), mesh)
+        return cls(row_major(coordinate, mesh.shape), mesh.size(), mesh)
 
     def table(self, row: torch.Tensor) -> torch.Tensor:
         """Return the table of which ``row`` is this process's part; does not communicate.
@@ -123,6 +121,19 @@ class Layout:
                 f"which does not place row {self.row} alone on rank {global_rank()}"
             )
         return local[0].cpu()
+
+
+def row_major(coordinate: Sequence[int], shape: Sequence[int]) -> int:
+    """Return the number of a coordinate of a mesh, the last dimension running fastest."""
+    number = 0
+    for index, size in zip(coordinate, shape, strict=True):
+        number = number * size + index
+    return number
+
+
+def source_row(row: int, rows_saved: int) -> int:
+    """Return the saved row that is loaded into row ``row``, of however many."""
+    return row % rows_saved
 
 
 def gather(numbers: torch.Tensor) -> torch.Tensor:

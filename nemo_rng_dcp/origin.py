@@ -117,6 +117,19 @@ class Origin:
             )
         return origin
 
+    def forks(self, row: int, ranked: bool) -> bool:
+        """Return whether the streams of this row become new ones when loaded as row ``row``.
+
+        Args:
+            row: The row of the process that loads.
+            ranked: What the ``StatefulRNG`` there was given.
+        """
+        return row != self.row and (ranked or bool(self.ranked))
+
+    def resizes_on(self, rows: int) -> int:
+        """Return how often the job was resized, a load of this row into ``rows`` rows included."""
+        return self.resizes + (self.rows != rows)
+
     def version_skew(self) -> list[str]:
         """Return what has another version now than when the row was written, readably."""
         versions = [

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from torch.distributed.tensor import DTensor
 
 from nemo_rng_dcp.errors import RNGStateError
-from nemo_rng_dcp.layout import Layout
+from nemo_rng_dcp.layout import Layout, source_row
 from nemo_rng_dcp.origin import ORIGIN
 
 
@@ -140,7 +140,8 @@ def _read_items(tables: Mapping[str, Any], saved: Mapping[str, Any]) -> list[Rea
         row = Layout.current(table.device_mesh).row if isinstance(table, DTensor) else 0
         width = table.shape[1]
         source = ChunkStorageMetadata(
-            offsets=torch.Size((row % saved[fqn].size[0], 0)), sizes=torch.Size((1, width))
+            offsets=torch.Size((source_row(row, saved[fqn].size[0]), 0)),
+            sizes=torch.Size((1, width)),
         )
         items = create_read_items_for_chunk_list(fqn, saved[fqn], [source])
         # A row without chunks would be no error to DCP: it would keep the live state.

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import Any, NoReturn, SupportsIndex
+from typing import Any, Literal, NoReturn, SupportsIndex, overload
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from nemo_rng_dcp import snapshot
+from nemo_rng_dcp import peers, snapshot
 from nemo_rng_dcp.adapters import GeneratorAdapter
 from nemo_rng_dcp.errors import RNGStateError
 from nemo_rng_dcp.generators import global_generators, registered_generators
-from nemo_rng_dcp.layout import Layout, gather, global_rank, world_size
+from nemo_rng_dcp.layout import Layout, global_rank, source_row, world_size
 from nemo_rng_dcp.origin import ORIGIN, Origin
-from nemo_rng_dcp.rows import check_row, digest, fingerprint, fork_seed, is_sealed, seal, unseal
+from nemo_rng_dcp.rows import check_row, fingerprint, fork_seed, is_sealed, seal, unseal
 from nemo_rng_dcp.seeding import check_ranked, check_seed, seed_all
 from nemo_rng_dcp.snapshot import RNGState
 
@@ -150,14 +150,15 @@ class StatefulRNG:
             return
         layout, rows = self._layout(), self._rows(state_dict)
         origin = Origin.from_row(rows.pop(ORIGIN))
-        if origin.row != layout.row % origin.rows:
+        source = source_row(layout.row, origin.rows)
+        if origin.row != source:
             raise RNGStateError(
                 f"{ORIGIN}: row {layout.row} of {layout.rows} was given row {origin.row} of "
-                f"{origin.rows}, expected row {layout.row % origin.rows}. Give each rank its own "
-                "rows: load with dcp.load, not from another rank's state_dict()."
+                f"{origin.rows}, expected row {source}. Give each rank its own rows: "
+                "load with dcp.load, not from another rank's state_dict()."
             )
-        resizes = origin.resizes + (origin.rows != layout.rows)
-        is_new = origin.row != layout.row and (self.ranked or bool(origin.ranked))
+        resizes = origin.resizes_on(layout.rows)
+        is_new = origin.forks(layout.row, self.ranked)
         states, seeds = {}, {}
         for name, row in rows.items():
             check_row(name, row)
@@ -194,15 +195,33 @@ class StatefulRNG:
             raise RuntimeError("rewind() goes back to the last load, and nothing was loaded yet")
         snapshot.restore(self._generators(), self._loaded)
 
-    def fingerprint(self) -> dict[str, str]:
-        """Return 12 hexadecimal digits for each of this rank's streams, by generator.
+    @overload
+    def fingerprint(self, gather: Literal[False] = False) -> dict[str, str]: ...
+    @overload
+    def fingerprint(self, gather: Literal[True]) -> list[dict[str, str]]: ...
+    def fingerprint(self, gather: bool = False) -> dict[str, str] | list[dict[str, str]]:
+        """Return 12 hexadecimal digits for each stream, by generator; moves no stream.
 
-        Two streams with the same digits draw the same numbers from here on. Moves no stream and
-        does not communicate.
+        Two streams with the same digits draw the same numbers from here on. ``nemo-rng-dcp
+        inspect`` shows the same digits for a checkpoint.
+
+        Args:
+            gather: Return the streams of all rows. Then it is a collective: every rank of the
+                default process group must call it, with the same generators. It costs one
+                all-gather of 8 bytes per generator and rank.
+
+        Returns:
+            This rank's streams, without communication; with ``gather``, on every rank alike, a
+            list by row. Of ranks that share a row, the lowest one speaks (see
+            :meth:`verify_shared`).
 
         Raises:
             RNGStateError: NumPy's global generator does not run MT19937.
+            RuntimeError: With ``gather``, as for :meth:`state_dict`.
         """
+        if gather:
+            row = self._layout().row
+            return peers.fingerprints(row, snapshot.read(self._generators()))
         states = snapshot.read(self._generators())
         return {name: fingerprint(state) for name, state in states.items()}
 
@@ -219,19 +238,7 @@ class StatefulRNG:
                 generators. Also as for :meth:`state_dict`, on the rank concerned.
         """
         row = self._layout().row
-        states = snapshot.read(self._generators())
-        numbers = [row, *(digest(name, row, state) for name, state in states.items())]
-        everyone = gather(torch.tensor(numbers)).tolist()
-        peers: dict[int, list[int]] = {}
-        for rank, (its_row, *_) in enumerate(everyone):
-            peers.setdefault(its_row, []).append(rank)
-        drifted = [
-            f"{name}: ranks {', '.join(map(str, ranks))} share row {shared}, but their streams "
-            "differ"
-            for column, name in enumerate(states, start=1)
-            for shared, ranks in peers.items()
-            if len({everyone[rank][column] for rank in ranks}) > 1
-        ]
+        drifted = peers.drifted(row, snapshot.read(self._generators()))
         if drifted:
             raise RNGStateError(
                 "; ".join(drifted) + ". A draw happened on some of them only, or the mesh given "

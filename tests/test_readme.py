@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 import demo
+import tables
 from launch import torchrun
+from nemo_rng_dcp import __main__ as command
 from test_recipe import write_losses
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
@@ -41,6 +43,26 @@ def test_the_demo_table_is_what_the_demo_prints(
         file.write_text("".join(changed))
     demo.report(uninterrupted, uninterrupted, rank_less)
     assert capsys.readouterr().out in README
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_the_commands_print_what_is_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All but the digits and the versions."""
+
+    def masked(text: str) -> str:
+        text = re.sub(r"[0-9a-f]{12}", "0" * 12, text)
+        return re.sub(r"saved by .*", "saved by", text)
+
+    tables.save(tables.rows_of(4), tmp_path / "step-00000020")
+    tables.save(tables.rows_of(4), tmp_path / "step-00000030")
+    blocks = re.findall(r"^\$ nemo-rng-dcp (.*)\n([^$`]*)", README, re.MULTILINE)
+    assert [words.split()[0] for words, _ in blocks] == ["inspect", "diff", "explain"]
+    monkeypatch.chdir(tmp_path)
+    for words, shown in blocks:
+        command.main(words.replace("../../uninterrupted/checkpoints/", "").split())
+        assert masked(capsys.readouterr().out).strip() == masked(shown).strip()
 
 
 def test_every_module_is_in_the_readme() -> None:

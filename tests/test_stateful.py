@@ -246,7 +246,9 @@ def test_other_versions_are_warned_of_once_naming_both() -> None:
     tables = rng.state_dict()
     resealed(tables, "origin", 9, 2007018)
     resealed(tables, "origin", 11, 1013001)
-    with pytest.warns(UserWarning, match="saved with python 2.7.18, now .*; torch 1.13.1, now") as w:
+    with pytest.warns(
+        UserWarning, match="saved with python 2.7.18, now .*; torch 1.13.1, now"
+    ) as w:
         rng.load_state_dict(tables)
     assert len(w) == 1
 
