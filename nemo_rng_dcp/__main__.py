@@ -11,15 +11,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from nemo_rng_dcp import report
-from nemo_rng_dcp.comparison import compare
 from nemo_rng_dcp.errors import RNGStateError
-from nemo_rng_dcp.findings import Finding, Streams, examine, examine_foreign
-from nemo_rng_dcp.foreign import find_foreign, ranks_that_wrote
-from nemo_rng_dcp.metadata import CheckpointMetadata
-from nemo_rng_dcp.reading import read_entries
-from nemo_rng_dcp.resume import REFUSED, predict, rows_of_ranks
-from nemo_rng_dcp.terminal import Progress, Style, plural
+from nemo_rng_dcp.tools import report
+from nemo_rng_dcp.tools.comparison import compare
+from nemo_rng_dcp.tools.findings import Finding, Streams, examine, examine_foreign
+from nemo_rng_dcp.tools.foreign import find_foreign, ranks_that_wrote
+from nemo_rng_dcp.tools.metadata import CheckpointMetadata
+from nemo_rng_dcp.tools.reading import read_entries
+from nemo_rng_dcp.tools.resume import REFUSED, predict, rows_of_ranks
+from nemo_rng_dcp.tools.terminal import Progress, Style, plural
 
 CLEAN, FINDINGS, TROUBLE = 0, 1, 2
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 
-from nemo_rng_dcp.findings import private_generators
 from nemo_rng_dcp.origin import Origin
 from nemo_rng_dcp.rows import seal
+from nemo_rng_dcp.tools.findings import private_generators
 
 States = Mapping[str, torch.Tensor]
 

@@ -18,8 +18,8 @@ import torch.distributed.checkpoint as dcp
 
 from conftest import Launches
 from nemo_rng_dcp import __main__ as command
-from nemo_rng_dcp import terminal
-from nemo_rng_dcp.findings import private_generators
+from nemo_rng_dcp.tools import terminal
+from nemo_rng_dcp.tools.findings import private_generators
 from ranks import command as jobs
 from ranks.harness import checks_of
 from tables import States, change_metadata, drawn_states, rows_of, save

@@ -13,9 +13,9 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from nemo_rng_dcp import RNGStateError
-from nemo_rng_dcp.findings import examine
-from nemo_rng_dcp.metadata import CheckpointMetadata
-from nemo_rng_dcp.reading import Entry, read_entries
+from nemo_rng_dcp.tools.findings import examine
+from nemo_rng_dcp.tools.metadata import CheckpointMetadata
+from nemo_rng_dcp.tools.reading import Entry, read_entries
 from tables import change_metadata, place_of, rows_of, save
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

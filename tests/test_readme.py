@@ -66,6 +66,7 @@ def test_the_commands_print_what_is_shown(
 
 
 def test_every_module_is_in_the_readme() -> None:
-    modules = {path.name for path in (Path(__file__).parent.parent / "nemo_rng_dcp").glob("*.py")}
-    listed = set(re.findall(r"^\| `(\w+\.py)`", README, re.MULTILINE))
-    assert listed == modules - {"__init__.py"}
+    package = Path(__file__).parent.parent / "nemo_rng_dcp"
+    modules = {str(path.relative_to(package)) for path in package.rglob("*.py")}
+    listed = set(re.findall(r"^\| `([\w/]+\.py)`", README, re.MULTILINE))
+    assert listed == {module for module in modules if not module.endswith("__init__.py")}

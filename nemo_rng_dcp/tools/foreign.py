@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from nemo_rng_dcp.metadata import CheckpointMetadata, Chunk, Stored
+from nemo_rng_dcp.tools.metadata import CheckpointMetadata, Chunk, Stored
 
 _GENERATORS = {"python", "random", "numpy", "np", "torch", "cpu", "cuda", "xpu", "mps"}
 _RANK = re.compile(r"rank[_.:/-]?(\d+)")

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from nemo_rng_dcp.errors import RNGStateError
-from nemo_rng_dcp.metadata import CheckpointMetadata, Chunk, Stored
 from nemo_rng_dcp.origin import ORIGIN, Origin
+from nemo_rng_dcp.tools.metadata import CheckpointMetadata, Chunk, Stored
 
 Progress = Callable[[int, int], None]
 """Is told how many parts were read so far, and of how many."""

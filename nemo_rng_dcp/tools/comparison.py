@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from nemo_rng_dcp.findings import Streams
 from nemo_rng_dcp.origin import version_text
+from nemo_rng_dcp.tools.findings import Streams
 
 
 @dataclass

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from nemo_rng_dcp.adapters import GeneratorAdapter, NumPyAdapter, PythonAdapter
 from nemo_rng_dcp.errors import RNGStateError
-from nemo_rng_dcp.foreign import ForeignState
-from nemo_rng_dcp.generators import GeneratorAdapter, NumPyAdapter, PythonAdapter, TorchAdapter
 from nemo_rng_dcp.origin import ORIGIN, Origin
-from nemo_rng_dcp.reading import Entry
 from nemo_rng_dcp.rows import fingerprint, unseal
 from nemo_rng_dcp.seeding import SEED_LIMIT
+from nemo_rng_dcp.tools.foreign import ForeignState
+from nemo_rng_dcp.tools.reading import Entry
+from nemo_rng_dcp.torch_adapters import TorchAdapter
 
 
 @dataclass(frozen=True)

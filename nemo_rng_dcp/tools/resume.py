@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
-from nemo_rng_dcp.findings import Streams, private_generators
 from nemo_rng_dcp.layout import row_major, source_row
 from nemo_rng_dcp.rows import fingerprint, fork_seed
+from nemo_rng_dcp.tools.findings import Streams, private_generators
 
 CONTINUED, FORKED, DROPPED, REFUSED = "continued", "forked", "dropped", "refused"
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from nemo_rng_dcp.comparison import Comparison
-from nemo_rng_dcp.findings import Finding, Streams
-from nemo_rng_dcp.foreign import ForeignState
 from nemo_rng_dcp.origin import version_text
-from nemo_rng_dcp.resume import CONTINUED, FORKED, REFUSED, Fate, Resume
-from nemo_rng_dcp.terminal import Style, paragraph, plural, short_spans, spans, table
+from nemo_rng_dcp.tools.comparison import Comparison
+from nemo_rng_dcp.tools.findings import Finding, Streams
+from nemo_rng_dcp.tools.foreign import ForeignState
+from nemo_rng_dcp.tools.resume import CONTINUED, FORKED, REFUSED, Fate, Resume
+from nemo_rng_dcp.tools.terminal import Style, paragraph, plural, short_spans, spans, table
 
 MANY = 40
 """More rows than these are summarised."""
