@@ -91,17 +91,17 @@ def test_a_row_that_the_metadata_does_not_place_is_an_error(
 def test_a_checkpoint_of_torch_2_3_loads_as_with_the_default_planner(
     planner_class: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """torch 2.3 stored a list of numbers as one value; later ones store every element."""
+    """torch 2.3 stored a dict without tensors as one value; later ones store its values."""
     rng = StatefulRNG(1)
     with monkeypatch.context() as patch:
         patch.setattr(_version, "_derived_version", "2_3")
-        dcp.save({"rng": rng, "losses": [1.5, 2.5]}, checkpoint_id=tmp_path)
+        dcp.save({"rng": rng, "options": {"rate": 1.5}}, checkpoint_id=tmp_path)
     stored = dcp.FileSystemReader(tmp_path).read_metadata().state_dict_metadata
-    assert "losses" in stored
+    assert "options" in stored
     expected = draw()
-    state = {"rng": rng, "losses": [0.0, 0.0]}
+    state = {"rng": rng, "options": {"rate": 0.0}}
     dcp.load(state, checkpoint_id=tmp_path, planner=planner_class())
-    assert state["losses"] == [1.5, 2.5]
+    assert state["options"] == {"rate": 1.5}
     assert draw() == expected
 
 
