@@ -180,6 +180,35 @@ def test_a_generator_of_ones_own_joins_through_the_adapter_protocol() -> None:
     assert counter.draw() == 8
 
 
+class Stuck(Counter):
+    """Takes a state only once it was asked twice."""
+
+    refusals = 1
+
+    def write(self, state: torch.Tensor) -> None:
+        self.next = -1  # half done
+        if self.refusals:
+            self.refusals -= 1
+            raise OSError("stuck")
+        super().write(state)
+
+
+def test_a_setter_that_raises_halfway_leaves_every_stream_where_it_was() -> None:
+    noise, stuck, last = torch.Generator().manual_seed(5), Stuck(7), np.random.default_rng(5)
+    rng = StatefulRNG(1, generators={"noise": noise, "stuck": stuck, "last": last})
+    tables = rng.state_dict()
+    draw()
+    numbers(noise, 3)
+    stuck.draw()
+    numbers(last, 3)
+    before = rng.fingerprint()
+    with unmoved(), pytest.raises(OSError, match="stuck"):
+        rng.load_state_dict(tables)
+    assert rng.fingerprint() == before
+    rng.load_state_dict(tables)
+    assert stuck.draw() == 7
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_seeding_uses_all_64_bits_and_agrees_with_the_library_below_32(kind: str) -> None:
     generator = KINDS[kind](0)
