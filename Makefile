@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Several ranks share few cores here: more threads than one each only fight over them.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup test lint format demo clean
+.PHONY: setup test lint format demo bench clean
 
 setup: $(VENV)/ready
 
@@ -28,6 +28,10 @@ format: setup
 
 demo: setup
 	$(BIN)/python scripts/demo.py
+
+bench: setup
+	mkdir -p runs
+	$(BIN)/python scripts/bench.py --json runs/bench.json
 
 clean:
 	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
