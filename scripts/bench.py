@@ -94,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     calls = bench_calls.measure(settings.call_rounds, settings.call_repeat)
     show("1. Per call", bench_calls.table(calls))
     checkpoints = bench_checkpoint.measure(settings.ranks, settings.models)
-    where = "in memory" if bench_checkpoint.default_folder() else "on disk"
+    where = "in memory" if bench_checkpoint.memory_folder() else "on disk"
     show(f"2. Per checkpoint, files {where}", bench_checkpoint.table(checkpoints))
     scale = bench_planning.measure(
         settings.planning_sizes, settings.rank_named_limit, settings.model_sizes

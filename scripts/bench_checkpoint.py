@@ -56,21 +56,17 @@ class Checkpoint:
         return self.on_disk[way][what] - self.on_disk["alone"][what]
 
 
-def measure(
-    ranks: Sequence[int], models: Sequence[tuple[int, int, int]], folder: Path | None = None
-) -> list[Checkpoint]:
+def measure(ranks: Sequence[int], models: Sequence[tuple[int, int, int]]) -> list[Checkpoint]:
     """Measure every number of ranks with every model.
 
     Args:
         ranks: Numbers of ranks, a launch each.
         models: Width, layers and rounds of each.
-        folder: Where the checkpoints go for the time being. ``None``: in memory if this machine
-            has such a folder, because a disk's noise is larger than what is measured.
     """
     sizes = ["x".join(map(str, model)) for model in models]
     checkpoints = []
     prefix = "nemo_rng_dcp-bench-"
-    with tempfile.TemporaryDirectory(prefix=prefix, dir=folder or default_folder()) as out:
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=memory_folder()) as out:
         result = Path(out) / "result.json"
         for number in ranks:
             shutil.rmtree(Path(out) / "checkpoints", ignore_errors=True)
@@ -80,8 +76,11 @@ def measure(
     return checkpoints
 
 
-def default_folder() -> Path | None:
-    """Return a folder in memory with room for a checkpoint of every way, if there is one."""
+def memory_folder() -> Path | None:
+    """Return a folder in memory with room for a checkpoint of every way, if there is one.
+
+    A disk's noise is larger than what is measured.
+    """
     if IN_MEMORY.is_dir() and shutil.disk_usage(IN_MEMORY).free > NEEDED_BYTES:
         return IN_MEMORY
     return None

@@ -93,7 +93,7 @@ def test_what_is_left_on_disk_and_in_memory(results: tuple[str, dict[str, Any]])
 
 
 def test_nothing_is_left_behind(results: tuple[str, dict[str, Any]]) -> None:
-    folder = bench_checkpoint.default_folder()
+    folder = bench_checkpoint.memory_folder()
     if folder is not None:
         assert not list(folder.glob("nemo_rng_dcp-bench-*"))
     assert not torch.distributed.is_initialized()
