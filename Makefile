@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Several ranks share few cores here: more threads than one each only fight over them.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup test fuzz lint format demo plot clean
+.PHONY: setup test fuzz lint format demo plot bench clean
 
 setup: $(VENV)/ready
 
@@ -35,6 +35,10 @@ demo: setup
 plot: setup
 	test -d runs/demo || $(BIN)/python scripts/demo.py
 	$(BIN)/python scripts/plot_resume.py runs/demo scripts/resume.svg
+
+bench: setup
+	mkdir -p runs
+	$(BIN)/python scripts/bench.py --json runs/bench.json
 
 clean:
 	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

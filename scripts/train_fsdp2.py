@@ -34,6 +34,7 @@ from torch.distributed.fsdp import fully_shard
 
 from checkpoints import CheckpointFolder
 from gpt import GPT
+from leaving import leave_group
 from nemo_rng_dcp import RNGLoadPlanner, ScopedRNG, StatefulRNG
 from nemo_rng_dcp.determinism import environment, set_deterministic
 from rankless import RanklessRNG
@@ -266,7 +267,7 @@ def main() -> None:
             if app.step % config.save_every == 0:
                 checkpoints.save(state, app.step)
                 note_streams(config, distributed.rank, rng, "saved", app.step)
-    dist.destroy_process_group()
+    leave_group()
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 import demo
+import leaving
 import tables
 from launch import torchrun
 from nemo_rng_dcp import __main__ as command
@@ -19,7 +20,8 @@ SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 def test_snippets_run(snippet: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     script = tmp_path / "snippet.py"
-    script.write_text(snippet)
+    # A reader's script has a life after its last line; see leaving.py.
+    script.write_text(f"{snippet}\nimport time\n\ntime.sleep({leaving.SECONDS})\n")
     torchrun(script, 2 if "init_process_group" in snippet else 1)
 
 

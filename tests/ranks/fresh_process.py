@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
+from leaving import leave_group
 from nemo_rng_dcp import StatefulRNG
 from streams import draw
 
@@ -33,7 +34,7 @@ def main(phase: str, folder: Path) -> None:
         assert draw(3) == json.loads(expected.read_text())
         (folder / f"continued-{rank}").touch()
     if dist.is_initialized():
-        dist.destroy_process_group()
+        leave_group()
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from leaving import leave_group
+
 
 def checks_of(module: types.ModuleType) -> list[str]:
     return [name for name in vars(module) if name.startswith("check_")]
@@ -24,7 +26,7 @@ def run(namespace: dict[str, Callable[[Path], None]]) -> None:
             check(folder / name.removeprefix("check_"))
             (folder / f"{name}-{dist.get_rank()}").touch()
             dist.barrier()
-    dist.destroy_process_group()
+    leave_group()
 
 
 def gather(value: object) -> list[object]:

@@ -18,6 +18,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan, SavePlanner
 
 from checkpoints import CheckpointFolder
+from leaving import leave_group
 from nemo_rng_dcp import RNGLoadPlanner, StatefulRNG
 from streams import draw
 
@@ -76,7 +77,7 @@ def main(folder: Path) -> None:
     elif attempt == 2:
         reader = KilledReader(checkpoints.newest())  # type: ignore[arg-type]
         dcp.load(state, storage_reader=reader, planner=RNGLoadPlanner())
-    dist.destroy_process_group()
+    leave_group()
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
+import leaving
+
 Result = TypeVar("Result")
 TIMEOUT_SECONDS = 60
 RANK = int(os.environ.get("RANK", "0"))
@@ -54,3 +56,4 @@ def run(namespace: dict[str, Callable[[Path], None]]) -> None:
             (folder / f"{name}-{RANK}").touch()
             processes = range(int(os.environ["WORLD_SIZE"]))
             wait_for(*(folder / f"{name}-{rank}" for rank in processes))
+    time.sleep(leaving.SECONDS)  # see there: the groups are destroyed, gloo's threads may not be

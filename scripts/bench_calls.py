@@ -1,0 +1,104 @@
+"""What one call costs in one process, and what the streams take up in memory."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from bench_timing import Spread, Target, columns, interleaved
+from bench_ways import plain_capture, plain_restore
+from nemo_rng_dcp import StatefulRNG
+
+ROWS = {
+    "capture": ("state_dict", "plain_capture"),
+    "check and restore": ("load_state_dict", "plain_restore"),
+    "fingerprint": ("fingerprint", "plain_capture"),
+}
+"""Row of the table: the call of ours and the plain one beside it."""
+
+
+@dataclass(frozen=True)
+class Calls:
+    """Seconds a call in every round, by the call's name; bytes, by what they are for."""
+
+    seconds: dict[str, list[float]]
+    memory: dict[str, int]
+
+    def ratios(self, row: str) -> list[float]:
+        """Return for every round how many times as long ours took as the plain way."""
+        ours, theirs = (self.seconds[name] for name in ROWS[row])
+        return [value / other for value, other in zip(ours, theirs, strict=True)]
+
+
+def measure(rounds: int, repeat: int) -> Calls:
+    """Measure without a process group."""
+    rng = StatefulRNG(seed=0)
+    state, plain = rng.state_dict(), plain_capture()
+    calls: dict[str, Callable[[], object]] = {
+        "plain_capture": plain_capture,
+        "state_dict": rng.state_dict,
+        "plain_restore": lambda: plain_restore(plain),
+        "load_state_dict": lambda: rng.load_state_dict(state),
+    }
+    if hasattr(rng, "fingerprint"):
+        calls["fingerprint"] = rng.fingerprint
+    memory = {
+        "state_dict": size_in_memory(list(state.values())),
+        "plain_capture": size_in_memory(plain),
+        # What the object keeps, however large the job is.
+        "kept_for_rewind": sum(
+            size_in_memory(table) for name, table in state.items() if name != "origin"
+        ),
+    }
+    return Calls(interleaved(calls, rounds, repeat), memory)
+
+
+def size_in_memory(value: object) -> int:
+    """Return the bytes of a value and of all that it holds."""
+    if isinstance(value, torch.Tensor):
+        return value.untyped_storage().nbytes()
+    size = sys.getsizeof(value)
+    if isinstance(value, Mapping):
+        return size + sum(size_in_memory(item) for item in value.values())
+    if isinstance(value, (tuple, list)):
+        return size + sum(size_in_memory(item) for item in value)
+    return size
+
+
+def table(calls: Calls) -> list[str]:
+    rows: list[tuple[str, ...]] = [
+        ("no process group", "StatefulRNG, us", "plain way, us", "times the plain way")
+    ]
+    for row, names in ROWS.items():
+        if names[0] in calls.seconds:
+            cells = [Spread.of(calls.seconds[name]).text(1e-6) for name in names]
+            rows.append((row, *cells, Spread.of(calls.ratios(row)).text(1, digits=2)))
+    return columns(rows)
+
+
+def memory_table(calls: Calls, checkpoint_bytes: float) -> list[str]:
+    """Return the memory table.
+
+    Args:
+        calls: What :func:`measure` gave.
+        checkpoint_bytes: What StatefulRNG adds to a checkpoint for a rank.
+    """
+    memory = calls.memory
+    return columns(
+        [
+            ("bytes a rank", "StatefulRNG", "plain way"),
+            ("captured, in memory", f"{memory['state_dict']:,}", f"{memory['plain_capture']:,}"),
+            ("kept after a load, for rewind()", f"{memory['kept_for_rewind']:,}", "0"),
+            ("in the checkpoint", f"{checkpoint_bytes:,.0f}", ""),
+        ]
+    )
+
+
+def targets(calls: Calls) -> list[Target]:
+    return [
+        Target.at_most(1.0, f"{row}, times the plain way", calls.ratios(row))
+        for row in ("capture", "check and restore")
+    ]
