@@ -33,8 +33,8 @@ class RNGLoadPlanner(DefaultLoadPlanner):
       ``r % saved``, and ``StatefulRNG`` then forks a stream of its own from it.
     - A table that the checkpoint lacks is left as it is.
 
-    Dropped and forked rows and missing tables are warned of, once for each RNG entry, on the
-    coordinator.
+    Dropped and forked rows and missing tables are warned of, once for each RNG entry, by the rank
+    of row 0.
 
     Pass it to ``dcp.load`` on every rank. It communicates no more than the default planner.
 
@@ -104,7 +104,8 @@ class RNGLoadPlanner(DefaultLoadPlanner):
         for key in self.keys:
             own = {fqn: t for fqn, t in tables.items() if fqn.startswith(f"{key}.")}
             requests += _read_items(own, saved)
-            if self.is_coordinator:
+            # With no_dist every rank is a coordinator, and peers may share row 0: once is enough.
+            if self.is_coordinator and _own_row(own[f"{key}.{ORIGIN}"]) == 0:
                 _warn(key, own, saved)
 
         # The default planner plans everything else, and must neither miss the RNG entries nor see
@@ -137,7 +138,7 @@ def _read_items(tables: Mapping[str, Any], saved: Mapping[str, Any]) -> list[Rea
         if fqn not in saved:
             continue
         _check_table(fqn, table, saved[fqn])
-        row = Layout.current(table.device_mesh).row if isinstance(table, DTensor) else 0
+        row = _own_row(table)
         width = table.shape[1]
         source = ChunkStorageMetadata(
             offsets=torch.Size((source_row(row, saved[fqn].size[0]), 0)),
@@ -153,6 +154,10 @@ def _read_items(tables: Mapping[str, Any], saved: Mapping[str, Any]) -> list[Rea
         own = MetadataIndex(fqn, torch.Size((row, 0)))
         requests += [dataclasses.replace(item, dest_index=own) for item in items]
     return requests
+
+
+def _own_row(table: torch.Tensor) -> int:
+    return Layout.current(table.device_mesh).row if isinstance(table, DTensor) else 0
 
 
 def _check_table(fqn: str, table: Any, saved: Any) -> None:
