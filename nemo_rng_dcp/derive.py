@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from nemo_rng_dcp.mt19937 import MT19937State
+from nemo_rng_dcp.seeding import is_integer
 
 MAX_BITS = 64
 """The longest seed that a library takes: ``torch.manual_seed`` for an accelerator."""
@@ -50,11 +51,11 @@ def derive_seed(seed: int, *path: int | str, bits: int = 32) -> int:
         2980580437
         >>> order = torch.Generator().manual_seed(derive_seed(42, "shuffle", 0))
     """
-    if not _is_integer(seed) or seed < 0:
+    if not is_integer(seed) or seed < 0:
         raise ValueError(
             f"the seed is {seed!r} ({type(seed).__name__}), expected an integer of at least 0"
         )
-    if not _is_integer(bits):
+    if not is_integer(bits):
         raise TypeError(f"bits is {bits!r} ({type(bits).__name__}), expected an integer")
     if not 1 <= bits <= MAX_BITS:
         raise ValueError(f"bits is {bits}, expected 1 to {MAX_BITS}")
@@ -97,16 +98,12 @@ def seed_worker(worker_id: int) -> None:
     torch.set_rng_state(state)
 
 
-def _is_integer(value: object) -> bool:
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-
-
 def _encode(element: int | str) -> bytes:
     """Return a string of bytes that no other element begins with."""
     if isinstance(element, str):
         # Names of files may hold lone surrogates, which strict UTF-8 refuses.
         kind, content = b"s", element.encode("utf-8", "surrogatepass")
-    elif _is_integer(element):
+    elif is_integer(element):
         number = int(element)
         # One bit for the sign; ~n of a negative n because -128 fits a byte and 128 does not.
         size = (number if number >= 0 else ~number).bit_length() // 8 + 1

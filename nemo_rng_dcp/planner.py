@@ -111,7 +111,7 @@ class RNGLoadPlanner(DefaultLoadPlanner):
         # The default planner plans everything else, and must neither miss the RNG entries nor see
         # them: when the checkpoint holds keys that were not asked for, it takes it for one of torch
         # 2.3, flattens the original dict anew and would get them back.
-        whole = self.state_dict, self.mappings, self.metadata, self.original_state_dict
+        mappings, metadata, original = self.mappings, self.metadata, self.original_state_dict
         self.state_dict = {fqn: v for fqn, v in self.state_dict.items() if fqn not in tables}
         self.metadata = dataclasses.replace(
             self.metadata,
@@ -122,7 +122,7 @@ class RNGLoadPlanner(DefaultLoadPlanner):
         try:
             plan = super().create_local_plan()
         finally:
-            _, mappings, self.metadata, self.original_state_dict = whole
+            self.metadata, self.original_state_dict = metadata, original
         self.state_dict = {**self.state_dict, **tables}
         self.mappings = {**mappings, **self.mappings}
         return dataclasses.replace(plan, items=[*plan.items, *requests])

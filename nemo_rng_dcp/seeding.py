@@ -23,7 +23,7 @@ def check_seed(seed: int, offset: int = 0) -> int:
     Raises:
         ValueError: The seed is no integer or out of range.
     """
-    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)):
+    if not is_integer(seed):
         raise ValueError(
             f"the seed is {seed!r} ({type(seed).__name__}), expected an integer from 0 to 2**32 - 1"
         )
@@ -33,6 +33,11 @@ def check_seed(seed: int, offset: int = 0) -> int:
             f"the seed is {seed}{added}: expected 0 <= seed and seed + rank <= 2**32 - 1"
         )
     return int(seed) + offset
+
+
+def is_integer(value: object) -> bool:
+    """Return whether a value is a Python or NumPy integer; a ``bool`` is none."""
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
 def check_ranked(ranked: bool) -> bool:

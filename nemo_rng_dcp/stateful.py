@@ -148,7 +148,8 @@ class StatefulRNG:
             snapshot._restore_rng_state(state_dict)
             self._loaded = snapshot.read(generators)
             return
-        layout, rows = self._layout(), self._rows(state_dict)
+        layout = self._layout()
+        rows = _own_rows(layout, state_dict)
         origin = Origin.from_row(rows.pop(ORIGIN))
         source = source_row(layout.row, origin.rows)
         if origin.row != source:
@@ -219,10 +220,9 @@ class StatefulRNG:
             RNGStateError: NumPy's global generator does not run MT19937.
             RuntimeError: With ``gather``, as for :meth:`state_dict`.
         """
-        if gather:
-            row = self._layout().row
-            return peers.fingerprints(row, snapshot.read(self._generators()))
         states = snapshot.read(self._generators())
+        if gather:
+            return peers.fingerprints(self._layout().row, states)
         return {name: fingerprint(state) for name, state in states.items()}
 
     def verify_shared(self) -> None:
@@ -275,20 +275,20 @@ class StatefulRNG:
             )
         return layout
 
-    def _rows(self, tables: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Return this process's row of every table."""
-        layout = self._layout()
-        rows = {}
-        for name, table in tables.items():
-            if not isinstance(table, torch.Tensor):
-                raise RNGStateError(f"{name}: expected a tensor, found {type(table).__name__}")
-            try:
-                rows[name] = layout.own_row(table)
-            except ValueError as error:
-                raise RNGStateError(f"{name}: {error}") from error
-        if ORIGIN not in rows:
-            raise RNGStateError(
-                f"{ORIGIN}: the state has no such table, only {sorted(rows)}; it is no state of a "
-                "StatefulRNG"
-            )
-        return rows
+
+def _own_rows(layout: Layout, tables: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return this process's row of every table."""
+    rows = {}
+    for name, table in tables.items():
+        if not isinstance(table, torch.Tensor):
+            raise RNGStateError(f"{name}: expected a tensor, found {type(table).__name__}")
+        try:
+            rows[name] = layout.own_row(table)
+        except ValueError as error:
+            raise RNGStateError(f"{name}: {error}") from error
+    if ORIGIN not in rows:
+        raise RNGStateError(
+            f"{ORIGIN}: the state has no such table, only {sorted(rows)}; it is no state of a "
+            "StatefulRNG"
+        )
+    return rows
