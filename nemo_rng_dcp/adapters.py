@@ -79,31 +79,31 @@ class NumPyAdapter:
         self._generator: Any = generator
 
     def read(self) -> torch.Tensor:
-        return MT19937State.from_numpy(self._state()).to_tensor()
-
-    def check(self, state: torch.Tensor) -> None:
-        # Not the new state's fault, but it could not be written either.
-        self._state()
-        MT19937State.from_tensor(state)
-
-    def write(self, state: torch.Tensor) -> None:
-        self._generator.set_state(MT19937State.from_tensor(state).to_numpy())
-
-    def seed(self, value: int) -> None:
-        if value < SEED_LIMIT:
-            self._generator.seed(value)
-        else:
-            self._generator.set_state(MT19937State.from_seed(value).to_numpy())
-
-    def _state(self) -> dict[str, Any]:
-        state: dict[str, Any] = self._generator.get_state(legacy=False)
+        state = self._generator.get_state(legacy=False)
         if state["bit_generator"] != "MT19937":
             raise ValueError(
                 f"the generator runs {state['bit_generator']}, and only MT19937, NumPy's default, "
                 "can be stored. Give the default back at the start of the job: "
                 "np.random.set_bit_generator(np.random.MT19937())"
             )
-        return state
+        return MT19937State.from_numpy(state).to_tensor()
+
+    def check(self, state: torch.Tensor) -> None:
+        MT19937State.from_tensor(state)
+
+    def write(self, state: torch.Tensor) -> None:
+        self._set(MT19937State.from_tensor(state))
+
+    def seed(self, value: int) -> None:
+        if value < SEED_LIMIT:
+            self._generator.seed(value)
+        else:
+            self._set(MT19937State.from_seed(value))
+
+    def _set(self, state: MT19937State) -> None:
+        name, words, *rest = state.to_numpy()
+        # NumPy takes the words one by one, from a list three times as fast as from an array.
+        self._generator.set_state((name, words.tolist(), *rest))
 
 
 class NumPyGeneratorAdapter:

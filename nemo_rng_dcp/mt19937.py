@@ -23,6 +23,7 @@ TENSOR_LENGTH = WORDS + 3
 """Elements of :meth:`MT19937State.to_tensor`: words, position, has-gauss, bits of the gaussian."""
 
 _PYTHON_VERSION = 3  # the first element of random.getstate() since Python 3.2
+_PYTHON_WORDS = struct.Struct(f"={WORDS}I")
 
 # at::CPUGeneratorImplState (aten/src/ATen/CPUGeneratorImpl.cpp): seed, left, seeded, next, then
 # 624 words of 64 bits each, then 40 bytes of cached normals, which are no part of the algorithm.
@@ -104,12 +105,12 @@ class MT19937State:
             ValueError: Another dtype or shape, or a value out of range.
         """
         check_vector(tensor, torch.int64, TENSOR_LENGTH)
-        words = tensor[:WORDS].numpy()
-        position, has_gauss, bits = tensor[WORDS:].tolist()
+        numbers = tensor.numpy()
+        position, has_gauss, bits = numbers[WORDS:].tolist()
         if has_gauss not in (0, 1) or (has_gauss == 0 and bits != 0):
             raise ValueError(f"the has-gauss flag is {has_gauss} with gaussian bits {bits:#x}")
         gauss = struct.unpack("=d", struct.pack("=q", bits))[0] if has_gauss else None
-        return cls(to_words(words), position, gauss)
+        return cls(to_words(numbers[:WORDS]), position, gauss)
 
     def to_tensor(self) -> torch.Tensor:
         """Return the state as int64, shape ``(627,)``: words, position, has-gauss, gaussian bits.
@@ -135,10 +136,10 @@ class MT19937State:
         if not isinstance(internal, tuple) or len(internal) != WORDS + 1:
             raise ValueError(f"not a state of Python's random: expected {WORDS + 1} integers")
         try:
-            words = np.array(internal[:WORDS], dtype=np.int64)
-        except (TypeError, OverflowError, ValueError) as error:
+            words = np.frombuffer(_PYTHON_WORDS.pack(*internal[:WORDS]), dtype=np.uint32)
+        except struct.error as error:
             raise ValueError(f"not a state of Python's random: {error}") from error
-        return cls(to_words(words), internal[WORDS], gauss)
+        return cls(words, internal[WORDS], gauss)
 
     def to_python(self) -> tuple[int, tuple[int, ...], float | None]:
         """Return the state as ``random.setstate()`` takes it."""

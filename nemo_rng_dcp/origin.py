@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import platform
 import re
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass, fields
+from functools import cache
 
 import numpy as np
 import torch
@@ -83,7 +84,7 @@ class Origin:
 
     def to_row(self) -> torch.Tensor:
         """Return the fields in their order and a check word: int64, shape ``(13,)``."""
-        state = torch.tensor(astuple(self), dtype=torch.int64)
+        state = torch.tensor([getattr(self, field.name) for field in fields(self)])
         return torch.cat([state, torch.tensor([digest(ORIGIN, self.row, state)])])
 
     @classmethod
@@ -144,6 +145,7 @@ class Origin:
         ]
 
 
+@cache
 def version_number(text: str) -> int:
     """Return 2013000 for "2.13.0+cpu", 0 for what is no version."""
     match = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", text)
