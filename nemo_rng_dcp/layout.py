@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,7 +41,8 @@ class Layout:
     Attributes:
         row: The row that belongs to this process, ``0 <= row < rows``.
         rows: Rows of every table.
-        mesh: The mesh along which streams differ; ``None`` without a process group.
+        mesh: The mesh along which streams differ; ``None``: all ranks of the default process
+            group, or no group at all.
     """
 
     row: int
@@ -61,39 +62,38 @@ class Layout:
             ValueError: This process's rank is not in ``mesh``.
         """
         if mesh is None:
-            if not _has_process_group():
-                return cls(row=0, rows=1, mesh=None)
-            # Rows are CPU tensors and nothing here communicates, so the mesh is a CPU one whatever
-            # backend the group has. init_device_mesh() would create a group of its own for some.
-            assert dist.group.WORLD is not None
-            mesh = DeviceMesh.from_group(dist.group.WORLD, "cpu")
+            row = dist.get_rank() if _has_process_group() else 0
+            return cls(row, world_size(), None)
         coordinate = mesh.get_coordinate()
         if coordinate is None:
             raise ValueError(f"rank {global_rank()} is not in the mesh {mesh}, so it has no row")
         return cls(row_major(coordinate, mesh.shape), mesh.size(), mesh)
 
-    def table(self, row: torch.Tensor) -> torch.Tensor:
-        """Return the table of which ``row`` is this process's part; does not communicate.
+    def tables(self, rows: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return the tables of which ``rows`` are this process's part; does not communicate.
 
         Args:
-            row: Shape ``(n,)``.
+            rows: By table name, shape ``(n,)`` each.
 
         Returns:
-            Shape ``(rows, n)``: a DTensor sharded on dim 0, or a plain tensor without a process
-            group. DCP stores either as one chunk per row.
+            By table name, shape ``(rows, n)`` each: a DTensor sharded on dim 0, or a plain tensor
+            without a process group. DCP stores either as one chunk per row.
         """
-        local = row.unsqueeze(0)
-        if self.mesh is None:
-            return local
-        return DTensor.from_local(
-            local,
-            self.mesh,
-            # Sharding dim 0 over every mesh dimension in order is the row-major numbering.
-            [Shard(0)] * self.mesh.ndim,
-            run_check=False,
-            shape=torch.Size((self.rows, row.numel())),
-            stride=(row.numel(), 1),
-        )
+        if self.mesh is None and not _has_process_group():
+            return {name: row.unsqueeze(0) for name, row in rows.items()}
+        mesh = self.mesh or _mesh_of_all_ranks()
+        return {
+            name: DTensor.from_local(
+                row.unsqueeze(0),
+                mesh,
+                # Sharding dim 0 over every mesh dimension in order is the row-major numbering.
+                [Shard(0)] * mesh.ndim,
+                run_check=False,
+                shape=torch.Size((self.rows, row.numel())),
+                stride=(row.numel(), 1),
+            )
+            for name, row in rows.items()
+        }
 
     def own_row(self, table: torch.Tensor) -> torch.Tensor:
         """Return this process's row of a table, on the CPU; does not communicate.
@@ -153,6 +153,14 @@ def gather(numbers: torch.Tensor) -> torch.Tensor:
     everyone = [torch.empty_like(numbers, device=device) for _ in range(world_size())]
     dist.all_gather(everyone, numbers.to(device))
     return torch.stack(everyone).cpu()
+
+
+def _mesh_of_all_ranks() -> DeviceMesh:
+    """Return a mesh of the default process group, made anew: kept, it might outlive the group."""
+    # Rows are CPU tensors and nothing here communicates, so the mesh is a CPU one whatever backend
+    # the group has. init_device_mesh() would create a group of its own for some.
+    assert dist.group.WORLD is not None
+    return DeviceMesh.from_group(dist.group.WORLD, "cpu")
 
 
 def _has_process_group() -> bool:

@@ -25,7 +25,7 @@ def rows_of(
         fake_group(rank, world_size)
         mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
         layout = Layout.current(mesh if along is None else mesh[along])
-        table = layout.table(torch.full((3,), rank))
+        table = layout.tables({"x": torch.full((3,), rank)})["x"]
         assert table.shape == (layout.rows, 3)
         assert layout.own_row(table).tolist() == [rank] * 3
         [chunk] = table.__create_chunk_list__()  # type: ignore[attr-defined]
@@ -68,12 +68,12 @@ def test_a_table_of_another_layout_is_refused(fake_group: FakeGroup) -> None:
     fake_group(1, 4)
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
     of_all, of_dp, of_tp = (Layout.current(m) for m in (None, mesh["dp"], mesh["tp"]))
-    row = torch.arange(3)
+    rows = {"x": torch.arange(3)}
     with pytest.raises(ValueError, match=r"shape \(2, 3\), expected \(4, n\)"):
-        of_all.own_row(of_dp.table(row))
+        of_all.own_row(of_dp.tables(rows)["x"])
     # The same shape, but rank 1 holds row 1 of the one and row 0 of the other.
     with pytest.raises(ValueError, match="does not place row 0 alone on rank 1"):
-        of_dp.own_row(of_tp.table(row))
+        of_dp.own_row(of_tp.tables(rows)["x"])
 
 
 def test_without_a_group_gathering_gives_the_own_numbers() -> None:
