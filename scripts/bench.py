@@ -52,9 +52,9 @@ FULL = Settings(
     call_repeat=100,
     ranks=(1, 2, 4),
     models=((512, 6, 5), (16, 1, 16)),
-    planning_sizes=(256, 1024, 4096, 8192, 16384),
+    planning_sizes=(256, 512, 1024, 4096, 8192, 16384),
     rank_named_limit=8192,
-    model_sizes=(256, 1024),
+    model_sizes=(256, 512, 1024),
 )
 QUICK = Settings(
     call_rounds=2,

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from bench_timing import Spread, Target, columns, interleaved
@@ -38,13 +39,13 @@ def measure(rounds: int, repeat: int) -> Calls:
     rng = StatefulRNG(seed=0)
     state, plain = rng.state_dict(), plain_capture()
     calls: dict[str, Callable[[], object]] = {
+        "numpy_capture": np.random.get_state,
         "plain_capture": plain_capture,
         "state_dict": rng.state_dict,
         "plain_restore": lambda: plain_restore(plain),
         "load_state_dict": lambda: rng.load_state_dict(state),
+        "fingerprint": rng.fingerprint,
     }
-    if hasattr(rng, "fingerprint"):
-        calls["fingerprint"] = rng.fingerprint
     memory = {
         "state_dict": size_in_memory(list(state.values())),
         "plain_capture": size_in_memory(plain),
@@ -73,9 +74,10 @@ def table(calls: Calls) -> list[str]:
         ("no process group", "StatefulRNG, us", "plain way, us", "times the plain way")
     ]
     for row, names in ROWS.items():
-        if names[0] in calls.seconds:
-            cells = [Spread.of(calls.seconds[name]).text(1e-6) for name in names]
-            rows.append((row, *cells, Spread.of(calls.ratios(row)).text(1, digits=2)))
+        cells = [Spread.of(calls.seconds[name]).text(1e-6) for name in names]
+        rows.append((row, *cells, Spread.of(calls.ratios(row)).text(1, digits=2)))
+    numpy_alone = Spread.of(calls.seconds["numpy_capture"]).text(1e-6)
+    rows.append(("np.random.get_state(), part of both", "", numpy_alone, ""))
     return columns(rows)
 
 

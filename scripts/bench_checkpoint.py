@@ -17,12 +17,19 @@ WORKER = Path(__file__).with_name("bench_worker.py")
 IN_MEMORY = Path("/dev/shm")
 NEEDED_BYTES = 4 * 2**30
 
-WAYS = {"tables": "(b)", "file_per_rank": "(c)", "gathered": "(d)", "rank_named": "(e)"}
+WAYS = {
+    "tables": "(b)",
+    "file_per_rank": "(c)",
+    "gathered": "(d)",
+    "rank_named": "(e)",
+    "one_tensor": "(f)",
+}
 LEGEND = [
     "(a) dcp.save and dcp.load of model and optimizer alone, (b) with StatefulRNG,",
     "(c) with a torch.save file per rank and a barrier, (d) with all_gather_object of pickles,",
-    "(e) with rank-named keys; async_save: the time that it blocks the training step.",
+    "(e) with rank-named keys, (f) without streams, but with one tensor of one number a rank.",
     "(a) in ms, then what each way adds to it, paired by round; of the slowest rank.",
+    "async_save: the time that it blocks the training step.",
 ]
 CLOCKS = {"wall": "time", "cpu": "CPU time, a model too small to hide what is added"}
 

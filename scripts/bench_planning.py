@@ -32,9 +32,20 @@ from nemo_rng_dcp import StatefulRNG
 COMPARED_SIZE = 16384
 """Ranks at which the two ways are compared; measured or, above what was measured, extrapolated."""
 
-MODEL_TENSORS = 300
-MODEL_WIDTH = 8192
 LOCAL_ROUNDS = 5
+
+# The weights of Llama 3 8B, the vocabulary rounded up from 128,256 so that 1,024 ranks divide it.
+# A third of them is wider than tall (key, value and down projections), so DCP, which sweeps a
+# tensor along its longest dimension, compares every pair of their chunks, as it does ours.
+MODEL = "Llama 3 8B"
+_LAYER = [
+    *[(4096, 4096)] * 2,  # query, output
+    *[(1024, 4096)] * 2,  # key, value
+    *[(14336, 4096)] * 2,  # gate, up
+    (4096, 14336),  # down
+    *[(4096,)] * 2,  # norms
+]
+MODEL_SHAPES: list[tuple[int, ...]] = [*[(131072, 4096)] * 2, (4096,), *_LAYER * 32]
 
 _Result = TypeVar("_Result")
 
@@ -61,7 +72,6 @@ class Scale:
 
     tables: list[Planning]
     rank_named: list[Planning]
-    model: list[Planning]
     model_and_tables: list[Planning]
 
     def share(self, together: Planning) -> float:
@@ -79,18 +89,15 @@ def measure(sizes: Sequence[int], rank_named_limit: int, model_sizes: Sequence[i
     Args:
         sizes: Numbers of ranks, at least two of them up to ``rank_named_limit``.
         rank_named_limit: The largest size for rank-named keys.
-        model_sizes: Those of the sizes to plan together with a model, divisors of
-            ``MODEL_WIDTH``.
+        model_sizes: Those of the sizes to plan together with a model, powers of 2 up to 1,024.
     """
     # DCP asks the fake group for its device, which it has more than one of.
     warnings.filterwarnings("ignore", message=".*_get_pg_default_device|Multiple backends")
     named = [size for size in sizes if size <= rank_named_limit]
-    pairs = [plan_with_model(size) for size in model_sizes]
     return Scale(
-        tables=[plan_tables(size) for size in sizes],
+        tables=[plan(size, tables) for size in sizes],
         rank_named=[plan_rank_named(size) for size in named],
-        model=[model for model, _ in pairs],
-        model_and_tables=[together for _, together in pairs],
+        model_and_tables=[plan(size, model_and_tables) for size in model_sizes],
     )
 
 
@@ -99,41 +106,23 @@ def tables() -> dict[str, Any]:
 
 
 def model_and_tables() -> dict[str, Any]:
-    """Return this rank's part of the tables and of 300 square weights that FSDP2 has sharded.
-
-    Square is the cheapest shape: DCP sweeps a tensor along its longest dimension, and if that is
-    not the sharded one it compares every pair of chunks.
-    """
+    """Return this rank's part of the tables and of a model that FSDP2 has sharded."""
     ranks = dist.get_world_size()
     mesh = init_device_mesh("cpu", (ranks,))
-    part = torch.empty(MODEL_WIDTH // ranks, MODEL_WIDTH, device="meta")
-    weight = DTensor.from_local(part, mesh, [Shard(0)], run_check=False)
-    return {"model": {f"layers.{i}.weight": weight for i in range(MODEL_TENSORS)}, **tables()}
+    model = {}
+    for number, (length, *others) in enumerate(MODEL_SHAPES):
+        part = torch.empty(length // ranks, *others, device="meta")
+        model[f"weight_{number}"] = DTensor.from_local(part, mesh, [Shard(0)], run_check=False)
+    return {"model": model, **tables()}
 
 
-def plan_tables(ranks: int) -> Planning:
-    plans = plans_of_all_ranks(ranks, tables)
+def plan(ranks: int, state_of: Callable[[], dict[str, Any]]) -> Planning:
+    """Plan a checkpoint of what every rank passes."""
+    plans = plans_of_all_ranks(ranks, state_of)
     create_fake_group(0, ranks)
-    planning = time_planning(tables(), plans)
+    planning = time_planning(state_of(), plans)
     dist.destroy_process_group()
     return planning
-
-
-def plan_with_model(ranks: int) -> tuple[Planning, Planning]:
-    """Plan a checkpoint of a model, and one of the same model with the tables."""
-    plans = plans_of_all_ranks(ranks, model_and_tables)
-    create_fake_group(0, ranks)
-    state = model_and_tables()
-    alone = time_planning({"model": state["model"]}, [model_only(plan) for plan in plans])
-    together = time_planning(state, plans)
-    dist.destroy_process_group()
-    return alone, together
-
-
-def model_only(plan: SavePlan) -> SavePlan:
-    data = {key: path for key, path in plan.planner_data.items() if path[0] == "model"}
-    items = [item for item in plan.items if item.index.fqn in data]
-    return replace(plan, items=items, planner_data=data)
 
 
 def plan_rank_named(ranks: int) -> Planning:
@@ -231,12 +220,13 @@ def fit(plannings: Sequence[Planning]) -> float:
 def seconds_at(plannings: Sequence[Planning], ranks: int) -> tuple[float, bool]:
     """Return the seconds for so many ranks, and whether they were measured.
 
-    If not, the fitted growth takes the largest measured number there.
+    If not, they follow from the growth between the two largest numbers of ranks: the fitted one
+    is lower, since what grows with the ranks counts for more among few of them.
     """
     last = plannings[-1]
     if last.ranks == ranks:
         return last.save_seconds, True
-    return last.save_seconds * (ranks / last.ranks) ** fit(plannings), False
+    return last.save_seconds * (ranks / last.ranks) ** fit(plannings[-2:]), False
 
 
 def table(scale: Scale) -> list[str]:
@@ -261,11 +251,11 @@ def table(scale: Scale) -> list[str]:
         f"save plan at {COMPARED_SIZE:,} ranks: tables {ours:.2f} s, rank-named keys {theirs:.0f} s"
         f"{'' if measured else ' (extrapolated)'}, {theirs / ours:.0f} times as long"
     )
-    rows = [(f"with {MODEL_TENSORS} FSDP2 tensors", "model, s", "with tables, s", "share of RNG")]
-    for index, alone in enumerate(scale.model):
-        together = scale.model_and_tables[index]
-        seconds = (f"{alone.save_seconds:.2f}", f"{together.save_seconds:.2f}")
-        rows.append((f"{alone.ranks:,} ranks", *seconds, f"{scale.share(together):.1%}"))
+    rows = [(f"with {MODEL}, {len(MODEL_SHAPES)} FSDP2 tensors", "save plan, s", "share of RNG")]
+    rows += [
+        (f"{p.ranks:,} ranks", f"{p.save_seconds:.2f}", f"{scale.share(p):.1%}")
+        for p in scale.model_and_tables
+    ]
     return [*lines, "", *columns(rows)]
 
 

@@ -83,6 +83,12 @@ def interleaved(
     return seconds
 
 
+def rotated(names: Sequence[str], places: int) -> list[str]:
+    """Return the names with so many of them moved from the front to the back, round and round."""
+    start = places % len(names)
+    return [*names[start:], *names[:start]]
+
+
 def differences(values: Sequence[float], base: Sequence[float]) -> list[float]:
     """Return what each round's value is above the same round's base."""
     return [value - other for value, other in zip(values, base, strict=True)]

@@ -22,7 +22,8 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.device_mesh import init_device_mesh
 
-from bench_ways import Alone, FilePerRank, Gathered, RankNamed, Tables, Way
+from bench_timing import rotated
+from bench_ways import Alone, FilePerRank, Gathered, OneTensor, RankNamed, Tables, Way
 from leaving import leave_group
 from train_fsdp2 import (
     AppState,
@@ -87,16 +88,24 @@ def check(name: str, way: Way, app: AppState, folder: Path) -> None:
 def measure_rounds(
     seconds: Seconds, ways: dict[str, Way], app: AppState, out: Path, rounds: int
 ) -> None:
-    """Time every way once a round, A B C D E A B C D E, after a round that only warms up."""
+    """Time every way once a round, after one that only warms up: A B C D E F, then B C D E F A, ...
+
+    Before each turn of saves and of loads one more is made that does not count: the first after
+    something else takes some 1.5 ms longer than the next, more than what is measured.
+    """
     for name, way in ways.items():
         check(name, way, app, out / name)
-    for _ in range(rounds):
+    for round_number in range(rounds):
         gc.collect(1)  # what the last round left; what is older stays
-        for name, way in ways.items():
-            fresh(out / name)
-            timed(seconds, "save", name, partial(way.save, app, out / name))
-        for name, way in ways.items():
-            timed(seconds, "load", name, partial(way.load, app, out / name))
+        order = rotated(list(ways), round_number)
+        last = order[-1]
+        ways[last].save(app, fresh(out / last))
+        for name in order:
+            call = partial(ways[name].save, app, fresh(out / name))
+            timed(seconds, "save", name, call)
+        ways[last].load(app, out / last)
+        for name in order:
+            timed(seconds, "load", name, partial(ways[name].load, app, out / name))
 
 
 def measure_async_rounds(
@@ -107,10 +116,12 @@ def measure_async_rounds(
     states["tables"] = {"app": app, "rng": tables.rng}
     for round_number in range(-1, rounds):
         gc.collect(1)
-        for name, state in states.items():
+        order = rotated(list(states), round_number)
+        for turn, name in enumerate([order[-1], *order]):
             folder = fresh(out / "async")
-            call = partial(dcp.async_save, state, checkpoint_id=folder)
-            written = timed({} if round_number < 0 else seconds, "async_save", name, call)
+            call = partial(dcp.async_save, states[name], checkpoint_id=folder)
+            counts = round_number >= 0 and turn > 0  # as above
+            written = timed(seconds if counts else {}, "async_save", name, call)
             assert isinstance(written, Future)
             written.result()
 
@@ -148,6 +159,7 @@ def measure(size: Size, out: Path) -> dict[str, Any]:
         "file_per_rank": FilePerRank(),
         "gathered": Gathered(),
         "rank_named": RankNamed(),
+        "one_tensor": OneTensor(),
     }
     # Collections of garbage strike at random; between the rounds they hit no one way.
     gc.disable()

@@ -14,7 +14,7 @@ import bench_planning
 from bench_timing import Spread, Target, columns, growth
 from bench_ways import plain_capture, plain_restore
 
-WAYS = ["alone", "tables", "file_per_rank", "gathered", "rank_named"]
+WAYS = ["alone", "tables", "file_per_rank", "gathered", "rank_named", "one_tensor"]
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,14 @@ def numbers(value: Any) -> list[float]:
 def test_every_row_is_printed(results: tuple[str, dict[str, Any]]) -> None:
     printed, _ = results
     assert "cores, CPU, gloo; Python" in printed
-    rows = ["capture", "check and restore", "save, 2 ranks", "load, 2 ranks", "async_save, 2 ranks"]
+    rows = [
+        "capture",
+        "check and restore",
+        "np.random.get_state()",
+        "save, 2 ranks",
+        "load, 2 ranks",
+        "async_save, 2 ranks",
+    ]
     rows += ["bytes, 2 ranks", "files, 2 ranks", "4 ranks", "8 ranks", "save plan: grows"]
     rows += ["save plan at 16,384 ranks", "captured, in memory"]
     rows += ["kept after a load", "in the checkpoint"]
@@ -86,6 +93,7 @@ def test_what_is_left_on_disk_and_in_memory(results: tuple[str, dict[str, Any]])
         "file_per_rank": 2,
         "gathered": 0,
         "rank_named": 0,
+        "one_tensor": 0,
     }
     state_bytes = 8 * (10 + 628 + 628 + 633)
     assert state_bytes < result["checkpoint_bytes_per_rank"] < 2 * state_bytes
@@ -111,7 +119,7 @@ def test_a_wrongly_derived_plan_is_noticed(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(bench_planning, "plan_of_rank", lambda own, rank: own)
     try:
         with pytest.raises(RuntimeError, match="rank 1 is not what DCP makes"):
-            bench_planning.plan_tables(4)
+            bench_planning.plan(4, bench_planning.tables)
     finally:
         torch.distributed.destroy_process_group()
 
