@@ -5,6 +5,6 @@ class RNGStateError(RuntimeError):
     """An RNG state that cannot be stored or restored.
 
     The message starts with the generator's name (``numpy: ...``), says what was found and what
-    was expected, and ends with what to do next. Whenever it is raised, every stream is where it
-    was before the call.
+    was expected, and what to do next. No stream of this rank has moved, unless the message says
+    that one could not be put back.
     """

@@ -99,7 +99,7 @@ class Layout:
         """Return this process's row of a table, on the CPU; does not communicate.
 
         Args:
-            table: Shape ``(rows, n)``: a DTensor as :meth:`table` makes it, or a whole plain
+            table: Shape ``(rows, n)``: a DTensor as :meth:`tables` makes it, or a whole plain
                 tensor (as ``dcp_to_torch_save`` writes it).
 
         Returns:
@@ -110,7 +110,12 @@ class Layout:
                 exactly this process's row.
         """
         if table.ndim != 2 or table.shape[0] != self.rows:
-            raise ValueError(f"the table has shape {tuple(table.shape)}, expected ({self.rows}, n)")
+            raise ValueError(
+                f"the table has shape {tuple(table.shape)}, expected ({self.rows}, n). Another "
+                "number of rows is for dcp.load with planner=RNGLoadPlanner()."
+            )
+        if table.is_meta or table.layout != torch.strided:
+            raise ValueError(f"the table is {table.layout} on {table.device}, expected a dense one")
         if not isinstance(table, DTensor):
             return table[self.row].cpu()
         local = table.to_local()

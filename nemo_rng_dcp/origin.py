@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from nemo_rng_dcp.errors import RNGStateError
-from nemo_rng_dcp.rows import check_row, digest
+from nemo_rng_dcp.rows import check_row, digest, int64
 from nemo_rng_dcp.version import __version__
 
 ORIGIN = "origin"
@@ -84,8 +84,8 @@ class Origin:
 
     def to_row(self) -> torch.Tensor:
         """Return the fields in their order and a check word: int64, shape ``(13,)``."""
-        state = torch.tensor([getattr(self, field.name) for field in fields(self)])
-        return torch.cat([state, torch.tensor([digest(ORIGIN, self.row, state)])])
+        state = int64(*(getattr(self, field.name) for field in fields(self)))
+        return torch.cat([state, int64(digest(ORIGIN, self.row, state))])
 
     @classmethod
     def from_row(cls, row: torch.Tensor) -> Origin:
@@ -114,7 +114,8 @@ class Origin:
         origin = cls(*values)
         if not 0 <= origin.row < origin.rows:
             raise RNGStateError(
-                f"{ORIGIN}: a row says that it is row {origin.row} of {origin.rows}"
+                f"{ORIGIN}: a row says that it is row {origin.row} of {origin.rows}. Load another "
+                "checkpoint."
             )
         return origin
 

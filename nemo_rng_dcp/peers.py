@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from nemo_rng_dcp.layout import gather
-from nemo_rng_dcp.rows import digest, fingerprint
+from nemo_rng_dcp.rows import digest, fingerprint, int64
 
 
 def fingerprints(row: int, states: Mapping[str, torch.Tensor]) -> list[dict[str, str]]:
@@ -18,9 +18,9 @@ def fingerprints(row: int, states: Mapping[str, torch.Tensor]) -> list[dict[str,
         states: This rank's states by generator; the same names on every rank.
     """
     digits = {name: fingerprint(state) for name, state in states.items()}
-    numbers = torch.tensor([row, *(int(text, 16) for text in digits.values())])
+    own = int64(row, *(int(text, 16) for text in digits.values()))
     rows: dict[int, dict[str, str]] = {}
-    for its_row, *its_numbers in gather(numbers).tolist():
+    for its_row, *its_numbers in gather(own).tolist():
         its_digits = [f"{number:012x}" for number in its_numbers]
         rows.setdefault(its_row, dict(zip(digits, its_digits, strict=True)))
     return [rows[number] for number in sorted(rows)]
@@ -36,8 +36,8 @@ def drifted(row: int, states: Mapping[str, torch.Tensor]) -> list[str]:
     Returns:
         The same on every rank: one text for each generator and row in which ranks differ.
     """
-    numbers = [row, *(digest(name, row, state) for name, state in states.items())]
-    everyone = gather(torch.tensor(numbers)).tolist()
+    own = int64(row, *(digest(name, row, state) for name, state in states.items()))
+    everyone = gather(own).tolist()
     sharing: dict[int, list[int]] = {}
     for rank, (its_row, *_) in enumerate(everyone):
         sharing.setdefault(its_row, []).append(rank)

@@ -26,10 +26,9 @@ def seal(number: int, states: Mapping[str, torch.Tensor]) -> tuple[int, dict[str
         by its check word, int64, shape ``(n + 1,)``.
     """
     digests = {name: digest(name, number, state) for name, state in states.items()}
-    contents = digest("contents", number, torch.tensor(list(digests.values())))
+    contents = digest("contents", number, int64(*digests.values()))
     rows = {
-        name: torch.cat([state, torch.tensor([digests[name] ^ contents])])
-        for name, state in states.items()
+        name: torch.cat([state, int64(digests[name] ^ contents)]) for name, state in states.items()
     }
     return contents, rows
 
@@ -66,7 +65,7 @@ def check_row(name: str, row: torch.Tensor) -> None:
     if row.dtype != torch.int64 or row.numel() < 2:
         raise RNGStateError(
             f"{name}: a row is {row.dtype} of length {row.numel()}, expected torch.int64 of length "
-            "2 or more"
+            "2 or more. No StatefulRNG wrote that."
         )
 
 
@@ -85,8 +84,13 @@ def fork_seed(name: str, number: int, resizes: int, state: torch.Tensor) -> int:
     Returns:
         An integer from 0 to 2**64 - 1.
     """
-    content = torch.cat([state, torch.tensor([resizes])])
+    content = torch.cat([state, int64(resizes)])
     return digest(f"fork of {name}", number, content) % 2**64
+
+
+def int64(*values: int) -> torch.Tensor:
+    """Return integers as int64, on the CPU whatever the default device is."""
+    return torch.tensor(values, dtype=torch.int64, device="cpu")
 
 
 def fingerprint(state: torch.Tensor) -> str:

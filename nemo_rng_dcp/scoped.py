@@ -14,7 +14,7 @@ from nemo_rng_dcp.adapters import GeneratorAdapter
 from nemo_rng_dcp.generators import global_generators
 from nemo_rng_dcp.layout import global_rank
 from nemo_rng_dcp.seeding import check_ranked, check_seed
-from nemo_rng_dcp.snapshot import put_back, read
+from nemo_rng_dcp.snapshot import put_back, put_back_on_error
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -67,10 +67,11 @@ class ScopedRNG:
         if self.seed is not None:
             seed = check_seed(self.seed, global_rank() if self.ranked else 0)
         generators = global_generators()
-        self._outside = generators, read(generators)
-        if self.seed is not None:
-            for generator in generators.values():
-                generator.seed(seed)
+        with put_back_on_error(generators) as outside:
+            if self.seed is not None:
+                for generator in generators.values():
+                    generator.seed(seed)
+        self._outside = generators, outside
         return self
 
     def __exit__(
@@ -91,7 +92,7 @@ class ScopedRNG:
             or inspect.isasyncgenfunction(function)
         ):
             raise TypeError(
-                f"{function.__qualname__} is a generator or coroutine function: its body runs "
+                f"{function!r} is a generator or coroutine function: its body runs "
                 "after the call returned, outside the scope. Use `with ScopedRNG(...)` inside it."
             )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,7 +18,13 @@ from nemo_rng_dcp.mt19937 import MT19937State
 from nemo_rng_dcp.torch_adapters import AcceleratorAdapter, bytes_to_int64, current_accelerator
 
 _LOCK = threading.RLock()
-"""Held while all generators are read or restored, so that threads get whole snapshots."""
+"""Held while all generators are read or written, so that threads get whole snapshots."""
+if hasattr(os, "register_at_fork"):
+    # A child that is forked while another thread holds it would wait for ever: that thread is not
+    # in the child. So a fork waits for the lock instead.
+    os.register_at_fork(
+        before=_LOCK.acquire, after_in_parent=_LOCK.release, after_in_child=_LOCK.release
+    )
 
 
 def read(generators: Mapping[str, GeneratorAdapter]) -> dict[str, torch.Tensor]:
@@ -40,7 +47,7 @@ def restore(
     generators: Mapping[str, GeneratorAdapter],
     states: Mapping[str, torch.Tensor],
     seeds: Mapping[str, int] | None = None,
-) -> None:
+) -> dict[str, torch.Tensor]:
     """Put every generator into its state, all or nothing.
 
     Every state is checked before any generator is touched. If one cannot be written all the same,
@@ -52,16 +59,20 @@ def restore(
         seeds: By name, the generators that are seeded instead of put into their state, and the
             seeds, ``0 <= seed < 2**64``.
 
+    Returns:
+        The states that the generators are in now.
+
     Raises:
         RNGStateError: A state is missing, not expected or malformed. No stream has moved.
     """
     check(generators, states)
-    with _LOCK, put_back_on_error(generators):
+    with put_back_on_error(generators):
         for name, generator in generators.items():
             if seeds and name in seeds:
                 generator.seed(seeds[name])
             else:
                 generator.write(states[name])
+        return read(generators) if seeds else dict(states)
 
 
 def check(generators: Mapping[str, GeneratorAdapter], states: Mapping[str, torch.Tensor]) -> None:
@@ -69,7 +80,8 @@ def check(generators: Mapping[str, GeneratorAdapter], states: Mapping[str, torch
     for name, generator in generators.items():
         if name not in states:
             raise RNGStateError(
-                f"{name}: the state holds nothing for this generator, only {sorted(states)}"
+                f"{name}: the state holds nothing for this generator, only {sorted(states)}. Give "
+                "StatefulRNG the generators that it had when the state was taken."
             )
         try:
             generator.check(states[name])
@@ -78,19 +90,26 @@ def check(generators: Mapping[str, GeneratorAdapter], states: Mapping[str, torch
     for name in states:
         if name not in generators:
             raise RNGStateError(
-                f"{name}: this process has no such generator, only {sorted(generators)}"
+                f"{name}: this process has no such generator, only {sorted(generators)}. Give it "
+                "to StatefulRNG, or leave it out of the state."
             )
 
 
 @contextmanager
-def put_back_on_error(generators: Mapping[str, GeneratorAdapter]) -> Iterator[None]:
-    """Put every generator back to where it is now if the block raises."""
-    before = read(generators)
-    try:
-        yield
-    except BaseException:
-        put_back(generators, before)
-        raise
+def put_back_on_error(
+    generators: Mapping[str, GeneratorAdapter],
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Put every generator back to where it is now, which is yielded, if the block raises.
+
+    Other threads' snapshots wait for the block.
+    """
+    with _LOCK:
+        before = read(generators)
+        try:
+            yield before
+        except BaseException:
+            put_back(generators, before)
+            raise
 
 
 def put_back(
@@ -101,17 +120,22 @@ def put_back(
     Raises:
         RNGStateError: A generator did not take back its own state: it was exchanged meanwhile.
     """
-    failed: tuple[str, Exception] | None = None
-    for name, generator in generators.items():
-        try:
-            generator.write(states[name])
-        except Exception as error:
-            failed = failed or (name, error)
-    if failed is not None:
-        raise RNGStateError(
-            f"{failed[0]}: the generator does not take back its own earlier state ({failed[1]}). "
-            "Was it exchanged meanwhile, for example by np.random.set_bit_generator()?"
-        ) from failed[1]
+    failed: tuple[str, BaseException] | None = None
+    with _LOCK:
+        for name, generator in generators.items():
+            try:
+                generator.write(states[name])
+            except BaseException as error:
+                failed = failed or (name, error)
+    if failed is None:
+        return
+    name, reason = failed
+    if not isinstance(reason, Exception):
+        raise reason  # an interrupt, not this generator's refusal
+    raise RNGStateError(
+        f"{name}: the generator does not take back its own earlier state ({reason}). Was it "
+        "exchanged meanwhile, for example by np.random.set_bit_generator()?"
+    ) from reason
 
 
 @dataclass
@@ -166,6 +190,15 @@ def _restore_rng_state(state: RNGState) -> None:
         RNGStateError: A field is missing or malformed, or the state and this process do not have
             the same accelerator streams. No stream has moved.
     """
+    restore(global_generators(), states_of(state))
+
+
+def states_of(state: RNGState) -> dict[str, torch.Tensor]:
+    """Return the states in an ``RNGState`` as :func:`read` would give them.
+
+    Raises:
+        RNGStateError: A field is missing or malformed.
+    """
     device = current_accelerator()
     fields: list[tuple[str, str, Callable[[Any], torch.Tensor]]] = [
         ("python", "random_rng_state", lambda field: MT19937State.from_python(field).to_tensor()),
@@ -178,13 +211,13 @@ def _restore_rng_state(state: RNGState) -> None:
         value = getattr(state, field, None)
         if value is None:
             raise RNGStateError(f"{name}: the RNGState has no {field}")
-        if field == "cuda_rng_state" and device is None and value == []:
+        if field == "cuda_rng_state" and device is None and isinstance(value, list) and not value:
             continue
         try:
             states[name] = convert(value)
         except (TypeError, ValueError) as error:
             raise RNGStateError(f"{name}: the RNGState's {field} is malformed: {error}") from error
-    restore(global_generators(), states)
+    return states
 
 
 def _own_device_state(states: Sequence[torch.Tensor]) -> torch.Tensor:

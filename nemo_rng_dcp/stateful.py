@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Mapping
 from typing import Any, Literal, NoReturn, SupportsIndex, overload
@@ -60,7 +61,8 @@ class StatefulRNG:
         ValueError: The seed is no integer or out of range; this rank is not in ``mesh``; or a
             generator's name is no identifier or taken, or it is registered twice. Nothing was
             seeded.
-        TypeError: ``ranked`` is no bool, or a generator is of another kind. Nothing was seeded.
+        TypeError: ``ranked`` is no bool, ``mesh`` no DeviceMesh, ``generators`` no mapping, or a
+            generator is of another kind. Nothing was seeded.
 
     Example:
         >>> import tempfile, torch
@@ -86,13 +88,16 @@ class StatefulRNG:
         generators: Mapping[str, Any] | None = None,
     ) -> None:
         self.ranked = check_ranked(ranked)
-        self._registered = registered_generators(generators or {})
+        self._registered = registered_generators({} if generators is None else generators)
+        if mesh is not None and not isinstance(mesh, DeviceMesh):
+            raise TypeError(f"mesh is {mesh!r}, expected a DeviceMesh or None")
         self.mesh = mesh
         self._seeded_row = self._own_row()
         check_seed(seed, self._seeded_row if ranked else 0)
         self.seed = int(seed)
         self._resizes = 0
-        self._contents: int | None = None
+        # What state_dict() gave last, for a load, which DCP begins and ends on one thread.
+        self._given = threading.local()
         self._loaded: dict[str, torch.Tensor] | None = None
         seed_all(self.seed + (self._seeded_row if ranked else 0))
 
@@ -115,7 +120,7 @@ class StatefulRNG:
         """
         layout = self._layout()
         contents, rows = seal(layout.row, snapshot.read(self._generators()))
-        self._contents = contents
+        self._given.contents = contents
         origin = Origin.here(
             row=layout.row,
             rows=layout.rows,
@@ -138,14 +143,15 @@ class StatefulRNG:
 
         Raises:
             RNGStateError: A table is missing, unexpected, of another dtype or shape, altered, of
-                another rank or generator, or out of range. No stream has moved.
+                another rank or generator, or out of range. No stream of this rank has moved.
+            TypeError: ``state_dict`` is neither a mapping nor an ``RNGState``.
             RuntimeError: As for :meth:`state_dict`.
         """
-        generators = self._generators()
         if isinstance(state_dict, RNGState):
             # It knows the global streams only; registered ones stay as they are.
-            snapshot._restore_rng_state(state_dict)
-            self._loaded = snapshot.read(generators)
+            registered = snapshot.read(self._registered)
+            states = snapshot.states_of(state_dict)
+            self._loaded = {**snapshot.restore(global_generators(), states), **registered}
             return
         layout = self._layout()
         rows = _own_rows(layout, state_dict)
@@ -165,25 +171,24 @@ class StatefulRNG:
             try:
                 states[name] = unseal(name, origin.row, origin.contents, row)
             except RNGStateError:
-                given = self._contents
+                given = getattr(self._given, "contents", None)
                 if given is None or not is_sealed(name, layout.row, given, row):
                     raise
                 # The checkpoint lacks this table: DCP left in it what state_dict() had put there.
                 states[name] = row[:-1].clone()
-                continue
-            if is_new:
-                seeds[name] = fork_seed(name, layout.row, resizes, states[name])
+            else:
+                if is_new:
+                    seeds[name] = fork_seed(name, layout.row, resizes, states[name])
         skew = origin.version_skew()
-        if skew and layout.row == 0:
+        if skew and global_rank() == 0:
             # Before the restore: where warnings are errors, nothing may have moved by then.
             warnings.warn(
                 f"the RNG state was saved with {'; '.join(skew)}: the streams continue, but what a "
                 "library makes of them may have changed",
                 stacklevel=2,
             )
-        snapshot.restore(generators, states, seeds)
+        self._loaded = snapshot.restore(self._generators(), states, seeds)
         self._resizes = resizes
-        self._loaded = snapshot.read(generators) if seeds else states
 
     def rewind(self) -> None:
         """Put every stream back to where the last load left it; does not communicate.
@@ -281,6 +286,10 @@ class StatefulRNG:
 
 def _own_rows(layout: Layout, tables: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return this process's row of every table."""
+    if not isinstance(tables, Mapping):
+        raise TypeError(
+            f"the state is a {type(tables).__name__}, expected a state_dict() or an RNGState"
+        )
     rows = {}
     for name, table in tables.items():
         if not isinstance(table, torch.Tensor):

@@ -101,10 +101,15 @@ def bytes_to_int64(state: torch.Tensor) -> torch.Tensor:
     Raises:
         ValueError: Not a uint8 tensor of one dimension.
     """
-    if not isinstance(state, torch.Tensor) or state.dtype != torch.uint8 or state.ndim != 1:
+    if (
+        not isinstance(state, torch.Tensor)
+        or state.dtype != torch.uint8
+        or state.ndim != 1
+        or state.is_meta
+    ):
         raise ValueError(f"expected a uint8 tensor of one dimension, found {state!r:.80}")
     padding = -state.numel() % 8
-    padded = torch.cat([state.cpu(), torch.zeros(padding, dtype=torch.uint8)])
+    padded = torch.cat([state.cpu(), torch.zeros(padding, dtype=torch.uint8, device="cpu")])
     return padded.view(torch.int64)
 
 

@@ -1,3 +1,4 @@
+import functools
 import random
 from collections.abc import Iterator
 
@@ -87,7 +88,7 @@ def test_functions_whose_body_runs_later_are_not_decorated() -> None:
 
     async def coroutine() -> None: ...
 
-    for function in (generator, coroutine):
+    for function in (generator, coroutine, functools.partial(generator)):
         with pytest.raises(TypeError, match="runs after the call"):
             ScopedRNG(1)(function)
 

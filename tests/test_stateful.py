@@ -5,14 +5,17 @@ import pickle
 import random
 import sys
 import threading
+import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.stateful import Stateful
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 from nemo_rng_dcp import RNGState, RNGStateError, StatefulRNG, init_all_rng, snapshot
@@ -210,6 +213,8 @@ BAD: dict[str, tuple[str, Callable[[dict[str, torch.Tensor]], object]]] = {
     "word": ("numpy", lambda t: resealed(t, "numpy", 3, 2**32)),
     "has-gauss": ("numpy", lambda t: resealed(t, "numpy", 625, 7)),
     "torch left": ("torch", lambda t: resealed(t, "torch", 1, 0)),
+    "meta": ("torch", lambda t: replaced(t, "torch", t["torch"].to("meta"))),
+    "sparse": ("numpy", lambda t: replaced(t, "numpy", t["numpy"].to_sparse())),
     "another moment's": (
         "numpy",
         lambda t: replaced(t, "numpy", StatefulRNG(2).state_dict()["numpy"]),
@@ -251,6 +256,62 @@ def test_other_versions_are_warned_of_once_naming_both() -> None:
     ) as w:
         rng.load_state_dict(tables)
     assert len(w) == 1
+
+
+def with_skew(rng: StatefulRNG) -> dict[str, torch.Tensor]:
+    """The state as another version of Python would have saved it."""
+    tables = rng.state_dict()
+    [*values, _] = Origin.from_row(_own(tables["origin"])).to_row().tolist()
+    values[9] = 2007018
+    row = Origin(*values).to_row()
+    _own(tables["origin"]).copy_(row)
+    return tables
+
+
+def _own(table: torch.Tensor) -> torch.Tensor:
+    return (table.to_local() if isinstance(table, DTensor) else table)[0]
+
+
+def test_where_warnings_are_errors_a_load_that_warns_moves_nothing() -> None:
+    rng = StatefulRNG(1)
+    tables = with_skew(rng)
+    draw()
+    with warnings.catch_warnings(), unmoved():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="saved with"):
+            rng.load_state_dict(tables)
+
+
+def test_rank_0_alone_warns_of_other_versions(fake_group: Callable[[int, int], None]) -> None:
+    for rank, expected in ((0, 1), (1, 0)):
+        fake_group(rank, 4)
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+        rng = StatefulRNG(1, mesh=mesh["dp"])  # ranks 0 and 1 share row 0
+        tables = with_skew(rng)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            rng.load_state_dict(tables)
+        assert [warning.category for warning in caught] == [UserWarning] * expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"mesh": "dp"}, "mesh is 'dp', expected a DeviceMesh"),
+        ({"generators": [torch.Generator()]}, "generators is a list"),
+        ({"generators": 0}, "generators is a int"),
+    ],
+)
+def test_arguments_of_another_type_are_refused(arguments: dict[str, Any], message: str) -> None:
+    with unmoved(), pytest.raises(TypeError, match=message):
+        StatefulRNG(1, **arguments)
+
+
+@pytest.mark.parametrize("state", [None, [1], 5])
+def test_what_is_no_state_at_all_is_refused(state: Any) -> None:
+    rng = StatefulRNG(1)
+    with unmoved(), pytest.raises(TypeError, match=r"expected a state_dict\(\) or an RNGState"):
+        rng.load_state_dict(state)
 
 
 def test_a_write_that_fails_halfway_puts_the_others_back(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -351,11 +412,14 @@ def test_a_state_that_automodel_made_is_taken() -> None:
         ("random_rng_state", (3, (0,) * 625, None), "python"),
         ("np_rng_state", None, "numpy"),
         ("np_rng_state", ("PCG64", {}), "numpy"),
+        ("np_rng_state", {"bit_generator": "MT19937", "state": 5}, "numpy"),
         ("torch_rng_state", None, "torch"),
         ("torch_rng_state", torch.zeros(16, dtype=torch.uint8), "torch"),
         ("torch_rng_state", torch.zeros(5056), "torch"),
         ("torch_rng_state", b"bytes", "torch"),
+        ("torch_rng_state", torch.zeros(5056, dtype=torch.uint8, device="meta"), "torch"),
         ("cuda_rng_state", None, "cuda"),
+        ("cuda_rng_state", np.zeros(3), "cuda"),
         ("cuda_rng_state", [torch.zeros(16, dtype=torch.uint8)] * 99, "cuda"),
     ],
 )
@@ -368,6 +432,16 @@ def test_a_bad_field_is_named_and_nothing_moves(
     setattr(state, field, value)
     with unmoved(), pytest.raises(RNGStateError, match=rf"^{name}: .*"):
         restore(state)
+
+
+def test_an_rng_state_is_not_taken_where_a_registered_generator_cannot_be_read() -> None:
+    broken = random.Random(1)
+    rng = StatefulRNG(1, generators={"broken": broken})
+    state = _get_rng_state()
+    draw()
+    broken.setstate((*broken.getstate()[:2], 1))  # type: ignore[arg-type]
+    with unmoved(), pytest.raises(RNGStateError, match=r"^broken: .* gaussian is 1"):
+        rng.load_state_dict(state)
 
 
 def test_a_field_that_does_not_exist_is_named() -> None:
