@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from torch.distributed.tensor import DTensor
 
 from nemo_rng_dcp.errors import RNGStateError
-from nemo_rng_dcp.layout import Layout, source_row
+from nemo_rng_dcp.layout import Layout, global_rank, source_row
 from nemo_rng_dcp.origin import ORIGIN
 
 
@@ -33,8 +33,7 @@ class RNGLoadPlanner(DefaultLoadPlanner):
       ``r % saved``, and ``StatefulRNG`` then forks a stream of its own from it.
     - A table that the checkpoint lacks is left as it is.
 
-    Dropped and forked rows and missing tables are warned of, once for each RNG entry, by the rank
-    of row 0.
+    Dropped and forked rows and missing tables are warned of, once for each RNG entry, by rank 0.
 
     Pass it to ``dcp.load`` on every rank. It communicates no more than the default planner.
 
@@ -73,12 +72,12 @@ class RNGLoadPlanner(DefaultLoadPlanner):
         flatten_sharded_tensors: bool = True,
         allow_partial_load: bool = False,
     ) -> None:
-        if isinstance(keys, str) or not all(isinstance(key, str) for key in keys):
+        self.keys = () if isinstance(keys, str) else tuple(dict.fromkeys(keys))
+        if isinstance(keys, str) or not all(isinstance(key, str) for key in self.keys):
             raise TypeError(f'keys is {keys!r}, expected a sequence of strings such as ("rng",)')
-        if not keys:
+        if not self.keys:
             raise ValueError('keys is empty, expected at least one path such as "rng"')
         super().__init__(flatten_state_dict, flatten_sharded_tensors, allow_partial_load)
-        self.keys = tuple(keys)
 
     def set_up_planner(
         self,
@@ -104,8 +103,7 @@ class RNGLoadPlanner(DefaultLoadPlanner):
         for key in self.keys:
             own = {fqn: t for fqn, t in tables.items() if fqn.startswith(f"{key}.")}
             requests += _read_items(own, saved)
-            # With no_dist every rank is a coordinator, and peers may share row 0: once is enough.
-            if self.is_coordinator and _own_row(own[f"{key}.{ORIGIN}"]) == 0:
+            if global_rank() == 0:
                 _warn(key, own, saved)
 
         # The default planner plans everything else, and must neither miss the RNG entries nor see

@@ -1,6 +1,7 @@
 """Which row each rank is given, for any two numbers of rows, in one process with a fake group."""
 
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.distributed.checkpoint import _version
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from nemo_rng_dcp import RNGLoadPlanner, StatefulRNG
+from nemo_rng_dcp.layout import Layout
 from streams import draw, unmoved
 
 FakeGroup = Callable[[int, int], None]
@@ -106,8 +109,27 @@ def test_a_checkpoint_of_torch_2_3_loads_as_with_the_default_planner(
 
 
 @pytest.mark.parametrize(
-    ("keys", "error"), [("rng", TypeError), ((), ValueError), ((1,), TypeError)]
+    ("keys", "error"),
+    [("rng", TypeError), ((), ValueError), ((1,), TypeError), (iter(()), ValueError)],
 )
 def test_keys_are_a_sequence_of_paths(keys: Any, error: type[Exception]) -> None:
     with pytest.raises(error, match="keys is"):
         RNGLoadPlanner(keys=keys)
+
+
+def test_keys_may_come_from_an_iterator_and_count_once() -> None:
+    assert RNGLoadPlanner(keys=iter(["a", "b", "a"])).keys == ("a", "b")  # type: ignore[arg-type]
+
+
+def test_rank_0_warns_whatever_its_row(tmp_path: Path, fake_group: FakeGroup) -> None:
+    save(4, True, tmp_path, fake_group)
+    for rank, row in ((0, 1), (2, 0)):
+        fake_group(rank, 4)
+        mesh = DeviceMesh("cpu", [[2, 3], [0, 1]], mesh_dim_names=("dp", "tp"))["dp"]
+        rng = StatefulRNG(1000, ranked=True, mesh=mesh)
+        assert Layout.current(mesh).row == row
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            dcp.load({"rng": rng}, checkpoint_id=tmp_path, planner=RNGLoadPlanner(), no_dist=True)
+        texts = [str(warning.message) for warning in caught]
+        assert sum("4 rows were saved and 2 are loaded" in text for text in texts) == (rank == 0)
