@@ -21,6 +21,8 @@ class GeneratorAdapter(Protocol):
     def read(self) -> torch.Tensor:
         """Return the state without moving the stream: int64, 1-D, always of the same length.
 
+        The tensor is on the CPU and the caller's own: later draws must not change it.
+
         Raises:
             ValueError: The generator is in a state that cannot be stored.
         """
@@ -29,12 +31,12 @@ class GeneratorAdapter(Protocol):
     def check(self, state: torch.Tensor) -> None:
         """Raise ``ValueError`` unless ``state`` is one that :meth:`write` will take.
 
-        The generator is not touched.
+        The generator is not touched, and :meth:`read` succeeded on it or will before the write.
         """
         ...
 
     def write(self, state: torch.Tensor) -> None:
-        """Put the generator into a state that was checked."""
+        """Put the generator into a state that was checked; ``state`` remains the caller's own."""
         ...
 
     def seed(self, value: int) -> None:

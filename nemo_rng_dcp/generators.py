@@ -47,11 +47,17 @@ def registered_generators(generators: Mapping[str, Any]) -> dict[str, GeneratorA
 
     Raises:
         ValueError: A name is no identifier or is a table of the library's own; one generator is
-            given twice, or is a global one; or its state cannot be stored.
-        TypeError: An object is of another kind.
+            given twice, or is Python's, NumPy's or torch CPU's global one; or its state cannot be
+            stored.
+        TypeError: ``generators`` is no mapping, or an object is of another kind.
     """
     adapters: dict[str, GeneratorAdapter] = {}
+    if not isinstance(generators, Mapping):
+        raise TypeError(
+            f"generators is a {type(generators).__name__}, expected a mapping from names"
+        )
     owners: dict[int, str] = {
+        id(random.random.__self__): "python",  # type: ignore[attr-defined]
         id(torch.default_generator): "torch",
         id(np.random.get_bit_generator()): "numpy",  # type: ignore[attr-defined]
     }
@@ -71,9 +77,20 @@ def registered_generators(generators: Mapping[str, Any]) -> dict[str, GeneratorA
         owners[source] = name
         adapters[name] = _adapter(name, generator)
         try:
-            adapters[name].read()
+            state = adapters[name].read()
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
+        if not (
+            isinstance(state, torch.Tensor)
+            and state.is_cpu
+            and state.dtype == torch.int64
+            and state.ndim == 1
+            and len(state)
+        ):
+            raise ValueError(
+                f"{name}: read() gave {state!r:.80}, expected int64 of shape (n,), n >= 1, on the "
+                "CPU"
+            )
     return adapters
 
 

@@ -153,7 +153,8 @@ class MT19937State:
             ValueError: A state of another bit generator, or a value out of range.
         """
         if isinstance(state, dict):
-            inner = state.get("state", {})
+            inner = state.get("state")
+            inner = inner if isinstance(inner, dict) else {}
             state = (
                 state.get("bit_generator"),
                 inner.get("key"),
@@ -173,8 +174,8 @@ class MT19937State:
 
     def to_numpy(self) -> tuple[str, npt.NDArray[np.uint32], int, int, float]:
         """Return the state as ``numpy.random.set_state()`` takes it."""
-        has_gauss = int(self.gauss is not None)
-        return "MT19937", self.words, self.position, has_gauss, self.gauss or 0.0
+        has_gauss, gauss = (0, 0.0) if self.gauss is None else (1, self.gauss)
+        return "MT19937", self.words, self.position, has_gauss, gauss
 
     @classmethod
     def from_torch(cls, state: torch.Tensor) -> MT19937State:

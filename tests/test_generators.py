@@ -112,6 +112,7 @@ def test_one_stream_is_registered_once() -> None:
             StatefulRNG(1, generators={"first": first, "second": second})
     for known in (
         torch.default_generator,
+        random.random.__self__,  # type: ignore[attr-defined]
         np.random.Generator(np.random.get_bit_generator()),
         np.random.RandomState(np.random.get_bit_generator()),
     ):
@@ -178,6 +179,24 @@ def test_a_generator_of_ones_own_joins_through_the_adapter_protocol() -> None:
     with unmoved(), pytest.raises(RNGStateError, match=r"counter: a count is \[-1\]"):
         rng.load_state_dict(tables)
     assert counter.draw() == 8
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        torch.tensor([1], dtype=torch.int32),
+        torch.tensor([1.0]),
+        torch.tensor([[1]]),
+        torch.tensor([], dtype=torch.int64),
+        torch.empty(1, dtype=torch.int64, device="meta"),
+        [1],
+    ],
+)
+def test_a_state_that_could_be_saved_but_not_loaded_is_refused_at_once(state: Any) -> None:
+    counter = Counter(1)
+    counter.read = lambda: state  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match=r"^counter: read\(\) gave .*expected int64"):
+        StatefulRNG(1, generators={"counter": counter})
 
 
 class Stuck(Counter):
