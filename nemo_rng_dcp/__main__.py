@@ -36,7 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             # The reader (head, less) has seen enough; Python would complain of it at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return TROUBLE
-        print(f"nemo-rng-dcp: {' '.join(str(error).split())}", file=sys.stderr)
+        # What an error quotes may come from the checkpoint: no control codes, and in one line.
+        text = "".join(c if c.isprintable() else " " for c in str(error))
+        print(f"nemo-rng-dcp: {' '.join(text.split())}", file=sys.stderr)
         return TROUBLE
 
 
@@ -220,6 +222,8 @@ def _rows(text: str) -> list[range]:
         first, _, last = part.partition("-")
         if not first.isdecimal() or not (last or first).isdecimal():
             raise argparse.ArgumentTypeError(f"{text!r} is no list of rows such as 12,40-44")
+        if int(last or first) < int(first):
+            raise argparse.ArgumentTypeError(f"{part!r} ends before it begins")
         spans.append(range(int(first), int(last or first) + 1))
     return spans
 

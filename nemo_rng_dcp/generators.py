@@ -62,7 +62,7 @@ def registered_generators(generators: Mapping[str, Any]) -> dict[str, GeneratorA
         id(np.random.get_bit_generator()): "numpy",  # type: ignore[attr-defined]
     }
     for name, generator in generators.items():
-        if not isinstance(name, str) or not name.isidentifier() or _is_reserved(name):
+        if not isinstance(name, str) or not name.isidentifier() or is_reserved(name):
             raise ValueError(
                 f"{name!r} cannot name a generator: expected an identifier that is no device type "
                 f"and none of {ORIGIN}, python, numpy, torch"
@@ -113,7 +113,8 @@ def _adapter(name: str, generator: Any) -> GeneratorAdapter:
     )
 
 
-def _is_reserved(name: str) -> bool:
+def is_reserved(name: str) -> bool:
+    """Return whether a table name is ``origin`` or a global generator's, on any machine."""
     if name in (ORIGIN, "python", "numpy", "torch"):
         return True
     try:

@@ -144,8 +144,76 @@ def test_rows_that_share_a_stream(tmp_path: Path, capsys: Capture) -> None:
     assert code == 1
     assert re.search(r"finding: rng, numpy, rows 1-3: these rows share one stream", text)
     assert text.count("finding") == 1
+    assert "although ranked" in text
     not_ranked = save(rows_of(4, shared, ranked=False), tmp_path / "not ranked")
     assert ask(capsys, "inspect", not_ranked)[0] == 0
+
+
+def with_noise(row: int) -> States:
+    return {**drawn_states(row), "noise": torch.tensor([1, 2])}
+
+
+def test_registered_generators_are_not_said_to_be_ranked(tmp_path: Path, capsys: Capture) -> None:
+    code, text = ask(capsys, "inspect", save(rows_of(2, with_noise), tmp_path))
+    assert code == 1
+    assert "noise, rows 0-1: these rows share one stream" in text
+    assert "does not seed what is registered" in " ".join(text.split())
+
+
+def test_a_matrix_deeper_down_is_no_table(tmp_path: Path, capsys: Capture) -> None:
+    tables = rows_of(2)
+    path = save({**tables, "sub": {"z": torch.zeros(2, 5, dtype=torch.int64)}}, tmp_path)
+    assert ask_json(capsys, "inspect", path)["entries"][0]["generators"] == [
+        "python",
+        "numpy",
+        "torch",
+    ]
+    for words in (["inspect"], ["diff", path], ["explain", "--world-size", 2]):
+        assert ask(capsys, *words, path)[0] == 0
+
+
+def out_of_range(row: int) -> States:
+    states = drawn_states(row)
+    states["numpy"][3] = 2**32 if row == 1 else 5
+    return states
+
+
+def test_a_row_that_a_load_refuses_is_found_although_its_check_word_fits(
+    tmp_path: Path, capsys: Capture
+) -> None:
+    path = save(rows_of(3, out_of_range), tmp_path)
+    code, text = ask(capsys, "inspect", path)
+    assert (code, "numpy, row 1: a load refuses it: a word is 4294967296" in text) == (1, True)
+    code, text = ask(capsys, "explain", path, "--world-size", 3)
+    assert (code, "for row 1 is missing or damaged" in " ".join(text.split())) == (1, True)
+
+
+@pytest.mark.parametrize("where", ["key", "file"])
+def test_control_codes_do_not_reach_the_terminal(
+    where: str, tmp_path: Path, capsys: Capture
+) -> None:
+    evil = "\033[31mrng"
+    path = save(rows_of(2), tmp_path, key=evil if where == "key" else "rng")
+    if where == "file":
+
+        def rename(metadata: Any) -> None:
+            for place in metadata.storage_data.values():
+                place.relative_path = evil
+
+        change_metadata(path, rename)
+    for words in (["inspect"], ["diff", path], ["explain", "--world-size", 2]):
+        code, text = ask(capsys, *words, path)
+        assert (code, "\033" in text) == (2, False)
+        assert "found the name '\\x1b[31m" in text
+
+
+def test_what_a_pickle_wants_is_quoted_without_control_codes(
+    tmp_path: Path, capsys: Capture
+) -> None:
+    (tmp_path / ".metadata").write_bytes(b"cos\033[31m\nsystem\n.")
+    code, text = ask(capsys, "inspect", tmp_path)
+    assert (code, "\033" in text) == (2, False)
+    assert "refused" in text
 
 
 def test_streams_still_at_their_seed(tmp_path: Path, capsys: Capture) -> None:
@@ -176,7 +244,7 @@ def test_damaged_and_missing_rows_are_named(saved: Path, tmp_path: Path, capsys:
     # The others of these commands say that it cannot be trusted.
     code, text = ask(capsys, "diff", path, saved / "4_ranks_save")
     assert code == 2
-    assert "4 rows compared, no stream differs" in text, "a damaged row is no difference"
+    assert "2 rows compared, no stream differs" in text, "a damaged row is no difference"
     assert "2 rows of A missing or damaged" in text
     code, text = ask(capsys, "explain", path, "--world-size", 7)
     assert (code, "for row 1-2 is missing or damaged" in " ".join(text.split())) == (1, True)
@@ -390,6 +458,7 @@ def test_explain_rules(saved: Path, tmp_path: Path, capsys: Capture) -> None:
     "arguments",
     [
         ["inspect", ".", "--rows", "a-b"],
+        ["inspect", ".", "--rows", "9-3"],
         ["explain", ".", "--world-size", "0"],
         ["explain", ".", "--world-size", "4", "--mesh", "dp4"],
         ["explain", "."],

@@ -15,7 +15,7 @@ class Comparison:
 
     Attributes:
         key: The dotted path of the entry.
-        compared: Rows that at least one of them has.
+        compared: Rows that at least one of them has, and of which nothing is damaged in either.
         differing: By row and generator, the digests in A and in B, "-" where there is none; only
             what differs.
         remarks: What else is different; it makes no stream another one.
@@ -39,13 +39,12 @@ def _compare(key: str, a: Streams | None, b: Streams | None) -> Comparison:
     found = Comparison(key, remarks=_remarks(a, b))
     good_a, good_b = _good_rows(a), _good_rows(b)
     for side, streams, good in (("A", a, good_a), ("B", b, good_b)):
-        count = streams.count if streams else 0
-        found.damaged[side] = count - len(good)
-        found.compared = max(found.compared, count)
+        found.damaged[side] = (streams.count if streams else 0) - len(good)
     for row in sorted(good_a.keys() | good_b.keys()):
         # A damaged row is no difference: nobody knows what it was.
         if any(s and row < s.count and row not in g for s, g in ((a, good_a), (b, good_b))):
             continue
+        found.compared += 1
         in_a, in_b = good_a.get(row, {}), good_b.get(row, {})
         differing = {
             name: (in_a.get(name, "-"), in_b.get(name, "-"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +11,7 @@ import torch
 
 from nemo_rng_dcp.adapters import GeneratorAdapter, NumPyAdapter, PythonAdapter
 from nemo_rng_dcp.errors import RNGStateError
+from nemo_rng_dcp.generators import is_reserved
 from nemo_rng_dcp.origin import ORIGIN, Origin
 from nemo_rng_dcp.rows import fingerprint, unseal
 from nemo_rng_dcp.seeding import SEED_LIMIT
@@ -64,8 +65,9 @@ def examine(entry: Entry) -> Streams:
     damage: dict[tuple[str, str], list[int]] = {}
     generators = [name for name in entry.tables if name != ORIGIN]
     streams = Streams(entry.key, entry.count, generators, {}, {}, {}, [])
+    known = private_generators()
     for row in sorted({row for table in entry.tables.values() for row in table.rows}):
-        _examine_row(entry, row, streams, damage)
+        _examine_row(entry, row, known, streams, damage)
     for name, table in entry.tables.items():
         for row, reason in table.failures.items():
             damage.setdefault((name, f"missing: {reason}"), []).append(row)
@@ -81,7 +83,7 @@ def examine(entry: Entry) -> Streams:
             damage.setdefault((name, text), [])
     for (name, text), rows in damage.items():
         streams.findings.append(Finding(entry.key, name, tuple(rows), text))
-    for name in private_generators().keys() - entry.tables.keys():
+    for name in known.keys() - entry.tables.keys():
         text = "the checkpoint has no such table: a load leaves this stream as it is"
         streams.findings.append(Finding(entry.key, name, (), text))
     streams.findings += _disagreements(streams)
@@ -136,7 +138,11 @@ def private_generators() -> dict[str, GeneratorAdapter]:
 
 
 def _examine_row(
-    entry: Entry, row: int, streams: Streams, damage: dict[tuple[str, str], list[int]]
+    entry: Entry,
+    row: int,
+    known: Mapping[str, GeneratorAdapter],
+    streams: Streams,
+    damage: dict[tuple[str, str], list[int]],
 ) -> None:
     if row not in entry.tables[ORIGIN].rows:
         return
@@ -157,13 +163,19 @@ def _examine_row(
         if stored is None:
             continue
         try:
-            states[name] = unseal(name, row, origin.contents, stored)
+            state = unseal(name, row, origin.contents, stored)
+            if name in known:
+                known[name].check(state)
         except RNGStateError:
             text = (
                 "damaged: the row does not fit its check word. It was altered after it was "
                 "written, or is another rank's, generator's or moment's"
             )
             damage.setdefault((name, text), []).append(row)
+        except ValueError as error:
+            damage.setdefault((name, f"a load refuses it: {error}"), []).append(row)
+        else:
+            states[name] = state
     streams.states[row] = states
     streams.digests[row] = {name: fingerprint(state) for name, state in states.items()}
 
@@ -184,13 +196,19 @@ def _disagreements(streams: Streams) -> Iterator[Finding]:
 def _shared(streams: Streams) -> Iterator[Finding]:
     """Find rows that hold one and the same stream although the job's streams were to differ."""
     for name in streams.generators:
+        why = (
+            "although ranked"
+            if is_reserved(name)
+            else "though the job is ranked: StatefulRNG does not seed what is registered, so give "
+            "each rank a seed of its own, unless all are to draw alike"
+        )
         holders: dict[str, list[int]] = {}
         for row, digests in streams.digests.items():
             if name in digests and streams.origins[row].ranked:
                 holders.setdefault(digests[name], []).append(row)
         for digits, rows in holders.items():
             if len(rows) > 1:
-                text = f"these rows share one stream ({digits}) although ranked"
+                text = f"these rows share one stream ({digits}) {why}"
                 yield Finding(streams.key, name, tuple(rows), text)
 
 

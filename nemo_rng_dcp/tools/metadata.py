@@ -90,7 +90,7 @@ class CheckpointMetadata:
         self._record = _unpickle(_metadata_file(folder))
         with _as_malformed():
             saved = _mapping(self._record.state_dict_metadata)
-            self.keys = {_typed(key, str): _stored(value) for key, value in saved.items()}
+            self.keys = {_text(key): _stored(value) for key, value in saved.items()}
             self._places = _mapping(self._record.storage_data)
 
     def chunks(self, keys: Collection[str]) -> dict[str, list[Chunk]]:
@@ -106,7 +106,7 @@ class CheckpointMetadata:
     def files(self) -> set[str]:
         """Return the names of all files that hold parts of the checkpoint."""
         with _as_malformed():
-            return {_typed(place.relative_path, str) for place in self._places.values()}
+            return {_text(place.relative_path) for place in self._places.values()}
 
     def _chunks(self, key: str, places: Mapping[Any, Any]) -> list[Chunk]:
         record = self._record.state_dict_metadata[key]
@@ -215,13 +215,21 @@ def _chunk(offsets: tuple[int, ...], sizes: tuple[int, ...], place: Any) -> Chun
         return Chunk(offsets, sizes, "", 0, 0, False)
     start, length = _integers((place.offset, place.length))
     encoded = bool(getattr(place, "transform_descriptors", None))
-    return Chunk(offsets, sizes, _typed(place.relative_path, str), start, length, encoded)
+    return Chunk(offsets, sizes, _text(place.relative_path), start, length, encoded)
 
 
 def _typed(value: Any, kind: Any) -> Any:
     if not isinstance(value, kind):
         raise TypeError(f"found {type(value).__name__}, expected {kind.__name__}")
     return value
+
+
+def _text(value: Any) -> str:
+    """Return a name, which will be printed: one with a terminal's control codes is refused."""
+    text: str = _typed(value, str)
+    if not text.isprintable():
+        raise ValueError(f"found the name {text!a:.60}, expected printable text")
+    return text
 
 
 def _mapping(value: Any) -> dict[Any, Any]:

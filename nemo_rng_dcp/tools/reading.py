@@ -60,7 +60,7 @@ def find_entries(metadata: CheckpointMetadata) -> dict[str, list[str]]:
     """Return the tables' names by the path of their entry, wherever entries are nested.
 
     An entry is a table ``origin`` as ``StatefulRNG`` stores it, or a wider one of a later version,
-    and tables of as many rows beside it.
+    and tables of as many rows directly beside it.
     """
     entries = {}
     for fqn, stored in metadata.keys.items():
@@ -71,7 +71,10 @@ def find_entries(metadata: CheckpointMetadata) -> dict[str, list[str]]:
         beside = [
             other.removeprefix(prefix)
             for other, its in metadata.keys.items()
-            if other.startswith(prefix) and _is_table(its) and its.size[0] == stored.size[0]
+            if other.startswith(prefix)
+            and other.removeprefix(prefix).isidentifier()
+            and _is_table(its)
+            and its.size[0] == stored.size[0]
         ]
         if len(beside) > 1:
             known = [name for name in _ORDER if name in beside]

@@ -22,8 +22,8 @@ class Fate:
         ranks: The ranks of the resumed job that have this row.
         fate: ``continued``, ``forked``, ``dropped`` or, if a load would raise, ``refused``.
         source: The saved row that it is made from.
-        digests: By generator what ``StatefulRNG.fingerprint()`` will say after the load; a stream
-            is left out that only its own device can make.
+        digests: By generator what ``StatefulRNG.fingerprint()`` will say after the load; of forked
+            streams only Python's, NumPy's and torch CPU's.
     """
 
     row: int
