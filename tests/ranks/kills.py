@@ -30,15 +30,16 @@ def die() -> NoReturn:
     raise AssertionError
 
 
-class KilledWriter(dcp.FileSystemWriter):
-    """Dies in the middle: its data is written, the metadata is not."""
+real_write_data = dcp.FileSystemWriter.write_data
 
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Any:
-        written = super().write_data(plan, planner)
-        if dist.get_rank() == KILLED_RANK:
-            written.wait()
-            die()
-        return written
+
+def killed_write_data(self: dcp.FileSystemWriter, plan: SavePlan, planner: SavePlanner) -> Any:
+    """Die in the middle of any save: the data is written, the metadata is not."""
+    written = real_write_data(self, plan, planner)
+    if dist.get_rank() == KILLED_RANK:
+        written.wait()
+        die()
+    return written
 
 
 class KilledReader(dcp.FileSystemReader):
@@ -69,11 +70,12 @@ def main(folder: Path) -> None:
     (folder / f"attempt-{attempt}-{rank}").touch()
     dist.barrier()
 
-    unpublished = folder / "checkpoints" / f"step-{attempt + 2:08d}.incomplete"
+    dcp.FileSystemWriter.write_data = killed_write_data  # type: ignore[method-assign]
     if attempt == 0:
-        dcp.save(state, storage_writer=KilledWriter(unpublished))
+        checkpoints.save(state, step=2)
     elif attempt == 1:
-        dcp.async_save(state, storage_writer=KilledWriter(unpublished)).result()
+        unpublished = folder / "checkpoints" / "step-00000003.incomplete"
+        dcp.async_save(state, checkpoint_id=unpublished).result()
     elif attempt == 2:
         reader = KilledReader(checkpoints.newest())  # type: ignore[arg-type]
         dcp.load(state, storage_reader=reader, planner=RNGLoadPlanner())
