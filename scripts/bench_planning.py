@@ -36,7 +36,8 @@ LOCAL_ROUNDS = 5
 
 # The weights of Llama 3 8B, the vocabulary rounded up from 128,256 so that 1,024 ranks divide it.
 # A third of them is wider than tall (key, value and down projections), so DCP, which sweeps a
-# tensor along its longest dimension, compares every pair of their chunks, as it does ours.
+# tensor along its longest dimension, compares every pair of their chunks, as it does those of our
+# tables while they have fewer than 628 rows.
 MODEL = "Llama 3 8B"
 _LAYER = [
     *[(4096, 4096)] * 2,  # query, output
@@ -212,21 +213,25 @@ def cpu_seconds(call: Callable[[], _Result]) -> tuple[float, _Result]:
 
 
 def fit(plannings: Sequence[Planning]) -> float:
-    """Return the exponent with which the seconds that planning a save takes grow."""
-    sizes = [float(planning.ranks) for planning in plannings]
-    return growth(sizes, [planning.save_seconds for planning in plannings])
+    """Return the exponent with which the seconds that planning a save takes grow.
+
+    Between the three largest numbers of ranks: among few ranks it is lower, since there the part
+    counts for more that does not grow.
+    """
+    last = plannings[-3:]
+    sizes = [float(planning.ranks) for planning in last]
+    return growth(sizes, [planning.save_seconds for planning in last])
 
 
 def seconds_at(plannings: Sequence[Planning], ranks: int) -> tuple[float, bool]:
     """Return the seconds for so many ranks, and whether they were measured.
 
-    If not, they follow from the growth between the two largest numbers of ranks: the fitted one
-    is lower, since what grows with the ranks counts for more among few of them.
+    If not, the fitted growth takes the largest measured number there.
     """
     last = plannings[-1]
     if last.ranks == ranks:
         return last.save_seconds, True
-    return last.save_seconds * (ranks / last.ranks) ** fit(plannings[-2:]), False
+    return last.save_seconds * (ranks / last.ranks) ** fit(plannings), False
 
 
 def table(scale: Scale) -> list[str]:
@@ -267,7 +272,8 @@ def compared(scale: Scale) -> tuple[tuple[float, bool], tuple[float, bool]]:
 def targets(scale: Scale) -> list[Target]:
     (ours, _), (theirs, _) = compared(scale)
     return [
-        Target.at_most(1.1, "save plan of the tables, exponent", [fit(scale.tables)]),
+        # Linear but for DCP's sorting of chunks: n log n has an exponent of 1.1 here.
+        Target.at_most(1.2, "save plan of the tables, exponent", [fit(scale.tables)]),
         Target.at_most(
             1 / 50, f"save plan at {COMPARED_SIZE:,} ranks, tables / rank-named", [ours / theirs]
         ),

@@ -3,31 +3,45 @@
 import json
 import math
 import re
-from typing import Any
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
 
 import bench
-import bench_checkpoint
 import bench_planning
+import bench_worker
 from bench_timing import Spread, Target, columns, growth
-from bench_ways import plain_capture, plain_restore
+from bench_ways import Alone, Way, plain_capture, plain_restore
 
+Results = tuple[str, dict[str, Any], list[str]]
 WAYS = ["alone", "tables", "file_per_rank", "gathered", "rank_named", "one_tensor"]
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any]]:
-    """What one run prints, and its JSON."""
+def results(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Results:
+    """What one run prints, its JSON, and the temporary folders it made."""
     file = tmp_path_factory.mktemp("bench") / "bench.json"
     threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
         printed: list[str] = []
+        folders: list[str] = []
+        real = tempfile.mkdtemp
+
+        def mkdtemp(*arguments: Any) -> str:
+            folders.append(real(*arguments))
+            return folders[-1]
+
+        patch.setattr("tempfile.mkdtemp", mkdtemp)
         patch.setattr("builtins.print", lambda line="", **_: printed.append(str(line)))
         bench.main(["--quick", "--json", str(file)])
     torch.set_num_threads(threads)
-    return "\n".join(printed), json.loads(file.read_text())
+    return "\n".join(printed), json.loads(file.read_text()), folders
 
 
 def numbers(value: Any) -> list[float]:
@@ -39,8 +53,8 @@ def numbers(value: Any) -> list[float]:
     return [value] if isinstance(value, (int, float)) else []
 
 
-def test_every_row_is_printed(results: tuple[str, dict[str, Any]]) -> None:
-    printed, _ = results
+def test_every_row_is_printed(results: Results) -> None:
+    printed, _, _ = results
     assert "cores, CPU, gloo; Python" in printed
     rows = [
         "capture",
@@ -57,8 +71,8 @@ def test_every_row_is_printed(results: tuple[str, dict[str, Any]]) -> None:
         assert re.search(rf"^{re.escape(row)}.*\d", printed, re.MULTILINE), row
 
 
-def test_the_json_has_every_measurement(results: tuple[str, dict[str, Any]]) -> None:
-    _, result = results
+def test_the_json_has_every_measurement(results: Results) -> None:
+    _, result, _ = results
     assert all(math.isfinite(number) for number in numbers(result))
     calls = result["calls"]["seconds"]
     assert calls.keys() >= {"state_dict", "load_state_dict", "plain_capture", "plain_restore"}
@@ -81,9 +95,9 @@ def test_the_json_has_every_measurement(results: tuple[str, dict[str, Any]]) -> 
     }
 
 
-def test_what_is_left_on_disk_and_in_memory(results: tuple[str, dict[str, Any]]) -> None:
+def test_what_is_left_on_disk_and_in_memory(results: Results) -> None:
     """Sizes, unlike times, are the same on every machine."""
-    _, result = results
+    _, result, _ = results
     (checkpoint,) = result["checkpoints"]
     on_disk = checkpoint["on_disk"]
     files = {way: on_disk[way]["files"] - on_disk["alone"]["files"] for way in WAYS}
@@ -100,11 +114,40 @@ def test_what_is_left_on_disk_and_in_memory(results: tuple[str, dict[str, Any]])
     assert result["calls"]["memory"]["state_dict"] >= state_bytes
 
 
-def test_nothing_is_left_behind(results: tuple[str, dict[str, Any]]) -> None:
-    folder = bench_checkpoint.memory_folder()
-    if folder is not None:
-        assert not list(folder.glob("nemo_rng_dcp-bench-*"))
+def test_nothing_is_left_behind(results: Results) -> None:
+    _, _, folders = results
+    assert folders
+    assert not any(Path(folder).exists() for folder in folders)
     assert not torch.distributed.is_initialized()
+
+
+class Recorder(Alone):
+    """A way that does nothing but say that it was asked."""
+
+    def __init__(self, name: str, calls: list[str]) -> None:
+        self.name = name
+        self.calls = calls
+
+    def save(self, app: Any, folder: Path) -> None:
+        self.calls.append(f"save {self.name}")
+
+    def load(self, app: Any, folder: Path) -> None:
+        self.calls.append(f"load {self.name}")
+
+
+def test_ways_take_turns_after_one_that_does_not_count(
+    tmp_path: Path, fake_group: Callable[[int, int], None]
+) -> None:
+    fake_group(0, 1)
+    calls: list[str] = []
+    seconds: bench_worker.Seconds = {}
+    ways: dict[str, Way] = {name: Recorder(name, calls) for name in "abc"}
+    bench_worker.measure_rounds(seconds, ways, cast(Any, None), tmp_path, rounds=2)
+    expected = ["save a", "load a", "save b", "load b", "save c", "load c"]
+    for turn in ("cabc", "abca"):
+        expected += [f"{operation} {name}" for operation in ("save", "load") for name in turn]
+    assert calls == expected
+    assert {len(values) for values in seconds["wall"]["save"].values()} == {2}
 
 
 def test_the_plain_way_brings_the_streams_back() -> None:
@@ -139,6 +182,19 @@ def test_a_target_is_judged_by_the_confidence_in_the_median(limit: float, verdic
 
 def test_growth_is_fitted() -> None:
     assert growth([1, 10, 100], [3, 300, 30000]) == pytest.approx(2)
+
+
+def plannings(*seconds: float) -> list[bench_planning.Planning]:
+    return [
+        bench_planning.Planning(2**number, 0, value, 0, 0)
+        for number, value in enumerate(seconds, start=1)
+    ]
+
+
+def test_seconds_beyond_what_was_measured_follow_the_growth_of_the_largest() -> None:
+    measured = plannings(5, 5, 4, 16, 64)  # flat among few ranks, quadratic then
+    assert bench_planning.seconds_at(measured, 32) == (64, True)
+    assert bench_planning.seconds_at(measured, 64) == (pytest.approx(256), False)
 
 
 def test_columns_line_up() -> None:
