@@ -11,6 +11,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
+from nemo_rng_dcp.errors import RNGStateError
+
 
 def global_rank() -> int:
     """Return this process's global rank; does not communicate.
@@ -94,6 +96,22 @@ class Layout:
             )
             for name, row in rows.items()
         }
+
+    def own_rows(self, tables: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return this process's row of every table: undoes :meth:`tables`; see :meth:`own_row`.
+
+        Raises:
+            RNGStateError: Something is no such table; the message names it.
+        """
+        rows = {}
+        for name, table in tables.items():
+            if not isinstance(table, torch.Tensor):
+                raise RNGStateError(f"{name}: expected a tensor, found {type(table).__name__}")
+            try:
+                rows[name] = self.own_row(table)
+            except ValueError as error:
+                raise RNGStateError(f"{name}: {error}") from error
+        return rows
 
     def own_row(self, table: torch.Tensor) -> torch.Tensor:
         """Return this process's row of a table, on the CPU; does not communicate.

@@ -153,32 +153,19 @@ class StatefulRNG:
             states = snapshot.states_of(state_dict)
             self._loaded = {**snapshot.restore(global_generators(), states), **registered}
             return
-        layout = self._layout()
-        rows = _own_rows(layout, state_dict)
-        origin = Origin.from_row(rows.pop(ORIGIN))
-        source = source_row(layout.row, origin.rows)
-        if origin.row != source:
-            raise RNGStateError(
-                f"{ORIGIN}: row {layout.row} of {layout.rows} was given row {origin.row} of "
-                f"{origin.rows}, expected row {source}. Give each rank its own rows: "
-                "load with dcp.load, not from another rank's state_dict()."
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(
+                f"the state is a {type(state_dict).__name__}, expected a mapping or an RNGState"
             )
+        layout = self._layout()
+        rows = layout.own_rows(state_dict)
+        origin = _own_origin(layout, rows)
+        states, absent = self._unsealed(layout, origin, rows)
         resizes = origin.resizes_on(layout.rows)
-        is_new = origin.forks(layout.row, self.ranked)
-        states, seeds = {}, {}
-        for name, row in rows.items():
-            check_row(name, row)
-            try:
-                states[name] = unseal(name, origin.row, origin.contents, row)
-            except RNGStateError:
-                given = getattr(self._given, "contents", None)
-                if given is None or not is_sealed(name, layout.row, given, row):
-                    raise
-                # The checkpoint lacks this table: DCP left in it what state_dict() had put there.
-                states[name] = row[:-1].clone()
-            else:
-                if is_new:
-                    seeds[name] = fork_seed(name, layout.row, resizes, states[name])
+        seeds = {}
+        if origin.forks(layout.row, self.ranked):
+            for name in states.keys() - absent:
+                seeds[name] = fork_seed(name, layout.row, resizes, states[name])
         skew = origin.version_skew()
         if skew and global_rank() == 0:
             # Before the restore: where warnings are errors, nothing may have moved by then.
@@ -283,24 +270,38 @@ class StatefulRNG:
             )
         return layout
 
+    def _unsealed(
+        self, layout: Layout, origin: Origin, rows: Mapping[str, torch.Tensor]
+    ) -> tuple[dict[str, torch.Tensor], set[str]]:
+        """Return the states in rows, and the names of those that the checkpoint lacks."""
+        states, absent = {}, set()
+        given = getattr(self._given, "contents", None)
+        for name, row in rows.items():
+            check_row(name, row)
+            try:
+                states[name] = unseal(name, origin.row, origin.contents, row)
+            except RNGStateError:
+                if given is None or not is_sealed(name, layout.row, given, row):
+                    raise
+                # DCP left in it what state_dict() had put there.
+                states[name] = row[:-1].clone()
+                absent.add(name)
+        return states, absent
 
-def _own_rows(layout: Layout, tables: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return this process's row of every table."""
-    if not isinstance(tables, Mapping):
-        raise TypeError(
-            f"the state is a {type(tables).__name__}, expected a state_dict() or an RNGState"
-        )
-    rows = {}
-    for name, table in tables.items():
-        if not isinstance(table, torch.Tensor):
-            raise RNGStateError(f"{name}: expected a tensor, found {type(table).__name__}")
-        try:
-            rows[name] = layout.own_row(table)
-        except ValueError as error:
-            raise RNGStateError(f"{name}: {error}") from error
+
+def _own_origin(layout: Layout, rows: dict[str, torch.Tensor]) -> Origin:
+    """Take the origin out of ``rows`` and make sure that they are for this process."""
     if ORIGIN not in rows:
         raise RNGStateError(
             f"{ORIGIN}: the state has no such table, only {sorted(rows)}; it is no state of a "
             "StatefulRNG"
         )
-    return rows
+    origin = Origin.from_row(rows.pop(ORIGIN))
+    source = source_row(layout.row, origin.rows)
+    if origin.row != source:
+        raise RNGStateError(
+            f"{ORIGIN}: row {layout.row} of {layout.rows} was given row {origin.row} of "
+            f"{origin.rows}, expected row {source}. Give each rank its own rows: "
+            "load with dcp.load, not from another rank's state_dict()."
+        )
+    return origin

@@ -310,7 +310,7 @@ def test_arguments_of_another_type_are_refused(arguments: dict[str, Any], messag
 @pytest.mark.parametrize("state", [None, [1], 5])
 def test_what_is_no_state_at_all_is_refused(state: Any) -> None:
     rng = StatefulRNG(1)
-    with unmoved(), pytest.raises(TypeError, match=r"expected a state_dict\(\) or an RNGState"):
+    with unmoved(), pytest.raises(TypeError, match=r"expected a mapping or an RNGState"):
         rng.load_state_dict(state)
 
 
