@@ -47,6 +47,30 @@ class GeneratorAdapter(Protocol):
         ...
 
 
+def read_state(generator: GeneratorAdapter) -> torch.Tensor:
+    """Return what :meth:`GeneratorAdapter.read` gives; moves no stream, does not communicate.
+
+    Returns:
+        int64, shape ``(n,)``, n >= 1, on the CPU.
+
+    Raises:
+        ValueError: The state cannot be stored, or is something else: sealed all the same, it would
+            be saved in silence and refused by every load.
+    """
+    state = generator.read()
+    if not (
+        isinstance(state, torch.Tensor)
+        and state.is_cpu
+        and state.dtype == torch.int64
+        and state.ndim == 1
+        and len(state)
+    ):
+        raise ValueError(
+            f"read() gave {state!r:.80}, expected int64 of shape (n,), n >= 1, on the CPU"
+        )
+    return state
+
+
 class PythonAdapter:
     """Python's ``random``: the module, whose functions are the global generator's, or a Random.
 

@@ -14,6 +14,7 @@ from nemo_rng_dcp.adapters import (
     NumPyAdapter,
     NumPyGeneratorAdapter,
     PythonAdapter,
+    read_state,
 )
 from nemo_rng_dcp.origin import ORIGIN
 from nemo_rng_dcp.torch_adapters import AcceleratorAdapter, TorchAdapter, current_accelerator
@@ -77,20 +78,9 @@ def registered_generators(generators: Mapping[str, Any]) -> dict[str, GeneratorA
         owners[source] = name
         adapters[name] = _adapter(name, generator)
         try:
-            state = adapters[name].read()
+            read_state(adapters[name])
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
-        if not (
-            isinstance(state, torch.Tensor)
-            and state.is_cpu
-            and state.dtype == torch.int64
-            and state.ndim == 1
-            and len(state)
-        ):
-            raise ValueError(
-                f"{name}: read() gave {state!r:.80}, expected int64 of shape (n,), n >= 1, on the "
-                "CPU"
-            )
     return adapters
 
 

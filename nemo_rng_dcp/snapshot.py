@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from nemo_rng_dcp.adapters import GeneratorAdapter
+from nemo_rng_dcp.adapters import GeneratorAdapter, read_state
 from nemo_rng_dcp.errors import RNGStateError
 from nemo_rng_dcp.generators import global_generators
 from nemo_rng_dcp.mt19937 import MT19937State
@@ -37,7 +37,7 @@ def read(generators: Mapping[str, GeneratorAdapter]) -> dict[str, torch.Tensor]:
     with _LOCK:
         for name, generator in generators.items():
             try:
-                states[name] = generator.read()
+                states[name] = read_state(generator)
             except ValueError as error:
                 raise RNGStateError(f"{name}: {error}") from error
     return states
@@ -194,7 +194,10 @@ def _restore_rng_state(state: RNGState) -> None:
 
 
 def states_of(state: RNGState) -> dict[str, torch.Tensor]:
-    """Return the states in an ``RNGState`` as :func:`read` would give them.
+    """Return the states in an ``RNGState`` as :func:`read` would give them; moves no stream.
+
+    Returns:
+        By name, int64, shape ``(n,)`` each: the global generators'.
 
     Raises:
         RNGStateError: A field is missing or malformed.

@@ -9,7 +9,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from nemo_rng_dcp.origin import Origin
-from nemo_rng_dcp.rows import seal
+from nemo_rng_dcp.rows import digest, seal
 from nemo_rng_dcp.tools.findings import private_generators
 
 States = Mapping[str, torch.Tensor]
@@ -33,6 +33,12 @@ def rows_of(count: int, states: Callable[[int], States] = drawn_states, **fields
         for name, sealed in {"origin": origin.to_row(), **rows}.items():
             tables.setdefault(name, []).append(sealed)
     return {name: torch.stack(rows) for name, rows in tables.items()}
+
+
+def sealed(tables: Mapping[str, torch.Tensor], name: str, state: torch.Tensor) -> torch.Tensor:
+    """Return a table of one row whose check word fits beside ``tables``, whatever the state is."""
+    contents = 0 if name == "origin" else Origin.from_row(tables["origin"][0]).contents
+    return torch.cat([state, torch.tensor([digest(name, 0, state) ^ contents])]).unsqueeze(0)
 
 
 def save(tables: Any, path: Path, key: str = "rng") -> Path:

@@ -11,9 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nemo_rng_dcp import RNGStateError, StatefulRNG, bit_generators
-from nemo_rng_dcp.origin import Origin
-from nemo_rng_dcp.rows import digest
 from streams import draw, unmoved
+from tables import sealed
 
 BIT_GENERATORS = [getattr(np.random, name) for name in bit_generators.ALGORITHMS]
 
@@ -172,10 +171,7 @@ def test_a_generator_of_ones_own_joins_through_the_adapter_protocol() -> None:
     assert [counter.draw(), counter.draw()] == [7, 8]
     rng.load_state_dict(tables)
     assert counter.draw() == 7
-    state = torch.tensor([-1])
-    contents = Origin.from_row(tables["origin"][0]).contents
-    check_word = torch.tensor([digest("counter", 0, state) ^ contents])
-    tables["counter"] = torch.cat([state, check_word]).unsqueeze(0)
+    tables["counter"] = sealed(tables, "counter", torch.tensor([-1]))
     with unmoved(), pytest.raises(RNGStateError, match=r"counter: a count is \[-1\]"):
         rng.load_state_dict(tables)
     assert counter.draw() == 8
@@ -197,6 +193,10 @@ def test_a_state_that_could_be_saved_but_not_loaded_is_refused_at_once(state: An
     counter.read = lambda: state  # type: ignore[method-assign]
     with pytest.raises(ValueError, match=r"^counter: read\(\) gave .*expected int64"):
         StatefulRNG(1, generators={"counter": counter})
+    rng = StatefulRNG(1, generators={"counter": (later := Counter(1))})
+    later.read = lambda: state  # type: ignore[method-assign]
+    with unmoved(), pytest.raises(RNGStateError, match=r"^counter: read\(\) gave"):
+        rng.state_dict()
 
 
 class Stuck(Counter):

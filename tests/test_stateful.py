@@ -1,6 +1,7 @@
 """StatefulRNG in one process: without a process group, or as one rank of a fake one."""
 
 import copy
+import dataclasses
 import pickle
 import random
 import sys
@@ -24,6 +25,7 @@ from nemo_rng_dcp.origin import Origin
 from nemo_rng_dcp.rows import digest
 from nemo_rng_dcp.snapshot import _get_rng_state, _restore_rng_state
 from streams import draw, states, unmoved
+from tables import sealed
 
 TABLES = ["origin", "python", "numpy", "torch"]
 
@@ -170,12 +172,6 @@ def test_another_bit_generator_of_numpy_is_refused_by_name() -> None:
 # Bad tables. Each keeps a valid check word where it could, so that the values are looked at.
 
 
-def sealed(tables: dict[str, torch.Tensor], name: str, state: torch.Tensor) -> torch.Tensor:
-    """A table whose check word fits, whatever the state is."""
-    contents = 0 if name == "origin" else Origin.from_row(tables["origin"][0]).contents
-    return torch.cat([state, torch.tensor([digest(name, 0, state) ^ contents])]).unsqueeze(0)
-
-
 def resealed(tables: dict[str, torch.Tensor], name: str, index: int, value: int) -> None:
     state = tables[name][0, :-1].clone()
     state[index] = value
@@ -261,15 +257,10 @@ def test_other_versions_are_warned_of_once_naming_both() -> None:
 def with_skew(rng: StatefulRNG) -> dict[str, torch.Tensor]:
     """The state as another version of Python would have saved it."""
     tables = rng.state_dict()
-    [*values, _] = Origin.from_row(_own(tables["origin"])).to_row().tolist()
-    values[9] = 2007018
-    row = Origin(*values).to_row()
-    _own(tables["origin"]).copy_(row)
+    table = tables["origin"]
+    [row] = table.to_local() if isinstance(table, DTensor) else table
+    row.copy_(dataclasses.replace(Origin.from_row(row), python_version=2007018).to_row())
     return tables
-
-
-def _own(table: torch.Tensor) -> torch.Tensor:
-    return (table.to_local() if isinstance(table, DTensor) else table)[0]
 
 
 def test_where_warnings_are_errors_a_load_that_warns_moves_nothing() -> None:
