@@ -147,7 +147,7 @@ def _streams_json(streams: Streams, rows: Sequence[range] | None) -> dict[str, A
         "streams": [
             {"row": row, "origin": asdict(streams.origins[row]), "digests": digests}
             for row, digests in streams.digests.items()
-            if rows is None or any(row in span for span in rows)
+            if report.within(row, rows)
         ],
     }
 

@@ -98,7 +98,13 @@ class Layout:
         }
 
     def own_rows(self, tables: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Return this process's row of every table: undoes :meth:`tables`; see :meth:`own_row`.
+        """Return this process's row of every table, see :meth:`own_row`; does not communicate.
+
+        Args:
+            tables: By name, shape ``(rows, n)`` each, as :meth:`tables` makes them.
+
+        Returns:
+            By name, shape ``(n,)`` each, on the CPU. They may share memory with ``tables``.
 
         Raises:
             RNGStateError: Something is no such table; the message names it.

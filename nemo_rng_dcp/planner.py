@@ -136,7 +136,7 @@ def _read_items(tables: Mapping[str, Any], saved: Mapping[str, Any]) -> list[Rea
         if fqn not in saved:
             continue
         _check_table(fqn, table, saved[fqn])
-        row = _own_row(table)
+        row = _row_number(table)
         width = table.shape[1]
         source = ChunkStorageMetadata(
             offsets=torch.Size((source_row(row, saved[fqn].size[0]), 0)),
@@ -154,7 +154,7 @@ def _read_items(tables: Mapping[str, Any], saved: Mapping[str, Any]) -> list[Rea
     return requests
 
 
-def _own_row(table: torch.Tensor) -> int:
+def _row_number(table: torch.Tensor) -> int:
     return Layout.current(table.device_mesh).row if isinstance(table, DTensor) else 0
 
 

@@ -92,7 +92,7 @@ class StatefulRNG:
         if mesh is not None and not isinstance(mesh, DeviceMesh):
             raise TypeError(f"mesh is {mesh!r}, expected a DeviceMesh or None")
         self.mesh = mesh
-        self._seeded_row = self._own_row()
+        self._seeded_row = self._row_number()
         check_seed(seed, self._seeded_row if ranked else 0)
         self.seed = int(seed)
         self._resizes = 0
@@ -135,7 +135,9 @@ class StatefulRNG:
     def load_state_dict(self, state_dict: Mapping[str, torch.Tensor] | RNGState) -> None:
         """Put every stream of this rank back to where ``state_dict`` has it; all or nothing.
 
-        Does not communicate. Under DCP every rank calls it with its own rows.
+        Does not communicate. Under DCP every rank calls it with its own rows. A table that the
+        checkpoint lacked is told by what :meth:`state_dict` gave this thread last, so a load begins
+        and ends on one thread, as DCP's does.
 
         Args:
             state_dict: What :meth:`state_dict` gave, with DTensors or with whole plain tensors of
@@ -249,14 +251,14 @@ class StatefulRNG:
     def _generators(self) -> dict[str, GeneratorAdapter]:
         return {**global_generators(), **self._registered}
 
-    def _own_row(self) -> int:
+    def _row_number(self) -> int:
         """Return the row that this process must own, with or without a process group."""
         return global_rank() if self.mesh is None else Layout.current(self.mesh).row
 
     def _layout(self) -> Layout:
         """Return the layout, after making sure that it gives this process the streams it has."""
         layout = Layout.current(self.mesh)
-        own_row = self._own_row()
+        own_row = self._row_number()
         if self.ranked and self._seeded_row != own_row:
             raise RuntimeError(
                 f"this StatefulRNG was seeded for rank {self._seeded_row}, but the process is "

@@ -17,10 +17,15 @@ MANY = 40
 _COLOURS = {FORKED: "yellow", REFUSED: "red", CONTINUED: "green"}
 
 
+def within(row: int, rows: Sequence[range] | None) -> bool:
+    """Return whether a row was asked for: ``None`` asks for all."""
+    return rows is None or any(row in span for span in rows)
+
+
 def streams_lines(streams: Streams, rows: Sequence[range] | None, style: Style) -> list[str]:
     """Return an entry: who saved it, and a line for each row, all or those in ``rows``."""
     lines = _title(streams, style)
-    chosen = [row for row in sorted(streams.digests) if rows is None or _within(row, rows)]
+    chosen = [row for row in sorted(streams.digests) if within(row, rows)]
     if rows is None and len(chosen) > MANY:
         for name in streams.generators:
             found = [its[name] for its in streams.digests.values() if name in its]
@@ -77,7 +82,7 @@ def comparison_lines(found: Comparison, rows: Sequence[range] | None, style: Sty
         f"{name}: {len(differing):,} of {plural(found.compared, 'row')} differ: "
         + ", ".join(f"{g} in {sum(g in its for its in differing.values()):,}" for g in generators)
     )
-    chosen = [row for row in differing if rows is None or _within(row, rows)]
+    chosen = [row for row in differing if within(row, rows)]
     more = len(chosen) - MANY
     if rows is None:
         chosen = chosen[:MANY]
@@ -100,7 +105,7 @@ def resume_lines(
     lines += paragraph(
         f"On {plural(world_size, 'rank')}, {plural(resume.rows, 'row')}, with {how}:", 2
     )
-    fates = [fate for fate in resume.fates if rows is None or _within(fate.row, rows)]
+    fates = [fate for fate in resume.fates if within(fate.row, rows)]
     if rows is None and len(fates) > MANY:
         lines += [_run_line(run) for run in _runs(fates)]
     else:
@@ -179,7 +184,3 @@ def _run_line(run: Sequence[Fate]) -> str:
 
 def _sources(fates: Sequence[Fate]) -> list[int]:
     return sorted({fate.source for fate in fates})
-
-
-def _within(row: int, rows: Sequence[range]) -> bool:
-    return any(row in span for span in rows)
