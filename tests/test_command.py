@@ -22,6 +22,7 @@ from nemo_rng_dcp.tools import terminal
 from nemo_rng_dcp.tools.findings import private_generators
 from ranks import command as jobs
 from ranks.harness import checks_of
+from streams import unmoved
 from tables import States, change_metadata, drawn_states, rows_of, save
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -52,15 +53,17 @@ def run(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
 
 
 def ask(capsys: Capture, *arguments: object) -> tuple[int, str]:
-    """Run the command in this process, which takes no seconds to start."""
-    code = command.main([*map(str, arguments)])
+    """Run the command in this process, which takes no seconds to start and moves no stream."""
+    with unmoved():
+        code = command.main([*map(str, arguments)])
     out, error = capsys.readouterr()
     assert max(map(len, out.splitlines()), default=0) <= 80, out
     return code, out + error
 
 
 def ask_json(capsys: Capture, *arguments: object) -> Any:
-    code = command.main([*map(str, arguments), "--json"])
+    with unmoved():
+        code = command.main([*map(str, arguments), "--json"])
     assert code in (0, 1)
     return json.loads(capsys.readouterr().out)
 
@@ -131,7 +134,7 @@ def shared(row: int) -> States:
     return {**drawn_states(row), "numpy": drawn_states(min(row, 1))["numpy"]}
 
 
-def unmoved(row: int) -> States:
+def at_their_seed(row: int) -> States:
     states = {}
     for name, generator in private_generators().items():
         generator.seed(42 + row)
@@ -217,7 +220,7 @@ def test_what_a_pickle_wants_is_quoted_without_control_codes(
 
 
 def test_streams_still_at_their_seed(tmp_path: Path, capsys: Capture) -> None:
-    found = ask_json(capsys, "inspect", save(rows_of(3, unmoved), tmp_path))["findings"]
+    found = ask_json(capsys, "inspect", save(rows_of(3, at_their_seed), tmp_path))["findings"]
     assert {(each["table"], *each["rows"]) for each in found} == {
         ("python", 0, 1, 2),
         ("numpy", 0),

@@ -525,8 +525,7 @@ def check_verify_shared_names_the_drifted(path: Path) -> None:
         assert text.startswith("torch: ranks 2, 3 share row 1, but their streams differ")
         assert "numpy" not in text
         assert "ranks 0" not in text
-        of_ranks: list[dict[str, str]] = [{}] * 4
-        dist.all_gather_object(of_ranks, rng.fingerprint())
+        of_ranks = gather(rng.fingerprint())
         assert of_ranks[2] != of_ranks[3]
         assert rng.fingerprint(gather=True) == [of_ranks[0], of_ranks[2]]  # the lowest speaks
         StatefulRNG(42, ranked=True).verify_shared()  # nothing shared, nothing to differ
