@@ -11,7 +11,7 @@ import torch
 
 from bench_timing import Spread, Target, columns, interleaved
 from bench_ways import plain_capture, plain_restore
-from nemo_rng_dcp import StatefulRNG
+from nemo_rng_dcp import ScopedRNG, StatefulRNG, derive_seed
 
 ROWS = {
     "capture": ("state_dict", "plain_capture"),
@@ -19,6 +19,12 @@ ROWS = {
     "fingerprint": ("fingerprint", "plain_capture"),
 }
 """Row of the table: the call of ours and the plain one beside it."""
+
+SEEDING_ROWS = {
+    "with ScopedRNG(derive_seed(...))": "scope",
+    "Generator().manual_seed(derive_seed(...))": "derived_generator",
+}
+"""Row of the table: ways to seed by what a number is for, which have no plain one beside them."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,8 @@ def measure(rounds: int, repeat: int) -> Calls:
         "plain_restore": lambda: plain_restore(plain),
         "load_state_dict": lambda: rng.load_state_dict(state),
         "fingerprint": rng.fingerprint,
+        "scope": enter_scope,
+        "derived_generator": lambda: torch.Generator().manual_seed(sample_seed()),
     }
     memory = {
         "state_dict": size_in_memory(list(state.values())),
@@ -55,6 +63,15 @@ def measure(rounds: int, repeat: int) -> Calls:
         ),
     }
     return Calls(interleaved(calls, rounds, repeat), memory)
+
+
+def sample_seed() -> int:
+    return derive_seed(42, "augment", 3, 1234)
+
+
+def enter_scope() -> None:
+    with ScopedRNG(sample_seed()):
+        pass
 
 
 def size_in_memory(value: object) -> int:
@@ -76,6 +93,8 @@ def table(calls: Calls) -> list[str]:
     for row, names in ROWS.items():
         cells = [Spread.of(calls.seconds[name]).text(1e-6) for name in names]
         rows.append((row, *cells, Spread.of(calls.ratios(row)).text(1, digits=2)))
+    for row, name in SEEDING_ROWS.items():
+        rows.append((row, Spread.of(calls.seconds[name]).text(1e-6), "", ""))
     numpy_alone = Spread.of(calls.seconds["numpy_capture"]).text(1e-6)
     rows.append(("np.random.get_state(), part of both", "", numpy_alone, ""))
     return columns(rows)

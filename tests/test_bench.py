@@ -59,6 +59,8 @@ def test_every_row_is_printed(results: Results) -> None:
     rows = [
         "capture",
         "check and restore",
+        "with ScopedRNG",
+        "Generator().manual_seed",
         "np.random.get_state()",
         "save, 2 ranks",
         "load, 2 ranks",
