@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.utils import collect_env
 
-from nemo_rng_dcp.torch_adapters import current_accelerator
+from nemo_rng_dcp.generators.torch_random import current_accelerator
 
 CUBLAS_VARIABLE = "CUBLAS_WORKSPACE_CONFIG"
 CUBLAS_DETERMINISTIC = (":4096:8", ":16:8")

@@ -1,10 +1,17 @@
-"""The one exception type that is this library's own."""
+"""What this library raises and warns with."""
 
 
 class RNGStateError(RuntimeError):
     """An RNG state that cannot be stored or restored.
 
-    The message starts with the generator's name (``numpy: ...``), says what was found and what
-    was expected, and what to do next. No stream of this rank has moved, unless the message says
-    that one could not be put back.
+    The message names the generator or the row, what was found, what was expected, and what to do
+    next. No stream of this rank has moved, unless the message says that one could not be put back.
+    """
+
+
+class RNGStateWarning(UserWarning):
+    """A load did something else than putting every stream back bit for bit.
+
+    The message says what. ``warnings.simplefilter("error", RNGStateWarning)`` turns it into an
+    error, which is raised before any stream has moved.
     """

@@ -2,48 +2,79 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Collection, Mapping
 
 import torch
+import torch.distributed as dist
 
-from nemo_rng_dcp.layout import gather
-from nemo_rng_dcp.rows import digest, fingerprint, int64
+from nemo_rng_dcp.layout import has_process_group, world_size
+from nemo_rng_dcp.record import fingerprint
 
 
-def fingerprints(row: int, states: Mapping[str, torch.Tensor]) -> list[dict[str, str]]:
+def fingerprints(row: int, states: Mapping[str, bytes]) -> list[dict[str, str]]:
     """Return the fingerprints of the streams of all rows, by row; every rank must call it.
 
     Args:
         row: This rank's row. Of ranks that share one, the lowest speaks.
-        states: This rank's states by generator; the same names on every rank.
+        states: This rank's packed states by generator; the same names on every rank.
     """
     digits = {name: fingerprint(state) for name, state in states.items()}
-    own = int64(row, *(int(text, 16) for text in digits.values()))
+    own = [row, *(int(text, 16) for text in digits.values())]
     rows: dict[int, dict[str, str]] = {}
-    for its_row, *its_numbers in gather(own).tolist():
+    for its_row, *its_numbers in gather(own):
         its_digits = [f"{number:012x}" for number in its_numbers]
         rows.setdefault(its_row, dict(zip(digits, its_digits, strict=True)))
     return [rows[number] for number in sorted(rows)]
 
 
-def drifted(row: int, states: Mapping[str, torch.Tensor]) -> list[str]:
-    """Return where ranks share a row but not its streams, readably; every rank must call it.
+def drifted(row: int, states: Mapping[str, bytes], shared: Collection[str]) -> list[str]:
+    """Return where ranks should have one stream and have not; every rank must call it.
 
     Args:
         row: This rank's row.
-        states: This rank's states by generator; the same names on every rank.
+        states: This rank's packed states by generator; the same names on every rank.
+        shared: The generators that are alike on all ranks; the others are alike within a row.
 
     Returns:
         The same on every rank: one text for each generator and row in which ranks differ.
     """
-    own = int64(row, *(digest(name, row, state) for name, state in states.items()))
-    everyone = gather(own).tolist()
+    everyone = gather([row, *(_digest(state) for state in states.values())])
     sharing: dict[int, list[int]] = {}
     for rank, (its_row, *_) in enumerate(everyone):
         sharing.setdefault(its_row, []).append(rank)
-    return [
-        f"{name}: ranks {', '.join(map(str, ranks))} share row {shared}, but their streams differ"
-        for column, name in enumerate(states, start=1)
-        for shared, ranks in sharing.items()
-        if len({everyone[rank][column] for rank in ranks}) > 1
-    ]
+    texts = []
+    for column, name in enumerate(states, start=1):
+        groups = {"all ranks share it": list(range(len(everyone)))}
+        if name not in shared:
+            groups = {
+                f"ranks {', '.join(map(str, ranks))} share row {its_row}": ranks
+                for its_row, ranks in sharing.items()
+            }
+        for text, ranks in groups.items():
+            other = [r for r in ranks if everyone[r][column] != everyone[ranks[0]][column]]
+            if other:
+                differ = f"rank {', '.join(map(str, other))} differs from rank {ranks[0]}"
+                texts.append(f"{name}: {text}, but {differ}")
+    return texts
+
+
+def gather(numbers: list[int]) -> list[list[int]]:
+    """Return every rank's numbers, by rank; a collective of the default process group.
+
+    Args:
+        numbers: They fit int64; as many on every rank.
+    """
+    if not has_process_group():
+        return [numbers]
+    # "cpu:gloo,cuda:nccl" or "cuda:nccl": a group that serves the CPU is used there.
+    devices = [served.split(":")[0] for served in dist.get_backend_config().split(",")]
+    own = torch.tensor(numbers, dtype=torch.int64, device="cpu" if "cpu" in devices else devices[0])
+    everyone = [torch.empty_like(own) for _ in range(world_size())]
+    dist.all_gather(everyone, own)
+    return [its.tolist() for its in everyone]
+
+
+def _digest(state: bytes) -> int:
+    digest = hashlib.blake2b(state, digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)

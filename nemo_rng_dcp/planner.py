@@ -1,56 +1,69 @@
-"""``RNGLoadPlanner``: a load in which the RNG tables may have another number of rows."""
+"""``RNGLoadPlanner``: a load in which records may be of other rows and of another length."""
 
 from __future__ import annotations
 
 import dataclasses
+import io
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint import ChunkStorageMetadata, DefaultLoadPlanner
+from torch.distributed.checkpoint import DefaultLoadPlanner, LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.metadata import (
     Metadata,
     MetadataIndex,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
-from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.planner import LoadItemType
 from torch.distributed.tensor import DTensor
 
-from nemo_rng_dcp.errors import RNGStateError
-from nemo_rng_dcp.layout import Layout, global_rank, source_row
-from nemo_rng_dcp.origin import ORIGIN
+from nemo_rng_dcp.errors import RNGStateError, RNGStateWarning
+from nemo_rng_dcp.layout import source_row
+from nemo_rng_dcp.record import KEY, Record
 
 
-class RNGLoadPlanner(DefaultLoadPlanner):
-    """Loads RNG tables onto any number of rows; everything else as ``DefaultLoadPlanner`` does.
+@dataclasses.dataclass
+class _Table:
+    """An RNG entry of the state dict.
 
-    Each rank reads one saved row of every RNG table:
+    Attributes:
+        parent: The mapping that holds it, under :data:`KEY`.
+        value: The live table; once it is planned, the buffer for the record that is read instead.
+        row: This process's row.
+    """
+
+    parent: MutableMapping[str, Any]
+    value: torch.Tensor
+    row: int
+
+
+class RNGLoadPlanner(LoadPlanner):
+    """Loads RNG records onto any number of rows; everything else as another planner does.
+
+    Each rank reads one saved row of every RNG entry, whatever generators it holds:
 
     - As many rows or fewer than were saved: row r reads row r. The others are dropped.
     - More rows: a row that was saved is read by its own rank, bit for bit. A new row r reads row
-      ``r % saved``, and ``StatefulRNG`` then forks a stream of its own from it.
-    - A table that the checkpoint lacks is left as it is.
+      ``r % saved``, and ``StatefulRNG`` then forks streams of its own from it.
+    - An entry that the checkpoint lacks is left as it is, and ``StatefulRNG`` says so.
 
-    Dropped and forked rows and missing tables are warned of, once for each RNG entry, by rank 0.
+    RNG entries are found by themselves, at the top level or nested, in the state dict and in the
+    checkpoint. The other planner never sees them.
 
-    Pass it to ``dcp.load`` on every rank. It communicates no more than the default planner.
+    Pass it to ``dcp.load`` on every rank. It communicates no more than the other planner. An RNG
+    entry of the checkpoint for which the state dict has no place is named in an
+    ``RNGStateWarning``, by the coordinator.
 
     Args:
-        keys: Dotted paths of the RNG entries in the state dict: ``"rng"`` for
-            ``{"rng": StatefulRNG(...)}``, ``"app.rng"`` where ``app.state_dict()`` holds
-            ``{"rng": rng.state_dict()}``. At least one.
-        flatten_state_dict: As in ``DefaultLoadPlanner``.
-        flatten_sharded_tensors: As in ``DefaultLoadPlanner``.
-        allow_partial_load: As in ``DefaultLoadPlanner``; it concerns everything but RNG.
+        planner: The planner for everything else; ``None``: ``DefaultLoadPlanner()``.
 
     Raises:
-        TypeError: ``keys`` is a string or holds something else than strings.
-        ValueError: ``keys`` is empty; or, inside ``dcp.load``, a path is not in the state dict.
-        RNGStateError: Inside ``dcp.load``: the checkpoint holds something else than a fitting
-            table under an RNG key. Nothing was read. DCP wraps errors of its steps in a
-            ``CheckpointException`` that names the ranks.
+        TypeError: ``planner`` is no ``LoadPlanner``.
+        RNGStateError: Inside ``dcp.load``: the checkpoint holds something else than records under
+            the key of an RNG entry, or has no place for the row. Nothing was read. DCP wraps errors
+            of its steps in a ``CheckpointException`` that names the ranks.
 
     Example:
         >>> import tempfile, torch
@@ -65,19 +78,12 @@ class RNGLoadPlanner(DefaultLoadPlanner):
         True
     """
 
-    def __init__(
-        self,
-        keys: Sequence[str] = ("rng",),
-        flatten_state_dict: bool = True,
-        flatten_sharded_tensors: bool = True,
-        allow_partial_load: bool = False,
-    ) -> None:
-        self.keys = () if isinstance(keys, str) else tuple(dict.fromkeys(keys))
-        if isinstance(keys, str) or not all(isinstance(key, str) for key in self.keys):
-            raise TypeError(f'keys is {keys!r}, expected a sequence of strings such as ("rng",)')
-        if not self.keys:
-            raise ValueError('keys is empty, expected at least one path such as "rng"')
-        super().__init__(flatten_state_dict, flatten_sharded_tensors, allow_partial_load)
+    def __init__(self, planner: LoadPlanner | None = None) -> None:
+        if planner is not None and not isinstance(planner, LoadPlanner):
+            raise TypeError(f"planner is {planner!r:.80}, expected a LoadPlanner or None")
+        self.planner = DefaultLoadPlanner() if planner is None else planner
+        self._tables: dict[str, _Table] = {}
+        self._reads: list[ReadItem] = []
 
     def set_up_planner(
         self,
@@ -85,135 +91,143 @@ class RNGLoadPlanner(DefaultLoadPlanner):
         metadata: Metadata | None = None,
         is_coordinator: bool = False,
     ) -> None:
-        super().set_up_planner(state_dict, metadata, is_coordinator)
-        for key in self.keys:
-            # Tolerance is for RNG tables alone: a path that holds anything else is a mistake.
-            if f"{key}.{ORIGIN}" not in self.state_dict:
-                raise ValueError(
-                    f"RNGLoadPlanner: no StatefulRNG at {key!r} in the state dict, whose entries "
-                    f"are {sorted(map(str, state_dict))}. keys are the dotted paths of the RNG "
-                    'entries, such as "rng" or "app.rng".'
-                )
+        assert metadata is not None
+        saved = metadata.state_dict_metadata
+        entries = dict(_entries(state_dict))
+        tables = {fqn: _table(parent) for fqn, parent in entries.items()}
+        self._tables = {fqn: table for fqn, table in tables.items() if table is not None}
+        self._reads = [
+            _read(fqn, table.row, saved[fqn]) for fqn, table in self._tables.items() if fqn in saved
+        ]
+        others = {fqn: its for fqn, its in saved.items() if fqn not in self._tables}
+        with self._taken_out():
+            self.planner.set_up_planner(
+                state_dict,
+                dataclasses.replace(metadata, state_dict_metadata=others),
+                is_coordinator,
+            )
+        if is_coordinator:
+            _warn_of_left_over(others, entries)
 
     def create_local_plan(self) -> LoadPlan:
-        assert self.metadata is not None
-        tables = {fqn: value for fqn, value in self.state_dict.items() if self._is_rng(fqn)}
-        saved = self.metadata.state_dict_metadata
-        requests: list[ReadItem] = []
-        for key in self.keys:
-            own = {fqn: t for fqn, t in tables.items() if fqn.startswith(f"{key}.")}
-            requests += _read_items(own, saved)
-            if global_rank() == 0:
-                _warn(key, own, saved)
+        # The default planner may flatten the state dict a second time here.
+        with self._taken_out():
+            plan = self.planner.create_local_plan()
+        for read in self._reads:
+            # The record comes as it was saved, so StatefulRNG is given it in place of the live one.
+            self._tables[read.dest_index.fqn].value = torch.zeros(read.lengths, dtype=torch.int64)
+        self._put_in()
+        return dataclasses.replace(plan, items=[*plan.items, *self._reads])
 
-        # The default planner plans everything else, and must neither miss the RNG entries nor see
-        # them: when the checkpoint holds keys that were not asked for, it takes it for one of torch
-        # 2.3, flattens the original dict anew and would get them back.
-        mappings, metadata, original = self.mappings, self.metadata, self.original_state_dict
-        self.state_dict = {fqn: v for fqn, v in self.state_dict.items() if fqn not in tables}
-        self.metadata = dataclasses.replace(
-            self.metadata,
-            state_dict_metadata={fqn: v for fqn, v in saved.items() if not self._is_rng(fqn)},
-        )
-        for key in self.keys:
-            self.original_state_dict = _without(self.original_state_dict, key)
+    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
+        return self.planner.create_global_plan(global_plan)
+
+    def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
+        return self.planner.finish_plan(central_plan)
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        self.planner.load_bytes(read_item, value)
+
+    def resolve_bytes(self, read_item: ReadItem) -> io.BytesIO:
+        return self.planner.resolve_bytes(read_item)
+
+    def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
+        table = self._tables.get(read_item.dest_index.fqn)
+        return self.planner.resolve_tensor(read_item) if table is None else table.value
+
+    def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
+        if read_item.dest_index.fqn not in self._tables:
+            self.planner.commit_tensor(read_item, tensor)
+
+    @contextmanager
+    def _taken_out(self) -> Iterator[None]:
+        """Take the tables out of the state dict, whose nested dicts the other planner may write to.
+
+        A copy would not do: what that planner reads into it would be lost.
+        """
+        for table in self._tables.values():
+            del table.parent[KEY]
         try:
-            plan = super().create_local_plan()
+            yield
         finally:
-            self.metadata, self.original_state_dict = metadata, original
-        self.state_dict = {**self.state_dict, **tables}
-        self.mappings = {**mappings, **self.mappings}
-        return dataclasses.replace(plan, items=[*plan.items, *requests])
+            self._put_in()
 
-    def _is_rng(self, fqn: str) -> bool:
-        return any(fqn.startswith(f"{key}.") for key in self.keys)
+    def _put_in(self) -> None:
+        for table in self._tables.values():
+            table.parent[KEY] = table.value
 
 
-def _read_items(tables: Mapping[str, Any], saved: Mapping[str, Any]) -> list[ReadItem]:
-    """Return the reads of one saved row for each table that the checkpoint has."""
-    requests: list[ReadItem] = []
-    for fqn, table in tables.items():
-        if fqn not in saved:
-            continue
-        _check_table(fqn, table, saved[fqn])
-        row = _row_number(table)
-        width = table.shape[1]
-        source = ChunkStorageMetadata(
-            offsets=torch.Size((source_row(row, saved[fqn].size[0]), 0)),
-            sizes=torch.Size((1, width)),
-        )
-        items = create_read_items_for_chunk_list(fqn, saved[fqn], [source])
-        # A row without chunks would be no error to DCP: it would keep the live state.
-        if sum(item.lengths.numel() for item in items) != width:
-            raise RNGStateError(
-                f"{fqn}: the checkpoint's metadata places {len(items)} chunks for row "
-                f"{source.offsets[0]}, which do not make up the row. Load another checkpoint."
-            )
-        own = MetadataIndex(fqn, torch.Size((row, 0)))
-        requests += [dataclasses.replace(item, dest_index=own) for item in items]
-    return requests
+def _entries(value: Any, path: str = "") -> Iterator[tuple[str, MutableMapping[str, Any]]]:
+    """Find the tensors named :data:`KEY`, with the keys that DCP's planners give them."""
+    items: Any = ()
+    if isinstance(value, Mapping):
+        items = value.items()
+    elif isinstance(value, (list, tuple)):
+        items = enumerate(value)
+    for key, inner in items:
+        if key == KEY and isinstance(inner, torch.Tensor) and isinstance(value, MutableMapping):
+            yield f"{path}{key}", value
+        else:
+            yield from _entries(inner, f"{path}{key}.")
 
 
-def _row_number(table: torch.Tensor) -> int:
-    return Layout.current(table.device_mesh).row if isinstance(table, DTensor) else 0
+def _table(parent: MutableMapping[str, Any]) -> _Table | None:
+    """Return the table in a mapping, or ``None`` for a weight that happens to have its name."""
+    value = parent[KEY]
+    try:
+        record = Record.from_tensor(value.to_local() if isinstance(value, DTensor) else value)
+    except RNGStateError:
+        return None
+    return _Table(parent, value, record.row)
 
 
-def _check_table(fqn: str, table: Any, saved: Any) -> None:
-    """Raise ``RNGStateError`` unless the checkpoint has a table of rows like the live ones."""
+def _read(fqn: str, row: int, saved: Any) -> ReadItem:
+    """Return the read of the saved record that is loaded into a row."""
     if not isinstance(saved, TensorStorageMetadata):
         raise RNGStateError(
             f"{fqn}: the checkpoint holds bytes (a pickle) here, expected a tensor. No StatefulRNG "
             "wrote that; it was not read. Load without RNG state, or another checkpoint."
         )
-    if (
-        saved.properties.dtype != table.dtype
-        or len(saved.size) != 2
-        or saved.size[0] < 1
-        or saved.size[1] != table.shape[1]
-    ):
+    if saved.properties.dtype != torch.int64 or len(saved.size) != 1 or not saved.chunks:
         raise RNGStateError(
-            f"{fqn}: the checkpoint holds {saved.properties.dtype} {tuple(saved.size)}, expected "
-            f"{table.dtype} (rows, {table.shape[1]}). It is another generator's, or was written "
-            "by another version of nemo_rng_dcp or torch."
+            f"{fqn}: the checkpoint holds {saved.properties.dtype} {tuple(saved.size)} in "
+            f"{len(saved.chunks)} chunks, expected torch.int64 (rows * length,) in one chunk per "
+            "row. No StatefulRNG wrote that."
         )
+    # One chunk alone is one row, or all of them (as torch_save_to_dcp writes it): StatefulRNG
+    # chooses then, as a record tells how many there are.
+    length = saved.chunks[0].sizes[0]
+    place = torch.Size((source_row(row, saved.size[0] // length) * length,))
+    for number, chunk in enumerate(saved.chunks):
+        if chunk.offsets == place and chunk.sizes == (length,):
+            return ReadItem(
+                type=LoadItemType.TENSOR,
+                dest_index=MetadataIndex(fqn, torch.Size((0,))),
+                dest_offsets=torch.Size((0,)),
+                storage_index=MetadataIndex(fqn, chunk.offsets, number),
+                storage_offsets=torch.Size((0,)),
+                lengths=torch.Size((length,)),
+            )
+    raise RNGStateError(
+        f"{fqn}: the checkpoint's metadata has no chunk of {length} numbers at {place[0]}, for row "
+        f"{row}. It was saved by fewer ranks than it has rows, or is damaged."
+    )
 
 
-def _warn(key: str, tables: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
-    """Say what a load does to this RNG entry other than restoring each row."""
-    missing = [fqn for fqn in tables if fqn not in saved]
-    if missing:
+def _warn_of_left_over(saved: Mapping[str, Any], asked_for: Collection[str]) -> None:
+    """Name the RNG entries of the checkpoint for which the state dict has no place."""
+    left_over = [
+        fqn
+        for fqn, its in saved.items()
+        if fqn.rpartition(".")[2] == KEY
+        and fqn not in asked_for
+        and isinstance(its, TensorStorageMetadata)
+        and its.properties.dtype == torch.int64
+    ]
+    if left_over:
         warnings.warn(
-            f"the checkpoint has no {', '.join(missing)}: these streams stay as they are",
+            f"the checkpoint has RNG state at {', '.join(left_over)}, for which this job has no "
+            "StatefulRNG under that key: it is not loaded",
+            RNGStateWarning,
             stacklevel=2,
         )
-    origin = f"{key}.{ORIGIN}"
-    if origin not in saved:
-        return
-    rows, rows_saved = tables[origin].shape[0], saved[origin].size[0]
-    if rows < rows_saved:
-        warnings.warn(
-            f"{key}: {rows_saved} rows were saved and {rows} are loaded: "
-            f"{_span(rows, rows_saved)} dropped",
-            stacklevel=2,
-        )
-    if rows > rows_saved:
-        warnings.warn(
-            f"{key}: {rows_saved} rows were saved and {rows} are loaded: "
-            f"{_span(rows_saved, rows)} new, each made from row r % {rows_saved}",
-            stacklevel=2,
-        )
-
-
-def _span(first: int, end: int) -> str:
-    return f"row {first} is" if end - first == 1 else f"rows {first} to {end - 1} are"
-
-
-def _without(value: Any, path: str) -> Any:
-    """Return nested dicts without the entry at a dotted path; what is given stays as it is."""
-    if not isinstance(value, Mapping):
-        return value
-    return {
-        key: _without(inner, path.removeprefix(f"{key}.")) if path.startswith(f"{key}.") else inner
-        for key, inner in value.items()
-        if str(key) != path
-    }

@@ -8,13 +8,10 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any, TypeVar
 
-import torch
-
-from nemo_rng_dcp.adapters import GeneratorAdapter
-from nemo_rng_dcp.generators import global_generators
+from nemo_rng_dcp.generators import GeneratorAdapter, global_generators
 from nemo_rng_dcp.layout import global_rank
 from nemo_rng_dcp.seeding import check_ranked, check_seed
-from nemo_rng_dcp.snapshot import put_back, put_back_on_error
+from nemo_rng_dcp.snapshot import States, put_back, put_back_on_error
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -56,7 +53,7 @@ class ScopedRNG:
     def __init__(self, seed: int | None = 95050, ranked: bool = False) -> None:
         self.seed = None if seed is None else check_seed(seed)
         self.ranked = check_ranked(ranked)
-        self._outside: tuple[dict[str, GeneratorAdapter], dict[str, torch.Tensor]] | None = None
+        self._outside: tuple[dict[str, GeneratorAdapter], States] | None = None
 
     def __enter__(self) -> ScopedRNG:
         if self._outside is not None:

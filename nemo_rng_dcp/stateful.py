@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import threading
+import time
 import warnings
+import weakref
 from collections.abc import Mapping
 from typing import Any, Literal, NoReturn, SupportsIndex, overload
 
@@ -11,14 +12,13 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from nemo_rng_dcp import peers, snapshot
-from nemo_rng_dcp.adapters import GeneratorAdapter
-from nemo_rng_dcp.errors import RNGStateError
-from nemo_rng_dcp.generators import global_generators, registered_generators
-from nemo_rng_dcp.layout import Layout, global_rank, source_row, world_size
-from nemo_rng_dcp.origin import ORIGIN, Origin
-from nemo_rng_dcp.rows import check_row, fingerprint, fork_seed, is_sealed, seal, unseal
+from nemo_rng_dcp.automodel import RNGState, packed_states
+from nemo_rng_dcp.errors import RNGStateError, RNGStateWarning
+from nemo_rng_dcp.generators import GeneratorAdapter, global_generators, registered_generators
+from nemo_rng_dcp.layout import Layout, global_rank, world_size
+from nemo_rng_dcp.record import KEY, Record, Stream, fingerprint
+from nemo_rng_dcp.resume import Job, Kind, resume
 from nemo_rng_dcp.seeding import check_ranked, check_seed, seed_all
-from nemo_rng_dcp.snapshot import RNGState
 
 
 class StatefulRNG:
@@ -50,19 +50,24 @@ class StatefulRNG:
         mesh: The (sub)mesh along which streams differ: one row per coordinate, numbered
             row-major, and ranks of the same coordinate share a stream. ``None``: one row per
             global rank.
-        generators: Generators that the job draws from beside the global ones, by the name of
-            their table; the same names on every rank. Accepted are ``torch.Generator`` on any
+        generators: Generators that the job draws from beside the global ones, one stream per row,
+            by name; the same names and kinds on every rank. Accepted are ``torch.Generator`` on any
             device, ``numpy.random.Generator`` over any bit generator that NumPy ships,
             ``numpy.random.RandomState``, ``random.Random``, and objects with the methods of
-            ``adapters.GeneratorAdapter``. They are not seeded here, and restored in place:
-            whoever holds one sees the restored stream.
+            ``generators.GeneratorAdapter``. They are not seeded here, and restored in place:
+            whoever holds one sees the restored stream. On a new row they start a new stream.
+        shared_generators: The same for generators that are alike on all ranks, such as a sampler's
+            shuffle. On a new row they continue as saved.
+        global_generators: ``False`` leaves the global generators alone: nothing is seeded, and only
+            the registered ones are stored. A job whose streams differ along several meshes has one
+            ``StatefulRNG`` for each, all but one with ``False``.
 
     Raises:
         ValueError: The seed is no integer or out of range; this rank is not in ``mesh``; or a
             generator's name is no identifier or taken, or it is registered twice. Nothing was
             seeded.
-        TypeError: ``ranked`` is no bool, ``mesh`` no DeviceMesh, ``generators`` no mapping, or a
-            generator is of another kind. Nothing was seeded.
+        TypeError: ``ranked`` or ``global_generators`` is no bool, ``mesh`` no DeviceMesh, the
+            generators no mapping, or a generator is of another kind. Nothing was seeded.
 
     Example:
         >>> import tempfile, torch
@@ -86,98 +91,123 @@ class StatefulRNG:
         *,
         mesh: DeviceMesh | None = None,
         generators: Mapping[str, Any] | None = None,
+        shared_generators: Mapping[str, Any] | None = None,
+        global_generators: bool = True,
     ) -> None:
         self.ranked = check_ranked(ranked)
-        self._registered = registered_generators({} if generators is None else generators)
+        if not isinstance(global_generators, bool):
+            raise TypeError(f"global_generators is {global_generators!r}, expected True or False")
+        self.global_generators = global_generators
+        self._shared = frozenset({} if shared_generators is None else shared_generators)
+        self._registered = registered_generators(
+            {} if generators is None else generators,
+            {} if shared_generators is None else shared_generators,
+        )
         if mesh is not None and not isinstance(mesh, DeviceMesh):
             raise TypeError(f"mesh is {mesh!r}, expected a DeviceMesh or None")
         self.mesh = mesh
         self._seeded_row = self._row_number()
-        check_seed(seed, self._seeded_row if ranked else 0)
+        row_seed = check_seed(seed, self._seeded_row if ranked else 0)
         self.seed = int(seed)
         self._resizes = 0
-        # What state_dict() gave last, for a load, which DCP begins and ends on one thread.
-        self._given = threading.local()
-        self._loaded: dict[str, torch.Tensor] | None = None
-        seed_all(self.seed + (self._seeded_row if ranked else 0))
+        # The tables that state_dict() handed out and that are still in use, by their time.
+        self._handed_out: weakref.WeakValueDictionary[int, torch.Tensor] = (
+            weakref.WeakValueDictionary()
+        )
+        self._loaded: snapshot.States | None = None
+        if global_generators:
+            seed_all(row_seed)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Return this rank's row of every table; moves no stream and does not communicate.
+        """Return this rank's record as its row of a table; moves no stream.
 
-        Every rank of the default process group must call it, as DCP does.
+        Every rank of the default process group must call it, as DCP does. It does not communicate.
 
         Returns:
-            By table name an int64 tensor of shape ``(rows, n)``, a DTensor sharded on dim 0 (a
-            plain tensor without a process group): ``origin`` (n = 13), ``python`` (628),
-            ``numpy`` (628), ``torch`` (633); with an accelerator its device type (``cuda``: 3);
-            and every registered generator under its name. The last element of a row is its check
-            word.
+            ``{"rng_streams": table}``: int64, shape ``(rows * length,)``, a DTensor sharded on dim
+            0 of which each rank has its row (a plain tensor without a process group). The record is
+            described in ``record.py``.
 
         Raises:
-            RNGStateError: NumPy's global generator does not run MT19937.
+            RNGStateError: A generator cannot be stored, such as NumPy's global one if it does not
+                run MT19937.
             RuntimeError: The streams were seeded, or would be stored, for another rank than this
                 process's.
         """
         layout = self._layout()
-        contents, rows = seal(layout.row, snapshot.read(self._generators()))
-        self._given.contents = contents
-        origin = Origin.here(
+        generators = self._generators()
+        packed = snapshot.pack(generators, snapshot.take(generators))
+        record = Record(
             row=layout.row,
             rows=layout.rows,
             world_size=world_size(),
             seed=self.seed,
             ranked=self.ranked,
             resizes=self._resizes,
-            contents=contents,
+            taken_at=time.time_ns(),
+            mesh=layout.mesh_sizes,
+            streams={
+                name: Stream(generators[name].kind, name in self._shared, state)
+                for name, state in packed.items()
+            },
         )
-        return layout.tables({ORIGIN: origin.to_row(), **rows})
+        table = layout.table(record.to_tensor())
+        self._handed_out[record.taken_at] = table
+        return {KEY: table}
 
-    def load_state_dict(self, state_dict: Mapping[str, torch.Tensor] | RNGState) -> None:
+    def load_state_dict(self, state_dict: Mapping[str, Any] | RNGState) -> None:
         """Put every stream of this rank back to where ``state_dict`` has it; all or nothing.
 
-        Does not communicate. Under DCP every rank calls it with its own rows. A table that the
-        checkpoint lacked is told by what :meth:`state_dict` gave this thread last, so a load begins
-        and ends on one thread, as DCP's does.
+        Does not communicate. Under DCP every rank calls it with its own row. What is not put back
+        bit for bit is said in one warning, by the ranks of row 0: other rows or another mesh than
+        were saved, generators that only the checkpoint or only the job has, other versions. A rank
+        for which nothing was loaded at all says so itself, and its streams stay as they are.
 
         Args:
-            state_dict: What :meth:`state_dict` gave, with DTensors or with whole plain tensors of
-                shape ``(rows, n)``; or an ``RNGState``, whose streams become this rank's.
+            state_dict: What :meth:`state_dict` gave, with the row alone or with all rows; or an
+                ``RNGState``, whose streams become this rank's.
 
         Raises:
-            RNGStateError: A table is missing, unexpected, of another dtype or shape, altered, of
-                another rank or generator, or out of range. No stream of this rank has moved.
+            RNGStateError: The record is missing, altered, of a newer layout or of another rank, or
+                a generator would not take its state. No stream of this rank has moved.
             TypeError: ``state_dict`` is neither a mapping nor an ``RNGState``.
             RuntimeError: As for :meth:`state_dict`.
         """
+        generators = self._generators()
         if isinstance(state_dict, RNGState):
             # It knows the global streams only; registered ones stay as they are.
-            registered = snapshot.read(self._registered)
-            states = snapshot.states_of(state_dict)
-            self._loaded = {**snapshot.restore(global_generators(), states), **registered}
+            states = snapshot.unpack(global_generators(), packed_states(state_dict))
+            self._loaded = snapshot.restore(generators, states)
             return
         if not isinstance(state_dict, Mapping):
             raise TypeError(
                 f"the state is a {type(state_dict).__name__}, expected a mapping or an RNGState"
             )
+        if KEY not in state_dict:
+            raise RNGStateError(
+                f"{KEY}: the state has no such entry, only {sorted(map(str, state_dict))}; it is "
+                "no state of a StatefulRNG"
+            )
         layout = self._layout()
-        rows = layout.own_rows(state_dict)
-        origin = _own_origin(layout, rows)
-        states, absent = self._unsealed(layout, origin, rows)
-        resizes = origin.resizes_on(layout.rows)
-        seeds = {}
-        if origin.forks(layout.row, self.ranked):
-            for name in states.keys() - absent:
-                seeds[name] = fork_seed(name, layout.row, resizes, states[name])
-        skew = origin.version_skew()
-        if skew and global_rank() == 0:
-            # Before the restore: where warnings are errors, nothing may have moved by then.
+        record = layout.own_record(state_dict[KEY])
+        if self._was_not_loaded(record, state_dict[KEY]):
             warnings.warn(
-                f"the RNG state was saved with {'; '.join(skew)}: the streams continue, but what a "
-                "library makes of them may have changed",
+                f"rank {global_rank()}: the load restored no random stream. It was given the "
+                "record that state_dict() handed out for it, and no stream has moved since: the "
+                f"checkpoint holds no {KEY} for row {layout.row}.",
+                RNGStateWarning,
                 stacklevel=2,
             )
-        self._loaded = snapshot.restore(self._generators(), states, seeds)
-        self._resizes = resizes
+            return
+        its = resume(record, self._job(layout, generators))
+        if its.remarks and layout.row == 0:
+            # Before the restore: where warnings are errors, nothing may have moved by then.
+            warnings.warn("RNG state: " + ". ".join(its.remarks), RNGStateWarning, stacklevel=2)
+        saved = {name: record.streams[name].state for name in (*its.restored, *its.seeds)}
+        states = snapshot.unpack(generators, saved)
+        states = {name: states[name] for name in its.restored}
+        self._loaded = snapshot.restore(generators, states, its.seeds)
+        self._resizes = its.resizes
 
     def rewind(self) -> None:
         """Put every stream back to where the last load left it; does not communicate.
@@ -214,28 +244,27 @@ class StatefulRNG:
             :meth:`verify_shared`).
 
         Raises:
-            RNGStateError: NumPy's global generator does not run MT19937.
+            RNGStateError: As for :meth:`state_dict`.
             RuntimeError: With ``gather``, as for :meth:`state_dict`.
         """
-        states = snapshot.read(self._generators())
         if gather:
-            return peers.fingerprints(self._layout().row, states)
-        return {name: fingerprint(state) for name, state in states.items()}
+            return peers.fingerprints(self._layout().row, self._packed())
+        return {name: fingerprint(state) for name, state in self._packed().items()}
 
     def verify_shared(self) -> None:
-        """Make sure that ranks which share a row are in the same state; moves no stream.
+        """Make sure that ranks which should have one stream are in the same state.
 
-        A collective: every rank of the default process group must call it, with the same
-        generators. It costs one all-gather of 8 bytes per generator and rank. A checkpoint holds
-        a shared row once, so peers that drifted apart would come back as one of them; call this
-        before a save, or when debugging.
+        These are the ranks that share a row, and for ``shared_generators`` all ranks. Moves no
+        stream. A collective: every rank of the default process group must call it, with the same
+        generators. It costs one all-gather of 8 bytes per generator and rank. A checkpoint holds a
+        shared row once, so peers that drifted apart come back as one of them; call this before a
+        save, or when debugging.
 
         Raises:
-            RNGStateError: Ranks that share a row differ; on every rank, naming the ranks and the
-                generators. Also as for :meth:`state_dict`, on the rank concerned.
+            RNGStateError: Ranks differ; on every rank, naming the ranks and the generators. Also
+                as for :meth:`state_dict`, on the rank concerned.
         """
-        row = self._layout().row
-        drifted = peers.drifted(row, snapshot.read(self._generators()))
+        drifted = peers.drifted(self._layout().row, self._packed(), self._shared)
         if drifted:
             raise RNGStateError(
                 "; ".join(drifted) + ". A draw happened on some of them only, or the mesh given "
@@ -249,7 +278,34 @@ class StatefulRNG:
         )
 
     def _generators(self) -> dict[str, GeneratorAdapter]:
+        if not self.global_generators:
+            return self._registered
         return {**global_generators(), **self._registered}
+
+    def _packed(self) -> dict[str, bytes]:
+        generators = self._generators()
+        return snapshot.pack(generators, snapshot.take(generators))
+
+    def _job(self, layout: Layout, generators: Mapping[str, GeneratorAdapter]) -> Job:
+        return Job(
+            row=layout.row,
+            rows=layout.rows,
+            mesh=layout.mesh_sizes,
+            ranked=self.ranked,
+            generators={name: Kind(g.kind, name in self._shared) for name, g in generators.items()},
+            global_names=frozenset(generators.keys() - self._registered.keys()),
+        )
+
+    def _was_not_loaded(self, record: Record, table: torch.Tensor) -> bool:
+        """Return whether DCP left in a table what :meth:`state_dict` had put there.
+
+        The table of an earlier moment may be given back on purpose, and is then restored. While no
+        stream has moved, there is nothing to restore either way.
+        """
+        if self._handed_out.get(record.taken_at) is not table:
+            return False
+        saved = {name: stream.state for name, stream in record.streams.items()}
+        return saved == self._packed()
 
     def _row_number(self) -> int:
         """Return the row that this process must own, with or without a process group."""
@@ -261,8 +317,8 @@ class StatefulRNG:
         own_row = self._row_number()
         if self.ranked and self._seeded_row != own_row:
             raise RuntimeError(
-                f"this StatefulRNG was seeded for rank {self._seeded_row}, but the process is "
-                f"rank {own_row}: construct it after init_process_group"
+                f"this StatefulRNG was seeded for row {self._seeded_row}, but the process has row "
+                f"{own_row}: construct it after init_process_group"
             )
         if layout.row != own_row:
             raise RuntimeError(
@@ -271,39 +327,3 @@ class StatefulRNG:
                 "StatefulRNG after init_process_group"
             )
         return layout
-
-    def _unsealed(
-        self, layout: Layout, origin: Origin, rows: Mapping[str, torch.Tensor]
-    ) -> tuple[dict[str, torch.Tensor], set[str]]:
-        """Return the states in rows, and the names of those that the checkpoint lacks."""
-        states, absent = {}, set()
-        given = getattr(self._given, "contents", None)
-        for name, row in rows.items():
-            check_row(name, row)
-            try:
-                states[name] = unseal(name, origin.row, origin.contents, row)
-            except RNGStateError:
-                if given is None or not is_sealed(name, layout.row, given, row):
-                    raise
-                # DCP left in it what state_dict() had put there.
-                states[name] = row[:-1].clone()
-                absent.add(name)
-        return states, absent
-
-
-def _own_origin(layout: Layout, rows: dict[str, torch.Tensor]) -> Origin:
-    """Take the origin out of ``rows`` and make sure that they are for this process."""
-    if ORIGIN not in rows:
-        raise RNGStateError(
-            f"{ORIGIN}: the state has no such table, only {sorted(rows)}; it is no state of a "
-            "StatefulRNG"
-        )
-    origin = Origin.from_row(rows.pop(ORIGIN))
-    source = source_row(layout.row, origin.rows)
-    if origin.row != source:
-        raise RNGStateError(
-            f"{ORIGIN}: row {layout.row} of {layout.rows} was given row {origin.row} of "
-            f"{origin.rows}, expected row {source}. Give each rank its own rows: "
-            "load with dcp.load, not from another rank's state_dict()."
-        )
-    return origin

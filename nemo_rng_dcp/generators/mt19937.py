@@ -7,7 +7,6 @@ Each library wraps those same words in a format of its own.
 
 from __future__ import annotations
 
-import math
 import struct
 from dataclasses import dataclass
 from typing import Any
@@ -19,8 +18,14 @@ import torch
 WORDS = 624
 """Words in one block."""
 
-TENSOR_LENGTH = WORDS + 3
-"""Elements of :meth:`MT19937State.to_tensor`: words, position, has-gauss, bits of the gaussian."""
+SEED_LIMIT = 2**32
+"""The libraries' own seeding functions use seeds below this whole; ``numpy.random.seed`` takes no
+larger ones."""
+
+INT64_WORDS = struct.Struct(f"={WORDS + 1}q")
+"""How :meth:`MT19937State.to_bytes` writes the words and the position."""
+_GAUSS = struct.Struct("=qd")
+_PACKED_BYTES = INT64_WORDS.size + _GAUSS.size
 
 _PYTHON_VERSION = 3  # the first element of random.getstate() since Python 3.2
 _PYTHON_WORDS = struct.Struct(f"={WORDS}I")
@@ -78,10 +83,8 @@ class MT19937State:
             raise ValueError("all words are zero, a state from which MT19937 draws only zeros")
         if not isinstance(self.position, int) or not 0 <= self.position <= WORDS:
             raise ValueError(f"the position is {self.position}, expected 0 to {WORDS}")
-        if self.gauss is not None and not (
-            isinstance(self.gauss, float) and math.isfinite(self.gauss)
-        ):
-            raise ValueError(f"the cached gaussian is {self.gauss}, expected a finite float")
+        if self.gauss is not None and not isinstance(self.gauss, float):
+            raise ValueError(f"the cached gaussian is {self.gauss!r}, expected a float")
 
     @classmethod
     def from_seed(cls, seed: int) -> MT19937State:
@@ -95,33 +98,26 @@ class MT19937State:
         return cls.from_numpy(np.random.RandomState([seed % 2**32, seed >> 32]).get_state())
 
     @classmethod
-    def from_tensor(cls, tensor: torch.Tensor) -> MT19937State:
-        """Read what :meth:`to_tensor` wrote.
-
-        Args:
-            tensor: int64, shape ``(627,)``.
+    def from_bytes(cls, packed: bytes) -> MT19937State:
+        """Read what :meth:`to_bytes` wrote.
 
         Raises:
-            ValueError: Another dtype or shape, or a value out of range.
+            ValueError: Another length, or a value out of range.
         """
-        check_vector(tensor, torch.int64, TENSOR_LENGTH)
-        numbers = tensor.numpy()
-        position, has_gauss, bits = numbers[WORDS:].tolist()
-        if has_gauss not in (0, 1) or (has_gauss == 0 and bits != 0):
-            raise ValueError(f"the has-gauss flag is {has_gauss} with gaussian bits {bits:#x}")
-        gauss = struct.unpack("=d", struct.pack("=q", bits))[0] if has_gauss else None
-        return cls(to_words(numbers[:WORDS]), position, gauss)
+        check_length(packed, _PACKED_BYTES)
+        numbers = np.frombuffer(packed, dtype=np.int64, count=WORDS + 1)
+        has_gauss, gauss = _GAUSS.unpack_from(packed, INT64_WORDS.size)
+        if has_gauss not in (0, 1) or (not has_gauss and any(packed[-8:])):
+            raise ValueError(f"the has-gauss flag is {has_gauss} and the gaussian {gauss}")
+        return cls(to_words(numbers[:WORDS]), int(numbers[WORDS]), gauss if has_gauss else None)
 
-    def to_tensor(self) -> torch.Tensor:
-        """Return the state as int64, shape ``(627,)``: words, position, has-gauss, gaussian bits.
+    def to_bytes(self) -> bytes:
+        """Return the state as 627 numbers of 8 bytes: words, position, has-gauss, gaussian.
 
-        The gaussian travels as the bits of its float64, so that it comes back exactly.
+        All are int64 but the gaussian, a float64, which is 0 when there is none.
         """
-        numbers = np.empty(TENSOR_LENGTH, dtype=np.int64)
-        numbers[:WORDS] = self.words
-        bits = 0 if self.gauss is None else struct.unpack("=q", struct.pack("=d", self.gauss))[0]
-        numbers[WORDS:] = (self.position, self.gauss is not None, bits)
-        return torch.from_numpy(numbers)
+        numbers = self.words.astype(np.int64).tobytes() + self.position.to_bytes(8, "little")
+        return numbers + pack_gauss(self.gauss)
 
     @classmethod
     def from_python(cls, state: tuple[Any, ...]) -> MT19937State:
@@ -187,7 +183,11 @@ class MT19937State:
         Raises:
             ValueError: Another dtype or shape, or a value that torch would refuse or truncate.
         """
-        check_vector(state, torch.uint8, TORCH_LENGTH)
+        if state.dtype != torch.uint8 or state.shape != (TORCH_LENGTH,):
+            raise ValueError(
+                f"the state is {state.dtype} {tuple(state.shape)}, expected torch.uint8 "
+                f"({TORCH_LENGTH},)"
+            )
         raw = state.contiguous().numpy()
         _, left, seeded, following = _TORCH_HEAD.unpack(raw[: _TORCH_HEAD.size].tobytes())
         # torch counts down the draws until it regenerates: left == 1 means "at the next draw",
@@ -201,10 +201,13 @@ class MT19937State:
         words = to_words(raw[_TORCH_WORDS].view(np.uint64))
         return cls(words, WORDS + 1 - left)
 
-    def to_torch(self) -> torch.Tensor:
+    def to_torch(self, initial_seed: int = 0) -> torch.Tensor:
         """Return the state as ``torch.set_rng_state()`` takes it: uint8, shape ``(5056,)``.
 
-        Its cached normals are empty, and ``torch.initial_seed()`` will say 0.
+        Its cached normals are empty.
+
+        Args:
+            initial_seed: What ``torch.initial_seed()`` will say, ``0 <= initial_seed < 2**64``.
         """
         words, position = self.words, self.position
         if position == 0:
@@ -212,18 +215,21 @@ class MT19937State:
             # all of it drawn, which regenerates into this one.
             words, position = _previous_block(words), WORDS
         raw = np.zeros(TORCH_LENGTH, dtype=np.uint8)
-        head = _TORCH_HEAD.pack(0, WORDS + 1 - position, 1, position % WORDS)
+        head = _TORCH_HEAD.pack(initial_seed, WORDS + 1 - position, 1, position % WORDS)
         raw[: _TORCH_HEAD.size] = np.frombuffer(head, dtype=np.uint8)
         raw[_TORCH_WORDS] = words.astype(np.uint64).view(np.uint8)
         return torch.from_numpy(raw)
 
 
-def check_vector(tensor: torch.Tensor, dtype: torch.dtype, length: int) -> None:
-    """Raise ``ValueError`` unless ``tensor`` is one-dimensional with this dtype and length."""
-    if tensor.dtype != dtype or tensor.shape != (length,):
-        raise ValueError(
-            f"the state is {tensor.dtype} {tuple(tensor.shape)}, expected {dtype} ({length},)"
-        )
+def pack_gauss(gauss: float | None) -> bytes:
+    """Return how :meth:`MT19937State.to_bytes` ends: has-gauss, the gaussian or 0."""
+    return _GAUSS.pack(gauss is not None, 0.0 if gauss is None else gauss)
+
+
+def check_length(packed: bytes, length: int) -> None:
+    """Raise ``ValueError`` unless a packed state has this many bytes."""
+    if len(packed) != length:
+        raise ValueError(f"the state has {len(packed)} bytes, expected {length}")
 
 
 def to_words(numbers: npt.NDArray[Any]) -> npt.NDArray[np.uint32]:

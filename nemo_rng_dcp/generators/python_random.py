@@ -1,0 +1,43 @@
+"""Python's ``random``."""
+
+from __future__ import annotations
+
+import random
+import struct
+from types import ModuleType
+from typing import Any
+
+from nemo_rng_dcp.generators.mt19937 import INT64_WORDS, MT19937State, pack_gauss
+
+
+class PythonAdapter:
+    """The module ``random``, whose functions are the global generator's, or a ``random.Random``.
+
+    Packed: 5,016 bytes, see :meth:`MT19937State.to_bytes`.
+    """
+
+    kind = "python"
+
+    def __init__(self, generator: ModuleType | random.Random) -> None:
+        self._generator: Any = generator
+
+    def get(self) -> tuple[Any, ...]:
+        state: tuple[Any, ...] = self._generator.getstate()
+        return state
+
+    def set(self, state: tuple[Any, ...]) -> None:
+        self._generator.setstate(state)
+
+    def pack(self, state: tuple[Any, ...]) -> bytes:
+        _, words_and_position, gauss = state
+        try:
+            # Four times as fast as through MT19937State, and the same bytes.
+            return INT64_WORDS.pack(*words_and_position) + pack_gauss(gauss)
+        except struct.error as error:
+            raise ValueError(f"not a state of Python's random: {error}") from error
+
+    def unpack(self, packed: bytes) -> tuple[Any, ...]:
+        return MT19937State.from_bytes(packed).to_python()
+
+    def seed(self, value: int) -> None:
+        self._generator.seed(value)

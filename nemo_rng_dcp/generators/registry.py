@@ -1,0 +1,127 @@
+"""Which generators a process has: the global ones, and those that a job registers."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from nemo_rng_dcp.generators.adapter import GeneratorAdapter
+from nemo_rng_dcp.generators.numpy_random import NumPyAdapter, NumPyGeneratorAdapter
+from nemo_rng_dcp.generators.python_random import PythonAdapter
+from nemo_rng_dcp.generators.torch_random import (
+    AcceleratorAdapter,
+    TorchAdapter,
+    current_accelerator,
+)
+
+
+def global_generators() -> dict[str, GeneratorAdapter]:
+    """Return the global generators of this process by name.
+
+    Returns:
+        ``python``, ``numpy`` and ``torch``; with an accelerator also its device type (``cuda``),
+        for the device that is current now.
+    """
+    generators: dict[str, GeneratorAdapter] = {
+        "python": PythonAdapter(random),
+        "numpy": NumPyAdapter(np.random),
+        "torch": TorchAdapter(torch.default_generator),
+    }
+    device = current_accelerator()
+    if device is not None:
+        generators[device.type] = AcceleratorAdapter(device)
+    return generators
+
+
+def registered_generators(
+    generators: Mapping[str, Any], shared: Mapping[str, Any]
+) -> dict[str, GeneratorAdapter]:
+    """Return adapters for generators that a job keeps beside the global ones.
+
+    Args:
+        generators: By name a ``torch.Generator``, ``numpy.random.Generator``,
+            ``numpy.random.RandomState`` or ``random.Random``, or a :class:`GeneratorAdapter` of
+            the caller's own.
+        shared: More of them.
+
+    Raises:
+        ValueError: A name is no identifier, is one of the library's own or is given twice; one
+            generator is given twice, or is Python's, NumPy's or torch CPU's global one; or its
+            state cannot be stored.
+        TypeError: An argument is no mapping, or an object is of another kind.
+    """
+    adapters: dict[str, GeneratorAdapter] = {}
+    owners: dict[int, str] = {
+        id(random.random.__self__): "python",  # type: ignore[attr-defined]
+        id(torch.default_generator): "torch",
+        id(np.random.get_bit_generator()): "numpy",  # type: ignore[attr-defined]
+    }
+    for argument, given in (("generators", generators), ("shared_generators", shared)):
+        if not isinstance(given, Mapping):
+            raise TypeError(
+                f"{argument} is a {type(given).__name__}, expected a mapping from names"
+            )
+        for name, generator in given.items():
+            if not isinstance(name, str) or not name.isidentifier() or is_reserved(name):
+                raise ValueError(
+                    f"{name!r} cannot name a generator: expected an identifier that is no device "
+                    "type and none of python, numpy, torch"
+                )
+            if name in adapters:
+                raise ValueError(f"{name} is in generators and in shared_generators: choose one")
+            # Two of NumPy's generators over one bit generator are two handles of one stream.
+            bit_generator = getattr(generator, "_bit_generator", None)
+            source = id(getattr(generator, "bit_generator", bit_generator or generator))
+            if source in owners:
+                raise ValueError(
+                    f"{name} is the same generator as {owners[source]}: register each stream once"
+                )
+            owners[source] = name
+            adapters[name] = _adapter(name, generator)
+            _check_that_it_can_be_stored(name, adapters[name])
+    return adapters
+
+
+def is_reserved(name: str) -> bool:
+    """Return whether a name is a global generator's, on this machine or another."""
+    if name in ("python", "numpy", "torch"):
+        return True
+    try:
+        torch.device(name)
+    except RuntimeError:
+        return False
+    return True
+
+
+def _adapter(name: str, generator: Any) -> GeneratorAdapter:
+    if isinstance(generator, torch.Generator):
+        return TorchAdapter(generator)
+    if isinstance(generator, np.random.Generator):
+        return NumPyGeneratorAdapter(generator)
+    if isinstance(generator, np.random.RandomState):
+        return NumPyAdapter(generator)
+    # SystemRandom is a Random without a state.
+    if isinstance(generator, random.Random) and not isinstance(generator, random.SystemRandom):
+        return PythonAdapter(generator)
+    if isinstance(generator, GeneratorAdapter) and not isinstance(generator, type):
+        return generator
+    raise TypeError(
+        f"{name} is a {type(generator).__name__}, expected a torch.Generator, a "
+        "numpy.random.Generator or RandomState, a random.Random, or an object with kind and the "
+        "methods get, set, pack, unpack and seed (GeneratorAdapter)"
+    )
+
+
+def _check_that_it_can_be_stored(name: str, adapter: GeneratorAdapter) -> None:
+    # Found out now, and not at the first save or, worse, at the first load.
+    try:
+        packed = adapter.pack(adapter.get())
+        if not isinstance(packed, bytes) or not packed:
+            raise ValueError(f"pack() gave {packed!r:.80}, expected at least one byte")
+        adapter.unpack(packed)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error

@@ -1,0 +1,291 @@
+"""A record: all random streams of a rank at one moment, as one int64 tensor that explains itself.
+
+In words of 8 bytes, little-endian: a head of 14 numbers, the contents as JSON, the states one after
+the other, a check word. The head's first two numbers keep their place in every layout to come.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import re
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache, lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from nemo_rng_dcp.errors import RNGStateError
+
+KEY = "rng_streams"
+"""The key under which records are stored, and by which they are found."""
+
+LAYOUT_VERSION = 1
+LIBRARY_VERSION = "0.1.0"
+
+Mesh = tuple[tuple[str, int], ...]
+"""A device mesh: the name and the size of each dimension."""
+
+_WORD = 8
+_HEAD = struct.Struct("<14q")
+_LENGTH, _ROWS = 2, 4  # places in the head
+_CHECK_BYTES = 8
+
+
+class Stream(NamedTuple):
+    """One generator in a record.
+
+    Attributes:
+        kind: What is stored, see ``GeneratorAdapter.kind``.
+        shared: Whether the generator is alike on all ranks; otherwise each row has its own.
+        state: The packed state.
+    """
+
+    kind: str
+    shared: bool
+    state: bytes
+
+
+@cache
+def version_number(text: str) -> int:
+    """Return 2013000 for "2.13.0+cpu", 0 for what is no version."""
+    match = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", text)
+    if match is None:
+        return 0
+    major, minor, micro = (int(part or 0) for part in match.groups())
+    return major * 10**6 + minor * 10**3 + micro
+
+
+def version_text(number: int) -> str:
+    """Return "2.13.0" for 2013000."""
+    return f"{number // 10**6}.{number // 10**3 % 10**3}.{number % 10**3}"
+
+
+@dataclass(frozen=True)
+class Record:
+    """The streams of one row and who wrote them. All numbers fit int64.
+
+    Attributes:
+        row: The row's number, ``0 <= row < rows``.
+        rows: Rows of the table it is part of.
+        world_size: Ranks of the job that wrote it.
+        seed: The seed given to ``StatefulRNG``, before a row number was added.
+        ranked: Whether the row number was added to the seed.
+        resizes: How often the job was resumed with another number of rows before this was written.
+        taken_at: When the streams were taken, in ns since 1970, UTC.
+        mesh: The mesh along which streams differ; ``None``: all ranks.
+        streams: By generator.
+        python_version, numpy_version, torch_version, library_version: Of the job that wrote it, as
+            ``major * 10**6 + minor * 10**3 + micro``.
+    """
+
+    row: int
+    rows: int
+    world_size: int
+    seed: int
+    ranked: bool
+    resizes: int
+    taken_at: int
+    mesh: Mesh | None
+    streams: Mapping[str, Stream]
+    python_version: int = field(default_factory=lambda: version_number(platform.python_version()))
+    numpy_version: int = field(default_factory=lambda: version_number(np.__version__))
+    torch_version: int = field(default_factory=lambda: version_number(str(torch.__version__)))
+    library_version: int = field(default_factory=lambda: version_number(LIBRARY_VERSION))
+
+    def to_tensor(self) -> torch.Tensor:
+        """Return the record as int64, shape ``(length,)``, on the CPU.
+
+        Every rank gets the same length if it has generators of the same names and kinds.
+        """
+        contents = _contents(
+            self.mesh,
+            tuple((name, s.kind, len(s.state), s.shared) for name, s in self.streams.items()),
+        )
+        body = b"".join([_padded(contents), *(_padded(s.state) for s in self.streams.values())])
+        head = _HEAD.pack(
+            LAYOUT_VERSION,
+            self.library_version,
+            (_HEAD.size + len(body) + _CHECK_BYTES) // _WORD,
+            self.row,
+            self.rows,
+            self.world_size,
+            self.seed,
+            self.ranked,
+            self.resizes,
+            self.taken_at,
+            self.python_version,
+            self.numpy_version,
+            self.torch_version,
+            len(contents),
+        )
+        record = bytearray(head + body)
+        record += _digest(record)
+        return torch.from_numpy(np.frombuffer(record, dtype=np.int64))
+
+    @classmethod
+    def from_tensor(cls, tensor: torch.Tensor) -> Record:
+        """Return the record that :meth:`to_tensor` wrote.
+
+        Args:
+            tensor: int64, shape ``(length,)``.
+
+        Raises:
+            RNGStateError: It is no record, was altered, or is one of a newer layout.
+        """
+        words = _words(tensor)
+        content = words.tobytes()
+        # Before all else: a newer layout may differ in everything but these two numbers.
+        layout_version, library_version = words[:2].tolist()
+        if layout_version != LAYOUT_VERSION:
+            raise RNGStateError(
+                f"{KEY}: the record has layout version {layout_version}, and nemo_rng_dcp "
+                f"{LIBRARY_VERSION} reads version {LAYOUT_VERSION}. Load it with nemo_rng_dcp "
+                f"{version_text(library_version)}, which wrote it, or newer."
+            )
+        if len(content) < _HEAD.size + _CHECK_BYTES or content[-8:] != _digest(content[:-8]):
+            raise RNGStateError(
+                f"{KEY}: a record of {len(words)} numbers{_said_row(words)} does not fit its check "
+                "word: it was altered after it was written. Load another checkpoint."
+            )
+        _, _, _, row, rows, *numbers = _HEAD.unpack_from(content)
+        world_size, seed, ranked, resizes, taken_at, python, numpy, torch_, size = numbers
+        if not 0 <= row < rows:
+            raise RNGStateError(f"{KEY}: a record says that it is row {row} of {rows}")
+        mesh, streams = _parse_contents(content, size)
+        return cls(
+            row,
+            rows,
+            world_size,
+            seed,
+            bool(ranked),
+            resizes,
+            taken_at,
+            mesh,
+            streams,
+            python,
+            numpy,
+            torch_,
+            library_version,
+        )
+
+    def version_skew(self) -> list[str]:
+        """Return what has another version here than where the record was written, readably."""
+        versions = [
+            ("python", self.python_version, platform.python_version()),
+            ("numpy", self.numpy_version, np.__version__),
+            ("torch", self.torch_version, str(torch.__version__)),
+        ]
+        return [
+            f"{name} {version_text(then)}, now {version_text(version_number(now))}"
+            for name, then, now in versions
+            if then != version_number(now)
+        ]
+
+
+def records_in(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """Return the records that stand one after the other in a tensor, unread.
+
+    Args:
+        tensor: One record, or all of a table, in the order of the rows.
+
+    Raises:
+        RNGStateError: It is neither.
+    """
+    words = _words(tensor)
+    if len(words) > _ROWS and 0 < words[_LENGTH] < len(words):
+        length, rows = int(words[_LENGTH]), int(words[_ROWS])
+        if length * rows == len(words):
+            return list(torch.split(tensor, length))
+    return [tensor]
+
+
+def fingerprint(state: bytes) -> str:
+    """Return 12 hexadecimal digits that tell a packed state from every other one."""
+    return hashlib.blake2b(state, digest_size=6).hexdigest()
+
+
+def fork_seed(name: str, row: int, resizes: int, state: bytes) -> int:
+    """Return the seed of a new row's stream, which is made from another row's.
+
+    It depends on the state it is made from, so it moves on with the job, and on ``resizes``, so a
+    job that grows twice from one unmoved state does not replay what it drew in between.
+
+    Args:
+        name: The generator's name.
+        row: The new row.
+        resizes: How often the job was resumed with another number of rows, this time included.
+        state: The other row's packed state.
+
+    Returns:
+        An integer from 0 to 2**64 - 1.
+    """
+    content = f"fork of {name}\0{row}\0{resizes}\0".encode() + state
+    return int.from_bytes(_digest(content), "little")
+
+
+@lru_cache(maxsize=64)
+def _contents(mesh: Mesh | None, streams: tuple[tuple[str, str, int, bool], ...]) -> bytes:
+    generators = [
+        {"name": name, "kind": kind, "bytes": size, "shared": shared}
+        for name, kind, size, shared in streams
+    ]
+    return json.dumps({"mesh": mesh, "generators": generators}, separators=(",", ":")).encode()
+
+
+def _parse_contents(content: bytes, size: int) -> tuple[Mesh | None, dict[str, Stream]]:
+    """Return the mesh and the streams of a record whose check word fits."""
+    try:
+        contents = json.loads(content[_HEAD.size : _HEAD.size + size])
+        mesh = contents["mesh"]
+        place = _HEAD.size + _padded_size(size)
+        streams: dict[str, Stream] = {}
+        for its in contents["generators"]:
+            name, end = str(its["name"]), place + int(its["bytes"])
+            streams[name] = Stream(str(its["kind"]), bool(its["shared"]), content[place:end])
+            place += _padded_size(end - place)
+        if place != len(content) - _CHECK_BYTES:
+            raise ValueError(f"{len(content) - _CHECK_BYTES} bytes, of which {place} are described")
+        return None if mesh is None else tuple((str(n), int(s)) for n, s in mesh), streams
+    except (ValueError, TypeError, KeyError) as error:
+        # Its check word fits, so it is no damage: another program wrote it.
+        raise RNGStateError(f"{KEY}: a record's contents make no sense: {error!r}") from error
+
+
+def _words(tensor: torch.Tensor) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Return a tensor's numbers, refusing what cannot be a record."""
+    if not isinstance(tensor, torch.Tensor):
+        raise RNGStateError(f"{KEY}: expected a tensor, found {type(tensor).__name__}")
+    if (
+        tensor.dtype != torch.int64
+        or tensor.ndim != 1
+        or len(tensor) < 2
+        or tensor.is_meta
+        or tensor.layout != torch.strided
+    ):
+        raise RNGStateError(
+            f"{KEY}: found {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}, expected a "
+            "dense torch.int64 tensor of one dimension. No StatefulRNG wrote that."
+        )
+    words: np.ndarray[Any, np.dtype[np.int64]] = tensor.detach().cpu().numpy()
+    return words
+
+
+def _said_row(words: np.ndarray[Any, np.dtype[np.int64]]) -> str:
+    return f", by its head row {words[_ROWS - 1]} of {words[_ROWS]}," if len(words) > _ROWS else ""
+
+
+def _digest(content: bytes | bytearray) -> bytes:
+    return hashlib.blake2b(content, digest_size=_CHECK_BYTES).digest()
+
+
+def _padded(content: bytes) -> bytes:
+    return content + bytes(-len(content) % _WORD)
+
+
+def _padded_size(size: int) -> int:
+    return size + -size % _WORD

@@ -1,0 +1,139 @@
+"""The rules of a resume: what becomes of each stream when a record is loaded into a row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from nemo_rng_dcp.errors import RNGStateError
+from nemo_rng_dcp.record import Mesh, Record, fork_seed
+
+
+class Kind(NamedTuple):
+    """A generator of the job that loads: what it stores, and whether all ranks have it alike."""
+
+    kind: str
+    shared: bool
+
+
+@dataclass(frozen=True)
+class Job:
+    """The job that loads, seen from one row.
+
+    Attributes:
+        row: The row, ``0 <= row < rows``.
+        rows: Rows of the table.
+        mesh: The mesh along which streams differ; ``None``: all ranks.
+        ranked: What its ``StatefulRNG`` was given.
+        generators: By name.
+        global_names: Which of them are the process's global generators.
+    """
+
+    row: int
+    rows: int
+    mesh: Mesh | None
+    ranked: bool
+    generators: Mapping[str, Kind]
+    global_names: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Resume:
+    """What a load does.
+
+    Attributes:
+        restored: Generators that are put into the saved state, bit for bit.
+        seeds: By generator, the seed of the new stream that a new row starts.
+        resizes: How often the job was resumed with another number of rows, this time included.
+        remarks: What a person should know, a sentence each; none if all is restored.
+    """
+
+    restored: tuple[str, ...]
+    seeds: Mapping[str, int]
+    resizes: int
+    remarks: tuple[str, ...]
+
+
+def resume(record: Record, job: Job) -> Resume:
+    """Return what loading ``record`` into the row of ``job`` does; moves no stream.
+
+    A row that was saved continues. A new row forks: its global generators unless neither job is
+    ranked, the registered ones always, the shared ones never.
+
+    Raises:
+        RNGStateError: A generator is of another kind than the saved one.
+    """
+    for name, its in job.generators.items():
+        if name in record.streams and record.streams[name].kind != its.kind:
+            raise RNGStateError(
+                f"{name}: the checkpoint holds the state of a {record.streams[name].kind} "
+                f"generator, and this job's is {its.kind}. Give StatefulRNG the generator that it "
+                "had when the state was saved, or give the new one another name."
+            )
+    saved = [name for name in job.generators if name in record.streams]
+    resizes = record.resizes + (record.rows != job.rows)
+    seeds = {
+        name: fork_seed(name, job.row, resizes, record.streams[name].state)
+        for name in _forked(record, job, saved)
+        if job.row != record.row
+    }
+    restored = tuple(name for name in saved if name not in seeds)
+    return Resume(restored, seeds, resizes, tuple(_remarks(record, job, saved)))
+
+
+def _forked(record: Record, job: Job, saved: list[str]) -> list[str]:
+    """Return the generators that start a new stream on a new row."""
+    ranked = record.ranked or job.ranked
+    return [
+        name
+        for name in saved
+        if not job.generators[name].shared and (ranked or name not in job.global_names)
+    ]
+
+
+def _remarks(record: Record, job: Job, saved: list[str]) -> Iterator[str]:
+    rows, now = record.rows, job.rows
+    if now < rows:
+        yield f"{rows} rows were saved and {now} are loaded: {_rows(now, rows)} dropped"
+    elif now > rows:
+        forked = _forked(record, job, saved)
+        as_it_is = [name for name in saved if name not in forked]
+        done = [f"{', '.join(forked)} forked"] * bool(forked)
+        done += [f"{', '.join(as_it_is)} taken as saved"] * bool(as_it_is)
+        yield (
+            f"{rows} rows were saved and {now} are loaded: {_rows(rows, now)} new, made from row "
+            f"r % {rows} ({'; '.join(done)})"
+        )
+    if _renumbered(record.mesh, job.mesh):
+        yield (
+            f"the rows were saved along {_mesh(record.mesh)} and are loaded along "
+            f"{_mesh(job.mesh)}: row r may belong to another coordinate now"
+        )
+    absent = [name for name in job.generators if name not in record.streams]
+    if absent:
+        yield f"the checkpoint has no {', '.join(absent)}: the stream stays as it is"
+    left_over = [name for name in record.streams if name not in job.generators]
+    if left_over:
+        yield f"the checkpoint has {', '.join(left_over)}, which this job has not: dropped"
+    skew = record.version_skew()
+    if skew:
+        yield (
+            f"saved with {'; '.join(skew)}: the streams continue, but what a library makes of "
+            "them may have changed"
+        )
+
+
+def _renumbered(saved: Mesh | None, now: Mesh | None) -> bool:
+    if saved is None or now is None or len(saved) != 1:
+        return saved != now
+    # One dimension that grew or shrank keeps its numbers.
+    return [name for name, _ in saved] != [name for name, _ in now]
+
+
+def _rows(first: int, end: int) -> str:
+    return f"row {first} is" if end - first == 1 else f"rows {first} to {end - 1} are"
+
+
+def _mesh(mesh: Mesh | None) -> str:
+    return "all ranks" if mesh is None else " x ".join(f"{name} {size}" for name, size in mesh)
