@@ -183,12 +183,12 @@ class StatefulRNG:
             raise TypeError(
                 f"the state is a {type(state_dict).__name__}, expected a mapping or an RNGState"
             )
+        layout = self._layout()
         if KEY not in state_dict:
             raise RNGStateError(
                 f"{KEY}: the state has no such entry, only {sorted(map(str, state_dict))}; it is "
                 "no state of a StatefulRNG"
             )
-        layout = self._layout()
         record = layout.own_record(state_dict[KEY])
         if self._was_not_loaded(record, state_dict[KEY]):
             warnings.warn(
