@@ -185,6 +185,8 @@ def _run(
     faulthandler.dump_traceback_later(limit, exit=True)
     os.environ.clear()
     os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
+    # A process of a fork server starts its own processes with another one: that imports torch anew.
+    multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
     torch.set_num_threads(1)
     # Forks share NumPy's stream, fresh processes do not; Python reseeds its own in every fork.
     np.random.seed()
