@@ -33,9 +33,10 @@ GRACE_SECONDS = 2
 """When a rank has failed, the others have this long to fail by themselves and say where."""
 
 _CONTEXT = multiprocessing.get_context("forkserver")
+# Not nemo_rng_dcp: the server can have another path than the test, and thus another copy of it.
 # DCP's first save and load import the last two.
 _CONTEXT.set_forkserver_preload(
-    ["nemo_rng_dcp", "pytest", "torch.distributed.checkpoint", "torch._dynamo", "fsspec"]
+    ["pytest", "torch.distributed.checkpoint", "torch._dynamo", "fsspec"]
 )
 
 
