@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Several ranks share few cores here: more threads than one each only fight over them.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup test fuzz lint format demo plot bench clean
+.PHONY: setup test fuzz lint format docs dist demo plot bench clean
 
 setup: $(VENV)/ready
 
@@ -28,6 +28,18 @@ lint: setup
 format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# What the API reference shows.
+API := nemo_rng_dcp '!nemo_rng_dcp[.]' nemo_rng_dcp.determinism nemo_rng_dcp.generators.adapter
+
+docs: setup
+	$(BIN)/python -W error -m pdoc --docformat google --output-directory build/docs $(API)
+
+dist: setup
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist
+	$(BIN)/python -m twine check --strict dist/*
+	$(BIN)/python -m pytest -m dist tests/test_dist.py
 
 demo: setup
 	$(BIN)/python scripts/demo.py
