@@ -87,13 +87,11 @@ class ScopedRNG:
         assert self._outside is not None
         generators, states = self._outside
         self._outside = None
-        usable = global_generators(device_in_use())
-        # A child that was forked inside the scope cannot use its parent's accelerator.
-        put_back({name: generators[name] for name in generators if name in usable}, states)
-        first_used = usable.keys() - generators.keys()
-        if first_used:
+        put_back(generators, states)
+        device = device_in_use()
+        if device is not None and device.type not in generators:
             warnings.warn(
-                f"{', '.join(first_used)} was first used inside a ScopedRNG, which can cover it "
+                f"{device.type} was first used inside a ScopedRNG, which can cover it "
                 "only if it was used before: its draws did not come from the scope's seed, and "
                 "its stream was not put back. Use the device once before the scope.",
                 RNGStateWarning,

@@ -28,6 +28,7 @@ from nemo_rng_dcp import (
 )
 from nemo_rng_dcp.automodel import _get_rng_state, _restore_rng_state
 from nemo_rng_dcp.determinism import CUBLAS_VARIABLE, _Process, environment, set_deterministic
+from nemo_rng_dcp.generators.torch_random import AcceleratorAdapter
 from nemo_rng_dcp.record import KEY
 from streams import draw, unmoved
 
@@ -113,6 +114,7 @@ def test_another_thread_saves_and_loads_the_same_device(tmp_path: Path) -> None:
 @two_devices
 def test_a_device_chosen_later_is_left_alone_and_named(tmp_path: Path) -> None:
     rng = StatefulRNG(1)
+    state = rng.state_dict()
     dcp.save({"rng": rng}, checkpoint_id=tmp_path)
     expected = draw_on(0)
     MODULE.set_device(1)
@@ -126,8 +128,9 @@ def test_a_device_chosen_later_is_left_alone_and_named(tmp_path: Path) -> None:
     assert draw_on(0) == expected
     with pytest.warns(RNGStateWarning, match=both):
         rng.state_dict()
-    with pytest.warns(RNGStateWarning, match=both):
-        rng.load_state_dict(_get_rng_state())
+    for loaded in (state, _get_rng_state()):
+        with pytest.warns(RNGStateWarning, match=both):
+            rng.load_state_dict(loaded)
     assert torch.equal(MODULE.get_rng_state(1), other)
 
 
@@ -143,6 +146,16 @@ def test_a_device_can_be_named() -> None:
     expected = draw_on(1)
     rng.load_state_dict(state)
     assert draw_on(1) == expected
+
+
+@two_devices
+def test_a_fork_seeds_the_ranks_own_device_and_no_other() -> None:
+    MODULE.set_device(0)
+    following = MODULE.get_rng_state(0)
+    AcceleratorAdapter(torch.device(TYPE, 1)).seed(2**63 + 5)
+    generator = torch.Generator(f"{TYPE}:1").manual_seed(2**63 + 5)
+    assert draw_on(1) == torch.randn(4, device=generator.device, generator=generator).tolist()
+    assert torch.equal(MODULE.get_rng_state(0), following)
 
 
 def test_a_rank_on_the_cpu_stores_no_devices_stream() -> None:
@@ -178,11 +191,12 @@ def test_a_checkpoint_with_the_device_says_so_on_the_cpu(tmp_path: Path) -> None
     assert draw() == expected
 
 
-def test_a_devices_own_generator_is_refused() -> None:
-    own = MODULE.default_generators[0]
+@pytest.mark.parametrize("index", range(COUNT))
+def test_a_devices_own_generator_is_refused(index: int) -> None:
+    own = {"own": MODULE.default_generators[index]}
     for argument in ("generators", "shared_generators"):
         with unmoved(), pytest.raises(ValueError, match=f"^own is the same generator as {TYPE}:"):
-            StatefulRNG(1, **{argument: {"own": own}})
+            StatefulRNG(1, device=index, **{argument: own})
 
 
 @two_devices
@@ -229,6 +243,23 @@ def test_a_device_that_fails_is_named_and_everything_is_put_back(
     with unmoved(), pytest.raises(RNGStateError, match=f"^{TYPE}: .*device-side assert") as error:
         rng.load_state_dict(state)
     assert isinstance(error.value.__cause__, RuntimeError)
+
+
+def test_a_device_that_cannot_be_put_back_is_named_and_the_others_are_put_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def failing(*args: Any) -> None:
+        raise RuntimeError("device-side assert")
+
+    before = torch.get_rng_state()
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(RNGStateError, match=f"^{TYPE}: .*device-side assert") as error,
+        ScopedRNG(1),
+    ):
+        patch.setattr(MODULE, "set_rng_state", failing)
+    assert "set_bit_generator" not in str(error.value)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_an_rng_state_holds_the_current_device_alone_and_takes_all() -> None:
@@ -307,6 +338,18 @@ def test_a_scope_that_is_left_in_a_forked_child() -> None:
         os._exit(0)
     os.waitpid(child, 0)
     assert os.read(reader, 4) == b"back"
+    os.close(reader)
+    os.close(writer)
+
+
+def test_a_forked_child_has_no_device() -> None:
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.write(writer, " ".join(StatefulRNG(1).fingerprint()).encode())
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert os.read(reader, 99) == b"python numpy torch"
     os.close(reader)
     os.close(writer)
 

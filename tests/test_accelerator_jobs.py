@@ -213,15 +213,17 @@ def first_operation_after_a_load(path: Path) -> tuple[list[int], list[str], list
     draw_on_dtensor()
     replaced = seed_of_device()
     said = reseedings(rng.state_dict)
+    torch.manual_seed(5)  # the job's own doing
     again = reseedings(rng.state_dict)
     rng.rewind()
     return [loaded, replaced], said, again, seed_of_device()
 
 
 def test_a_stream_that_dtensor_replaced_is_noticed_at_the_next_save(tmp_path: Path) -> None:
-    job(2, save, tmp_path, group=False)
-    first, second = job(2, first_operation_after_a_load, tmp_path, group=False)
+    job(3, save, tmp_path, group=False)
+    first, second, third = job(3, first_operation_after_a_load, tmp_path, group=False)
     assert first == ([42, 42], [], [], 42)
+    assert third == ([44, 42], [], [], 44)  # rank 1 has said it for all
     seeds, said, again, rewound = second
     assert (seeds, len(said), again, rewound) == ([43, 42], 1, [], 43)
     assert f"other code gave {TYPE}:1 another stream (seed 42, after 43)" in said[0]
