@@ -328,30 +328,34 @@ def test_a_scope_covers_the_device_that_is_current_on_entry_and_no_other() -> No
         MODULE.set_device(0)
 
 
-def test_a_scope_that_is_left_in_a_forked_child() -> None:
-    before = torch.get_rng_state()
-    reader, writer = os.pipe()
-    with ScopedRNG(1):
-        child = os.fork()
-    if child == 0:
-        os.write(writer, b"back" if torch.equal(torch.get_rng_state(), before) else b"lost")
-        os._exit(0)
-    os.waitpid(child, 0)
-    assert os.read(reader, 4) == b"back"
-    os.close(reader)
-    os.close(writer)
-
-
-def test_a_forked_child_has_no_device() -> None:
+def in_a_forked_child(function: Callable[[], str]) -> str:
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
-        os.write(writer, " ".join(StatefulRNG(1).fingerprint()).encode())
-        os._exit(0)
-    os.waitpid(child, 0)
-    assert os.read(reader, 99) == b"python numpy torch"
-    os.close(reader)
+        try:
+            os.write(writer, function().encode())
+        finally:
+            os._exit(0)
     os.close(writer)
+    os.waitpid(child, 0)
+    with os.fdopen(reader) as pipe:
+        return pipe.read()
+
+
+def test_a_scope_can_be_left_in_a_forked_child() -> None:
+    before = torch.get_rng_state()
+
+    def leave() -> str:
+        scope.__exit__(None, None, None)
+        return str(torch.equal(torch.get_rng_state(), before))
+
+    with ScopedRNG(1) as scope:
+        assert in_a_forked_child(leave) == "True"
+
+
+def test_a_forked_child_has_no_device() -> None:
+    names = in_a_forked_child(lambda: " ".join(StatefulRNG(1).fingerprint()))
+    assert names == "python numpy torch"
 
 
 class Scoped(torch.utils.data.Dataset[bool]):
