@@ -68,12 +68,10 @@ def check_others_save(path: Path) -> None:
 
 def check_2_and_6_ranks_resume(path: Path) -> None:
     def resume() -> None:
-        nested = {"trainer": {"app": {"rng": StatefulRNG(7, ranked=True)}}}
-        rng = nested["trainer"]["app"]["rng"]
+        rng = StatefulRNG(7, ranked=True)
         state = {"trainer": {"app": {"rng": rng.state_dict()}}}
-        planner = RNGLoadPlanner(keys=("trainer.app.rng",))
-        saved = path.with_name("4_ranks_save")
-        dcp.load(state, checkpoint_id=saved, planner=planner)
+                saved = path.with_name("4_ranks_save")
+        dcp.load(state, checkpoint_id=saved, planner=RNGLoadPlanner())
         rng.load_state_dict(state["trainer"]["app"]["rng"])
         write(path.with_name(f"resumed-{dist.get_world_size()}.json"), rng.fingerprint(gather=True))
 
