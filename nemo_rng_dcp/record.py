@@ -251,7 +251,7 @@ def _parse_contents(content: bytes, size: int) -> tuple[Mesh | None, dict[str, S
         if place != len(content) - _CHECK_BYTES:
             raise ValueError(f"{len(content) - _CHECK_BYTES} bytes, of which {place} are described")
         return None if mesh is None else tuple((str(n), int(s)) for n, s in mesh), streams
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         # Its check word fits, so it is no damage: another program wrote it.
         raise RNGStateError(f"{KEY}: a record's contents make no sense: {error!r}") from error
 
