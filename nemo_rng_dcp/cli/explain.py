@@ -8,7 +8,7 @@ from math import prod
 from typing import Any
 
 from nemo_rng_dcp.cli.inspect import title
-from nemo_rng_dcp.cli.own import packed_after_seed
+from nemo_rng_dcp.cli.own import packed_after_seed, refusals
 from nemo_rng_dcp.cli.tables import Table
 from nemo_rng_dcp.cli.terminal import (
     MANY,
@@ -127,6 +127,11 @@ class Explanation:
             return Fate(row, ranks, REFUSED, source, (), {})
         job = options.job(row, record)
         outcome = resume(record, job)
+        loaded = {*outcome.restored, *outcome.seeds}
+        refused = [f"{name}: {why}" for name, why in refusals(record).items() if name in loaded]
+        if refused:
+            self.refusals[source] = f"not taken by its generator ({refused[0]})"
+            return Fate(row, ranks, REFUSED, source, (), {})
         if self._record is None:
             self._record, self.remarks = record, outcome.remarks
             self.needs_planner |= job.generators.keys() != record.streams.keys()
@@ -175,7 +180,7 @@ class Explanation:
             those = sorted(row for row, its in self.refusals.items() if its == reason)
             text = f"refused: a load raises, for saved row {short_spans(those)} is {reason}"
             lines += [style(line, "red") for line in paragraph(text, 2)]
-        return [*lines, ""]
+        return lines
 
 
 def rows_of_ranks(

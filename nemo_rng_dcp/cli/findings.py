@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
-from nemo_rng_dcp.cli.own import own_generator, packed_after_seed
+from nemo_rng_dcp.cli.own import packed_after_seed, refusals
 from nemo_rng_dcp.cli.tables import Table
 from nemo_rng_dcp.generators import is_reserved
 from nemo_rng_dcp.record import Record, Stream, fingerprint
@@ -83,7 +83,7 @@ def examine(table: Table) -> Entry:
         if isinstance(record, str):
             damage.setdefault(("", record), []).append(number)
             continue
-        refused = _refused(record)
+        refused = refusals(record)
         for name, reason in refused.items():
             text = f"a load refuses it, though its check word fits: {reason}"
             damage.setdefault((name, text), []).append(number)
@@ -111,19 +111,6 @@ def _row(record: Record) -> Row:
     emptied = {name: Stream(its.kind, its.shared, b"") for name, its in record.streams.items()}
     digests = {name: fingerprint(state) for name, state in states.items()}
     return Row(replace(record, streams=emptied), digests, at_seed)
-
-
-def _refused(record: Record) -> dict[str, str]:
-    """Return why a generator would not take its state, by generator."""
-    reasons = {}
-    for name, stream in record.streams.items():
-        generator = own_generator(stream.kind)
-        try:
-            if generator is not None:
-                generator.unpack(stream.state)
-        except ValueError as error:
-            reasons[name] = str(error)
-    return reasons
 
 
 def _disagreements(entry: Entry) -> Iterator[Finding]:

@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 # torch takes a second to import: each command imports what it needs, --help nothing.
 
@@ -16,44 +16,63 @@ SCHEMA = 1
 """The version of what ``--json`` prints, see docs/command.md."""
 
 
+class Answer(NamedTuple):
+    """What a command has to say.
+
+    Attributes:
+        lines: For stdout.
+        code: The exit code.
+        reason: For stderr, if the command could not do all of its work.
+    """
+
+    lines: list[str]
+    code: int
+    reason: str = ""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     options = _parser().parse_args(arguments)
     try:
         if sys.stdout is None:
             raise OSError("stdout is closed, so there is nowhere to print to")
-        code: int = options.command(options)
-        sys.stdout.flush()
-        return code
-    except BrokenPipeError:
-        # The reader (head, less) has seen enough.
-        _forget_stdout()
+        answer: Answer = options.command(options)
     except (RuntimeError, OSError, ValueError) as error:
-        _forget_stdout()
+        answer = Answer([], TROUBLE, str(error) or type(error).__name__)
+    try:
+        if answer.lines:
+            sys.stdout.write("\n".join(answer.lines) + "\n")
+            sys.stdout.flush()
+    except OSError as error:
+        # Python would complain at exit of what could not be printed.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # The reader of a pipe (head, less) has seen enough.
+        reason = answer.reason if isinstance(error, BrokenPipeError) else str(error)
+        answer = Answer([], TROUBLE, reason)
+    if answer.reason:
         # What an error quotes may come from the checkpoint: no control codes, and in one line.
-        text = "".join(c if c.isprintable() else " " for c in str(error) or type(error).__name__)
+        text = "".join(c if c.isprintable() else " " for c in answer.reason)
         print(f"nemo-rng-dcp: {' '.join(text.split())}", file=sys.stderr)
-    return TROUBLE
+    return answer.code
 
 
-def inspect(options: argparse.Namespace) -> int:
-    """Print the streams of a checkpoint and what is wrong with them."""
+def inspect(options: argparse.Namespace) -> Answer:
+    """Say which streams are in a checkpoint and what is wrong with them."""
     from nemo_rng_dcp.cli.checkpoint import Checkpoint
     from nemo_rng_dcp.cli.findings import SEVERITIES
     from nemo_rng_dcp.cli.inspect import Inspection
     from nemo_rng_dcp.cli.terminal import Style
 
     found = Inspection(Checkpoint.open(options.checkpoint))
-    if options.json:
-        _print_json(found.to_json(options.rows))
-    else:
-        print("\n".join(found.lines(options.rows, Style(sys.stdout))))
     failing = SEVERITIES[: SEVERITIES.index(options.fail_on) + 1]
-    return FINDINGS if any(each.severity in failing for each in found.findings) else CLEAN
+    code = FINDINGS if any(each.severity in failing for each in found.findings) else CLEAN
+    if options.json:
+        return Answer(_json(found.to_json(options.rows)), code)
+    return Answer(found.lines(options.rows, Style(sys.stdout)), code)
 
 
-def diff(options: argparse.Namespace) -> int:
-    """Print which streams differ between two checkpoints."""
+def diff(options: argparse.Namespace) -> Answer:
+    """Say which streams differ between two checkpoints."""
     from nemo_rng_dcp.cli.checkpoint import Checkpoint
     from nemo_rng_dcp.cli.diff import compare
     from nemo_rng_dcp.cli.tables import require_tables
@@ -61,23 +80,23 @@ def diff(options: argparse.Namespace) -> int:
 
     tables = [require_tables(Checkpoint.open(where)) for where in (options.a, options.b)]
     comparisons = compare(*tables)
+    code = FINDINGS if any(found.differences for found in comparisons) else CLEAN
     if options.json:
         entries = [found.to_json(options.rows) for found in comparisons]
-        _print_json({"a": options.a, "b": options.b, "entries": entries})
+        lines = _json({"a": options.a, "b": options.b, "entries": entries})
     else:
         style = Style(sys.stdout)
-        for found in comparisons:
-            print("\n".join(found.lines(options.rows, style)))
-    for side in ("A", "B"):
-        if damaged := sum(found.damaged[side] for found in comparisons):
-            raise ValueError(
-                f"{plural(damaged, 'row')} of {side} missing or damaged, not compared; see inspect"
-            )
-    return FINDINGS if any(found.differences for found in comparisons) else CLEAN
+        lines = [line for found in comparisons for line in found.lines(options.rows, style)]
+    damaged = {side: sum(found.damaged[side] for found in comparisons) for side in ("A", "B")}
+    reasons = [f"{plural(count, 'row')} of {side}" for side, count in damaged.items() if count]
+    if reasons:
+        text = f"{' and '.join(reasons)} missing or damaged, not compared; see inspect"
+        return Answer(lines, TROUBLE, text)
+    return Answer(lines, code)
 
 
-def explain(options: argparse.Namespace) -> int:
-    """Print what a resume would do to each stream."""
+def explain(options: argparse.Namespace) -> Answer:
+    """Say what a resume would do to each stream."""
     from nemo_rng_dcp.cli.checkpoint import Checkpoint
     from nemo_rng_dcp.cli.explain import Explanation, Options, rows_of_ranks
     from nemo_rng_dcp.cli.tables import require_tables
@@ -87,24 +106,16 @@ def explain(options: argparse.Namespace) -> int:
     job = Options(ranks, mesh, options.ranked, options.generators, options.shared)
     tables = require_tables(Checkpoint.open(options.checkpoint))
     explanations = [Explanation(table, job) for table in tables]
+    code = FINDINGS if any(each.refusals for each in explanations) else CLEAN
     if options.json:
         entries = [each.to_json(options.rows) for each in explanations]
-        _print_json({"checkpoint": options.checkpoint, "entries": entries})
-    else:
-        style = Style(sys.stdout)
-        for each in explanations:
-            print("\n".join(each.lines(options.rows, style)).rstrip())
-    return FINDINGS if any(each.refusals for each in explanations) else CLEAN
+        return Answer(_json({"checkpoint": options.checkpoint, "entries": entries}), code)
+    style = Style(sys.stdout)
+    return Answer([line for each in explanations for line in each.lines(options.rows, style)], code)
 
 
-def _print_json(content: dict[str, Any]) -> None:
-    print(json.dumps({"schema": SCHEMA, **content}, indent=1))
-
-
-def _forget_stdout() -> None:
-    """Keep Python from complaining at exit of what could not be printed."""
-    if sys.stdout is not None:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _json(content: dict[str, Any]) -> list[str]:
+    return [json.dumps({"schema": SCHEMA, **content}, indent=1)]
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -42,9 +42,9 @@ def from_archive(content: bytes, count: int) -> torch.Tensor:
     except ForbiddenError as error:
         raise ValueError(f"refused: it holds {error}, expected a tensor") from error
     except Exception as error:  # damaged bytes raise whatever zipfile runs into
-        raise ValueError(f"damaged: {error}") from error
+        raise ValueError(f"no tensor that torch.save wrote ({error})") from error
     if len(numbers) != 8 * count:
-        raise ValueError(f"damaged: {len(numbers)} bytes for {count} numbers")
+        raise ValueError(f"{len(numbers)} bytes for {count} numbers")
     return from_raw(numbers)
 
 

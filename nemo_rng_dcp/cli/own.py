@@ -12,6 +12,7 @@ from nemo_rng_dcp.generators import GeneratorAdapter
 from nemo_rng_dcp.generators.numpy_random import ALGORITHMS, NumPyAdapter, NumPyGeneratorAdapter
 from nemo_rng_dcp.generators.python_random import PythonAdapter
 from nemo_rng_dcp.generators.torch_random import TorchAdapter
+from nemo_rng_dcp.record import Record
 
 
 @cache
@@ -36,3 +37,16 @@ def packed_after_seed(kind: str, seed: int) -> bytes | None:
         return None
     generator.seed(seed)
     return generator.pack(generator.get())
+
+
+def refusals(record: Record) -> dict[str, str]:
+    """Return why a generator of a record's kind would not take its state, by name."""
+    reasons = {}
+    for name, stream in record.streams.items():
+        generator = own_generator(stream.kind)
+        try:
+            if generator is not None:
+                generator.unpack(stream.state)
+        except ValueError as error:
+            reasons[name] = str(error)
+    return reasons

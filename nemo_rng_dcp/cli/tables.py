@@ -56,21 +56,21 @@ class Table:
             for chunk in chunks:
                 row, rest = divmod(chunk.offsets[0], length) if len(chunk.offsets) == 1 else (0, 1)
                 whole = chunk.sizes == (length,) and not rest
-                self._places[row] = chunk if whole else "it has no chunk of its own"
+                self._places[row] = chunk if whole else "damaged: it has no chunk of its own"
         self.placed = sorted(self._places)
 
     def read(self, row: int) -> Record | str:
         """Return the record of a row, checked as a load checks it, or the reason why not."""
-        place = self._places.get(row, "the checkpoint has no place for it")
+        place = self._places.get(row, "missing: the checkpoint has no place for it")
         if isinstance(place, str):
-            return f"missing: {place}"
+            return place
         try:
             numbers = self._checkpoint.numbers(place) if isinstance(place, Chunk) else place
             record = Record.from_tensor(numbers)
         except RNGStateError as error:
             return f"damaged: {str(error).removeprefix(f'{KEY}: ')}"
         except (ValueError, OSError) as error:
-            return f"missing: {error}"
+            return f"unreadable: {error}"
         if record.row != row or record.rows != self.count:
             return (
                 f"damaged: it says that it is row {record.row} of {record.rows}, and stands in the "
@@ -85,4 +85,4 @@ class Table:
         try:
             return records_in(self._checkpoint.numbers(chunk))
         except (ValueError, OSError, RNGStateError) as error:
-            return [str(error)]
+            return [f"unreadable: {error}"]
