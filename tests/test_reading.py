@@ -13,7 +13,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from nemo_rng_dcp import RNGStateError
-from nemo_rng_dcp.cli.checkpoint import Checkpoint
+from nemo_rng_dcp.cli.checkpoint import open_checkpoint
 from nemo_rng_dcp.cli.tables import Table, find_tables
 from nemo_rng_dcp.record import Record
 from records import change_metadata, place_of, records, save
@@ -25,7 +25,7 @@ LENGTH = len(records(1)[0].to_tensor())
 
 
 def read(path: Path) -> Table:
-    (table,) = find_tables(Checkpoint.open(str(path)))
+    (table,) = find_tables(open_checkpoint(str(path)))
     return table
 
 
@@ -84,7 +84,7 @@ def test_every_class_that_dcp_stores_is_read(protocol: int, tmp_path: Path) -> N
     dcp.save(state, checkpoint_id=tmp_path, no_dist=True)
     expected = dcp.FileSystemReader(tmp_path).read_metadata()
     (tmp_path / ".metadata").write_bytes(pickle.dumps(expected, protocol))
-    checkpoint = Checkpoint.open(str(tmp_path))
+    checkpoint = open_checkpoint(str(tmp_path))
     assert checkpoint.keys.keys() == expected.state_dict_metadata.keys()
     for key, stored in expected.state_dict_metadata.items():
         if isinstance(stored, TensorStorageMetadata):
@@ -361,4 +361,4 @@ def test_two_tensors_with_one_list_of_chunks_are_refused(path: Path) -> None:
 
     change_metadata(path, share)
     with pytest.raises(RNGStateError, match="two tensors have one list of chunks"):
-        find_tables(Checkpoint.open(str(path)))
+        find_tables(open_checkpoint(str(path)))

@@ -125,6 +125,13 @@ class Explanation:
         if isinstance(record, str):
             self.refusals[source] = record
             return Fate(row, ranks, REFUSED, source, (), {})
+        self._record = self._record or record
+        if hidden := table.hidden_from(source, ranks):
+            self.refusals[source] = (
+                f"not found by rank {hidden[0]}: it was saved with use_collectives=False, so each "
+                "rank finds only what the rank of its number saved"
+            )
+            return Fate(row, ranks, REFUSED, source, (), {})
         job = options.job(row, record)
         outcome = resume(record, job)
         loaded = {*outcome.restored, *outcome.seeds}
@@ -132,9 +139,8 @@ class Explanation:
         if refused:
             self.refusals[source] = f"not taken by its generator ({refused[0]})"
             return Fate(row, ranks, REFUSED, source, (), {})
-        if self._record is None:
-            self._record, self.remarks = record, outcome.remarks
-            self.needs_planner |= job.generators.keys() != record.streams.keys()
+        self.remarks = self.remarks or outcome.remarks
+        self.needs_planner |= job.generators.keys() != record.streams.keys()
         new = COPIED if not outcome.seeds else FORKED
         fate = CONTINUED if source == row else new
         return Fate(row, ranks, fate, source, tuple(outcome.seeds), _digests(record, outcome))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 from nemo_rng_dcp.cli.checkpoint import Checkpoint
-from nemo_rng_dcp.cli.metadata import Stored
+from nemo_rng_dcp.cli.stored import Stored
 from nemo_rng_dcp.cli.terminal import short_spans
 from nemo_rng_dcp.record import KEY
 
@@ -30,12 +30,14 @@ class ForeignState:
         ranks: The ranks that the keys name; none where the keys are the same on every rank.
         contents: By key (without the path), what is stored.
         writers: By key, the rank that DCP took the value from, where the file's name says it.
+        each_its_own: Whether each rank reads its own value, as after ``use_collectives=False``.
     """
 
     path: str
     ranks: set[int] = field(default_factory=set)
     contents: dict[str, Stored] = field(default_factory=dict)
     writers: dict[str, int] = field(default_factory=dict)
+    each_its_own: bool = False
 
     def missing(self, writers: set[int]) -> set[int]:
         """Return the ranks that should have state of their own here, and have not."""
@@ -43,7 +45,9 @@ class ForeignState:
 
     def lost(self, writers: set[int]) -> bool:
         """Return whether a resume gives ranks other streams than they had."""
-        return bool(self.missing(writers)) or (not self.ranks and len(writers) > 1)
+        if self.ranks or self.each_its_own:
+            return bool(self.missing(writers))
+        return len(writers) > 1
 
     def notes(self, writers: set[int]) -> Iterator[str]:
         """Say what the state is worth; ``writers`` wrote the checkpoint's files."""
@@ -56,6 +60,11 @@ class ForeignState:
             if missing := sorted(self.missing(writers)):
                 ranks = f"rank{'s' * (len(missing) > 1)} {short_spans(missing)}"
                 yield f"{where}: {ranks} wrote to this checkpoint, but no RNG state."
+        elif self.each_its_own:
+            yield (
+                f"{where}: one state a rank, each in a .metadata of its own. On more ranks a new "
+                "rank finds none."
+            )
         elif len(writers) > 1:
             kept = [f"{name or where} is rank {rank}'s" for name, rank in self.writers.items()]
             yield (
@@ -82,7 +91,8 @@ def find_foreign(checkpoint: Checkpoint) -> list[ForeignState]:
         if not _is_state(key, keys[key], key in beside):
             continue
         path, rank, rest = _split(key)
-        state = found.setdefault((path, rank is not None), ForeignState(path))
+        its_own = checkpoint.each_rank_reads_its_own
+        state = found.setdefault((path, rank is not None), ForeignState(path, each_its_own=its_own))
         state.contents[rest] = keys[key]
         if rank is not None:
             state.ranks.add(rank)

@@ -58,12 +58,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def inspect(options: argparse.Namespace) -> Answer:
     """Say which streams are in a checkpoint and what is wrong with them."""
-    from nemo_rng_dcp.cli.checkpoint import Checkpoint
+    from nemo_rng_dcp.cli.checkpoint import open_checkpoint
     from nemo_rng_dcp.cli.findings import SEVERITIES
     from nemo_rng_dcp.cli.inspect import Inspection
     from nemo_rng_dcp.cli.terminal import Style
 
-    found = Inspection(Checkpoint.open(options.checkpoint))
+    found = Inspection(open_checkpoint(options.checkpoint))
     failing = SEVERITIES[: SEVERITIES.index(options.fail_on) + 1]
     code = FINDINGS if any(each.severity in failing for each in found.findings) else CLEAN
     if options.json:
@@ -73,12 +73,12 @@ def inspect(options: argparse.Namespace) -> Answer:
 
 def diff(options: argparse.Namespace) -> Answer:
     """Say which streams differ between two checkpoints."""
-    from nemo_rng_dcp.cli.checkpoint import Checkpoint
+    from nemo_rng_dcp.cli.checkpoint import open_checkpoint
     from nemo_rng_dcp.cli.diff import compare
     from nemo_rng_dcp.cli.tables import require_tables
     from nemo_rng_dcp.cli.terminal import Style, plural
 
-    tables = [require_tables(Checkpoint.open(where)) for where in (options.a, options.b)]
+    tables = [require_tables(open_checkpoint(where)) for where in (options.a, options.b)]
     comparisons = compare(*tables)
     code = FINDINGS if any(found.differences for found in comparisons) else CLEAN
     if options.json:
@@ -97,14 +97,14 @@ def diff(options: argparse.Namespace) -> Answer:
 
 def explain(options: argparse.Namespace) -> Answer:
     """Say what a resume would do to each stream."""
-    from nemo_rng_dcp.cli.checkpoint import Checkpoint
+    from nemo_rng_dcp.cli.checkpoint import open_checkpoint
     from nemo_rng_dcp.cli.explain import Explanation, Options, rows_of_ranks
     from nemo_rng_dcp.cli.tables import require_tables
     from nemo_rng_dcp.cli.terminal import Style
 
     ranks, mesh = rows_of_ranks(options.world_size, options.mesh, options.along)
     job = Options(ranks, mesh, options.ranked, options.generators, options.shared)
-    tables = require_tables(Checkpoint.open(options.checkpoint))
+    tables = require_tables(open_checkpoint(options.checkpoint))
     explanations = [Explanation(table, job) for table in tables]
     code = FINDINGS if any(each.refusals for each in explanations) else CLEAN
     if options.json:

@@ -1,22 +1,20 @@
-"""The records of a checkpoint: found by their name, read row by row."""
+"""The records of a checkpoint, read row by row."""
 
 from __future__ import annotations
+
+from collections.abc import Collection
 
 import torch
 
 from nemo_rng_dcp.cli.checkpoint import Checkpoint
-from nemo_rng_dcp.cli.metadata import Chunk
+from nemo_rng_dcp.cli.stored import Chunk
 from nemo_rng_dcp.errors import RNGStateError
 from nemo_rng_dcp.record import KEY, Record, records_in
 
 
 def find_tables(checkpoint: Checkpoint) -> list[Table]:
-    """Return the tables of a checkpoint, in the order of their keys, at whatever depth they are."""
-    return [
-        Table(checkpoint, key)
-        for key, stored in sorted(checkpoint.keys.items())
-        if key.rpartition(".")[2] == KEY and stored.dtype == "int64" and len(stored.size) == 1
-    ]
+    """Return the tables of a checkpoint, in the order of their keys."""
+    return [Table(checkpoint, key) for key in checkpoint.records]
 
 
 def require_tables(checkpoint: Checkpoint) -> list[Table]:
@@ -25,10 +23,9 @@ def require_tables(checkpoint: Checkpoint) -> list[Table]:
     Raises:
         RNGStateError: It has none.
     """
-    tables = find_tables(checkpoint)
-    if not tables:
+    if not checkpoint.records:
         raise RNGStateError(f"{checkpoint.where}: no StatefulRNG's record in it; see inspect")
-    return tables
+    return find_tables(checkpoint)
 
 
 class Table:
@@ -44,19 +41,23 @@ class Table:
         self.entry = key.rpartition(".")[0]
         self._checkpoint = checkpoint
         self._places: dict[int, Chunk | torch.Tensor | str] = {}
+        self._readers: dict[int, set[int | None]] = {}
         (size,) = checkpoint.keys[key].size
         chunks = checkpoint.chunks(key)
-        if len(chunks) == 1 and chunks[0].sizes == (size,):
+        first = next(iter(chunks), Chunk((0,), (size,)))
+        if len(chunks) <= 1 and first.sizes == (size,):
             # One row, or a whole table that one process wrote.
-            self._places.update(enumerate(self._records(chunks[0])))
+            self._places.update(enumerate(self._records(first)))
+            self._readers = dict.fromkeys(self._places, chunks.get(first, set()))
             self.count = len(self._places)
         else:
-            length = max(1, *chunks[0].sizes) if chunks else 1
+            length = max(1, *first.sizes)
             self.count = max(1, size // length)
-            for chunk in chunks:
+            for chunk, readers in chunks.items():
                 row, rest = divmod(chunk.offsets[0], length) if len(chunk.offsets) == 1 else (0, 1)
                 whole = chunk.sizes == (length,) and not rest
                 self._places[row] = chunk if whole else "damaged: it has no chunk of its own"
+                self._readers[row] = readers
         self.placed = sorted(self._places)
 
     def read(self, row: int) -> Record | str:
@@ -80,6 +81,11 @@ class Table:
         if not all(name.isprintable() for name in names):
             return "damaged: a name in it is not printable"
         return record
+
+    def hidden_from(self, row: int, ranks: Collection[int]) -> list[int]:
+        """Return those of some ranks that do not find a row, though it is there."""
+        readers = self._readers.get(row, set())
+        return [] if None in readers else [rank for rank in ranks if rank not in readers]
 
     def _records(self, chunk: Chunk) -> list[torch.Tensor] | list[str]:
         try:
