@@ -35,7 +35,7 @@ GRACE_SECONDS = 2
 _CONTEXT = multiprocessing.get_context("forkserver")
 # DCP's first save and load import the last two.
 _CONTEXT.set_forkserver_preload(
-    ["nemo_rng_dcp", "pytest", "torch.distributed.checkpoint", "torch._dynamo", "fsspec"]
+    ["nemo_rng_dcp.stateful", "nemo_rng_dcp.planner", "pytest", "torch._dynamo", "fsspec"]
 )
 
 

@@ -3,12 +3,14 @@
 import json
 import os
 import pty
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+import nemo_rng_dcp
 from asking import INSTALLED, Capture, ask, run
 from nemo_rng_dcp.cli.main import main
 from records import records, save
@@ -26,6 +28,32 @@ def test_it_is_installed(checkpoint: Path, tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.endswith("no findings\n")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--version"], ["--help"], ["inspect", "--help"], ["diff", "--help"], ["explain", "-h"]],
+)
+def test_help_and_version_import_neither_torch_nor_numpy(words: list[str]) -> None:
+    """So they answer at once: torch alone takes a second to import."""
+    program = (
+        "import sys\nfrom nemo_rng_dcp.cli.main import main\n"
+        "try: main(sys.argv[1:])\n"
+        "finally: print('imported:', {'torch', 'numpy'} & set(sys.modules))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, *words],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=True,
+    )
+    assert done.stdout.endswith("imported: set()\n")
+    if words == ["--version"]:
+        assert done.stdout.startswith(f"nemo-rng-dcp {nemo_rng_dcp.__version__}\n")
+    elif len(words) == 2:
+        examples = re.findall(r"^  nemo-rng-dcp .*", done.stdout, re.MULTILINE)
+        assert len(examples) == 2
 
 
 def test_it_runs_as_a_module(checkpoint: Path) -> None:

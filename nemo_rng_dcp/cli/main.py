@@ -9,6 +9,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from nemo_rng_dcp import __version__
+
 # torch takes a second to import: each command imports what it needs, --help nothing.
 
 CLEAN, FINDINGS, TROUBLE = 0, 1, 2
@@ -124,6 +126,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Show, compare and explain the random streams in a checkpoint. It reads the "
         "checkpoint in one process without a GPU, executes nothing in it and changes nothing.",
     )
+    parser.add_argument("--version", action="version", version=f"nemo-rng-dcp {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     one = _command(
