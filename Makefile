@@ -36,7 +36,7 @@ docs: setup
 	$(BIN)/python -W error -m pdoc --docformat google --output-directory build/docs $(API)
 
 dist: setup
-	rm -rf dist
+	rm -rf dist *.egg-info/SOURCES.txt # which keeps what MANIFEST.in no longer names
 	$(BIN)/python -m build --outdir dist
 	$(BIN)/python -m twine check --strict dist/*
 	$(BIN)/python -m pytest -m dist tests/test_dist.py
