@@ -27,7 +27,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import torch.nn.functional as F
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -61,28 +60,20 @@ class Config:
 
     def problem(self) -> str | None:
         """Return what cannot work, if anything."""
-        for name in ("steps", "save_every", "keep", "batch", "length", "width", "heads", "layers"):
-            if getattr(self, name) < 1:
-                return f"--{name.replace('_', '-')} is {getattr(self, name)}, expected >= 1"
+        for name, value in asdict(self).items():
+            least = 0 if name == "seed" else 1
+            if isinstance(value, int) and value < least:
+                return f"--{name.replace('_', '-')} is {value}, expected >= {least}"
         if self.width % self.heads:
             return f"--width is {self.width}, expected a multiple of --heads {self.heads}"
         if not 0 <= self.dropout < 1:
             return f"--dropout is {self.dropout}, expected 0 <= dropout < 1"
-        with torch.device("meta"):
-            model = GPT(self).state_dict()
         for checkpoint in complete_checkpoints(self.out)[-1:]:
             saved = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
-            for name, weight in model.items():
-                found = getattr(saved.get(f"app.model.{name}"), "size", None)
-                if found != weight.shape:
+            for name, weight in GPT(self).state_dict().items():
+                if (found := getattr(saved.get(f"app.model.{name}"), "size", None)) != weight.shape:
                     return f"{checkpoint} has {name} of {found}, and the model {weight.shape}"
         return None
-
-
-class Distributed(NamedTuple):
-    rank: int
-    device: torch.device
-    mesh: DeviceMesh
 
 
 class Training(NamedTuple):
@@ -113,24 +104,23 @@ class GPT(nn.Module):
         x = self.tokens(inputs) + self.positions.weight[:length]
         for block in self.blocks:
             x = block(x, src_mask=mask, is_causal=True)
-        return F.cross_entropy(self.head(x).flatten(0, 1), targets.flatten())
+        return nn.functional.cross_entropy(self.head(x).flatten(0, 1), targets.flatten())
 
 
+@dataclass
 class AppState:
     """Model, optimizer and step as one entry of the checkpoint."""
 
-    def __init__(self, training: Training) -> None:
-        self.training = training
-        self.step = 0
+    training: Training
+    step: int = 0
 
     def state_dict(self) -> dict[str, Any]:
         model, optimizer = get_state_dict(*self.training)
         return {"model": model, "optimizer": optimizer, "step": torch.tensor(self.step)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        set_state_dict(
-            *self.training, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
-        )
+        model, optimizer = state["model"], state["optimizer"]
+        set_state_dict(*self.training, model_state_dict=model, optim_state_dict=optimizer)
         self.step = int(state["step"])
 
 
@@ -146,38 +136,32 @@ def validate_and_prepare_config(arguments: list[str] | None = None) -> Config:
     return config
 
 
-def setup_distributed() -> Distributed:
+def setup_distributed() -> DeviceMesh:
     """Create the process group and a one-dimensional device mesh."""
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
-    else:
-        device = torch.device("cpu")
-        dist.init_process_group("gloo")
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("dp",))
-    return Distributed(dist.get_rank(), device, mesh)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
+    return init_device_mesh(device, (dist.get_world_size(),), mesh_dim_names=("dp",))
 
 
-def setup_model_and_optimizer(config: Config, distributed: Distributed) -> Training:
+def setup_model_and_optimizer(config: Config, mesh: DeviceMesh) -> Training:
     """Build the sharded model and its optimizer."""
     # FSDP2 keeps each rank's part of the rank's own parameters, so every rank must start from the
     # same ones: one seed for all, in a scope that leaves the ranks' streams alone.
     with ScopedRNG(config.seed):
         model = GPT(config)
-    model.to(distributed.device)
+    model.to(mesh.device_type)
     for block in model.blocks:
-        fully_shard(block, mesh=distributed.mesh)
-    fully_shard(model, mesh=distributed.mesh)
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
     return Training(model, torch.optim.AdamW(model.parameters(), lr=config.learning_rate))
 
 
 def complete_checkpoints(out: Path) -> list[Path]:
-    """Return the checkpoints that can be loaded, oldest first.
-
-    DCP writes ``.metadata`` last, when the data of every rank is stored. So this file marks a
-    complete checkpoint, in an object store too, where a folder cannot be renamed.
-    """
+    """Return the checkpoints that can be loaded, oldest first."""
+    # DCP writes .metadata last, when the data of every rank is stored. So this file publishes a
+    # checkpoint, in an object store too, where a folder cannot be renamed.
     return sorted(metadata.parent for metadata in out.glob("checkpoints/step-*/.metadata"))
 
 
@@ -199,7 +183,7 @@ def read_text() -> bytes:
     return b"".join(path.read_bytes() for path in sources)[:TEXT_BYTES]
 
 
-def draw_batch(text: bytes, config: Config, device: torch.device) -> torch.Tensor:
+def draw_batch(text: bytes, config: Config, device: str) -> torch.Tensor:
     """Draw random crops (NumPy), some of them in lower case (Python): ``(batch, length + 1)``."""
     crops = []
     for start in np.random.randint(0, len(text) - config.length, size=config.batch):
@@ -210,17 +194,18 @@ def draw_batch(text: bytes, config: Config, device: torch.device) -> torch.Tenso
     return torch.from_numpy(np.stack(crops)).to(device)
 
 
-def train(config: Config, distributed: Distributed, training: Training, rng: Any) -> None:
+def train(config: Config, mesh: DeviceMesh, training: Training, rng: Any) -> None:
     """Go on from the newest checkpoint, if there is one, to the last step."""
     (model, optimizer), app, text = training, AppState(training), read_text()
     state = {"app": app, "rng": rng}
     for newest in complete_checkpoints(config.out)[-1:]:
         # What draws between here and the first step has to be followed by rng.rewind().
         dcp.load(state, checkpoint_id=newest, planner=RNGLoadPlanner())
-    bar = tqdm(total=config.steps, initial=app.step, unit="step", disable=distributed.rank != 0)
-    with (config.out / f"losses-rank{distributed.rank}.txt").open("a", buffering=1) as losses, bar:
+    rank = dist.get_rank()
+    bar = tqdm(total=config.steps, initial=app.step, unit="step", disable=rank != 0)
+    with (config.out / f"losses-rank{rank}.txt").open("a", buffering=1) as losses:
         for step in range(app.step, config.steps):
-            loss = model(draw_batch(text, config, distributed.device))
+            loss = model(draw_batch(text, config, mesh.device_type))
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -235,14 +220,13 @@ def train(config: Config, distributed: Distributed, training: Training, rng: Any
 def main() -> None:
     config = validate_and_prepare_config()
     set_deterministic()  # before CUDA starts: cuBLAS reads its variable only once
-    distributed = setup_distributed()
+    mesh = setup_distributed()
     config.out.mkdir(parents=True, exist_ok=True)
-    if distributed.rank == 0:
-        run = {"world_size": dist.get_world_size(), "environment": environment()}
-        run["config"] = asdict(config)
+    if dist.get_rank() == 0:
+        run = {**asdict(config), "ranks": dist.get_world_size(), "environment": environment()}
         (config.out / "run.json").write_text(json.dumps(run, indent=2, default=str) + "\n")
-    training = setup_model_and_optimizer(config, distributed)
-    train(config, distributed, training, StatefulRNG(config.seed, ranked=True))
+    training = setup_model_and_optimizer(config, mesh)
+    train(config, mesh, training, StatefulRNG(config.seed, ranked=True))
     dist.destroy_process_group()
     time.sleep(0.5)  # gloo's threads abort an interpreter that shuts down before they have ended
 
