@@ -9,12 +9,12 @@ import pytest
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from launch import LaunchError, torchrun
 from nemo_rng_dcp import ScopedRNG
+from scripts.demo.launch import LaunchError, torchrun
 
 # Launched scripts import what the tests import.
 TESTS = Path(__file__).parent
-os.environ["PYTHONPATH"] = f"{TESTS}{os.pathsep}{TESTS.parent / 'scripts'}"
+os.environ["PYTHONPATH"] = f"{TESTS}{os.pathsep}{TESTS.parent}"
 
 
 @pytest.fixture(autouse=True)

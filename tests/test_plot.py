@@ -6,6 +6,7 @@ from pathlib import Path
 
 import demo
 import plot_resume
+
 from test_recipe import write_losses
 
 RUNS = ("uninterrupted", "killed, per-rank streams", "killed, rank-less dict")

@@ -3,13 +3,13 @@
 import re
 from pathlib import Path
 
+import demo
 import pytest
 
-import demo
-import leaving
 import tables
-from launch import torchrun
 from nemo_rng_dcp import __main__ as command
+from scripts.demo import leaving
+from scripts.demo.launch import torchrun
 from test_recipe import write_losses
 
 README = (Path(__file__).parent.parent / "README.md").read_text()

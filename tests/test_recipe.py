@@ -4,16 +4,16 @@ import json
 import random
 from pathlib import Path
 
+import demo
 import numpy as np
 import pytest
 import torch
-
-import demo
 from checkpoints import CheckpointFolder
 from gpt import GPT
-from launch import LaunchError, torchrun
-from nemo_rng_dcp import ScopedRNG, init_all_rng
 from train_fsdp2 import draw_batch, read_text, validate_and_prepare_config
+
+from nemo_rng_dcp import ScopedRNG, init_all_rng
+from scripts.demo.launch import LaunchError, torchrun
 
 STEPS = ["--steps", "9", "--save-every", "3"]
 

@@ -10,10 +10,10 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save, torch_save_to_dcp
 
 from conftest import Launches
-from launch import torchrun
 from nemo_rng_dcp import RNGLoadPlanner, StatefulRNG
 from ranks import kills, storage
 from ranks.harness import checks_of
+from scripts.demo.launch import torchrun
 from streams import draw
 
 

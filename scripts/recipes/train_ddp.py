@@ -184,7 +184,7 @@ def save_checkpoint(out: Path, keep: int, state: dict[str, Any], step: int) -> N
 
 def batches_of(epoch: int, config: Config, dataset: Crops) -> Iterator[torch.Tensor]:
     """Return this rank's batches of an epoch: the same ones each time it is called."""
-    sampler = DistributedSampler(dataset, seed=config.seed, drop_last=True)
+    sampler: DistributedSampler[int] = DistributedSampler(dataset, seed=config.seed, drop_last=True)
     sampler.set_epoch(epoch)
     # Without a generator the iterator would draw the workers' seeds from the stream of dropout.
     seed = derive_seed(config.seed, "workers", epoch, dist.get_rank())
@@ -213,8 +213,7 @@ def train(config: Config, device: str, training: Training, rng: StatefulRNG) -> 
     with (config.out / f"losses-rank{rank}.txt").open("a", buffering=1) as losses:
         while app.step < config.steps:
             batches = batches_of(app.epoch, config, dataset)
-            # A step trains the same samples on any number of ranks. If the place is no multiple of
-            # today's step, fewer samples than one step has are trained twice.
+            # On another number of ranks, less than a step of samples may be trained twice.
             for _ in range(app.samples // per_step):
                 next(batches, None)
             if newest:
@@ -226,8 +225,8 @@ def train(config: Config, device: str, training: Training, rng: StatefulRNG) -> 
                 loss.backward()
                 optimizer.step()
                 optimizer.zero_grad()
-                losses.write(f"{app.step} {loss.item().hex()}\n")
-                bar.set_postfix(epoch=app.epoch, loss=f"{loss.item():.3f}", refresh=False)
+                losses.write(f"{app.step} {float(loss).hex()}\n")
+                bar.set_postfix(epoch=app.epoch, loss=f"{float(loss):.3f}", refresh=False)
                 bar.update()
                 app.step += 1
                 app.samples += per_step

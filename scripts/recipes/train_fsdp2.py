@@ -61,9 +61,8 @@ class Config:
     def problem(self) -> str | None:
         """Return what cannot work, if anything."""
         for name, value in asdict(self).items():
-            least = 0 if name == "seed" else 1
-            if isinstance(value, int) and value < least:
-                return f"--{name.replace('_', '-')} is {value}, expected >= {least}"
+            if isinstance(value, int) and value < 1 and name != "seed":
+                return f"--{name.replace('_', '-')} is {value}, expected >= 1"
         if self.width % self.heads:
             return f"--width is {self.width}, expected a multiple of --heads {self.heads}"
         if not 0 <= self.dropout < 1:
@@ -209,8 +208,8 @@ def train(config: Config, mesh: DeviceMesh, training: Training, rng: Any) -> Non
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-            losses.write(f"{step} {loss.item().hex()}\n")
-            bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+            losses.write(f"{step} {float(loss).hex()}\n")
+            bar.set_postfix(loss=f"{float(loss):.3f}", refresh=False)
             bar.update()
             app.step = step + 1
             if app.step % config.save_every == 0:

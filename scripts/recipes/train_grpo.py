@@ -4,11 +4,9 @@
 
 The policy is given a target and learns to write digits with that sum. Start it again with the same
 ``--out``, on any number of ranks that divides ``--groups``, and it goes on from the newest complete
-checkpoint. Beside model, optimizer and streams, a checkpoint holds:
-
-- the rollout that the next update trains on, because rollouts cost most;
-- the reference, a CPU copy of the weights from before training. A copy made after a resume would be
-  one of the trained weights, and the KL term would hold nothing back.
+checkpoint. checkpoint. That holds two things more than model, optimizer and streams: the rollout that the next
+update trains on, because rollouts cost most; and the reference, a CPU copy of the weights from
+before training, which cannot be copied again once they are trained.
 
 Runs on CPU with gloo and on GPUs. The output folder gets ``checkpoints/``, ``run.json`` and, with a
 line for each step, ``losses-rank<r>.txt`` and ``rollouts-rank<r>.txt``.
@@ -23,7 +21,7 @@ import shutil
 import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -60,9 +58,8 @@ class Config:
     def problem(self) -> str | None:
         """Return what cannot work, if anything."""
         for name, value in asdict(self).items():
-            least = 0 if name == "seed" else 1
-            if isinstance(value, int) and value < least:
-                return f"--{name.replace('_', '-')} is {value}, expected >= {least}"
+            if isinstance(value, int) and value < 1 and name != "seed":
+                return f"--{name.replace('_', '-')} is {value}, expected >= 1"
         if not 0 <= self.dropout < 1:
             return f"--dropout is {self.dropout}, expected 0 <= dropout < 1"
         if self.groups % (ranks := int(os.environ.get("WORLD_SIZE", 1))):
@@ -94,7 +91,7 @@ class Policy(nn.Module):
 
     def forward(self, target: torch.Tensor, digits: torch.Tensor) -> torch.Tensor:
         x, _ = self.memory(torch.cat([self.targets(target), self.digits(digits)], dim=1))
-        return cast(torch.Tensor, self.head(self.dropout(x)))
+        return self.head(self.dropout(x))
 
 
 @dataclass
@@ -148,13 +145,11 @@ def setup_model_and_optimizer(config: Config, mesh: DeviceMesh) -> Training:
     """Build the model, its optimizer, and the reference: before any checkpoint is loaded."""
     with ScopedRNG(config.seed):  # the same weights on all ranks
         policy = Policy(config).to(mesh.device_type)
-    pin = mesh.device_type == "cuda"
-    reference = {
-        name: torch.empty_like(weight, device="cpu", pin_memory=pin).copy_(weight)
-        for name, weight in policy.state_dict().items()
-    }
+    reference = {name: weight.to("cpu", copy=True) for name, weight in policy.state_dict().items()}
+    if mesh.device_type == "cuda":
+        reference = {name: weight.pin_memory() for name, weight in reference.items()}
     model = DistributedDataParallel(policy)
-    return Training(model, torch.optim.AdamW(model.parameters(), lr=3e-3), reference)
+    return Training(model, torch.optim.AdamW(model.parameters(), lr=1e-2), reference)
 
 
 def complete_checkpoints(out: Path) -> list[Path]:
@@ -180,8 +175,8 @@ def save_checkpoint(out: Path, keep: int, state: dict[str, Any], step: int) -> N
 def roll_out(config: Config, policy: nn.Module, device: str) -> torch.Tensor:
     """Draw targets, and digits from the policy: int64 ``(rows, 1 + length)``."""
     groups = config.groups // dist.get_world_size()
-    rollout = torch.randint(9 * config.length + 1, (groups, 1), device=device)
-    rollout = rollout.repeat_interleave(config.rollouts, dim=0)
+    targets = torch.randint(9 * config.length + 1, (groups, 1), device=device)
+    rollout = targets.repeat_interleave(config.rollouts, dim=0)
     policy.eval()
     for _ in range(config.length):
         probabilities = policy(rollout[:, :1], rollout[:, 1:])[:, -1].softmax(dim=-1)
@@ -190,19 +185,16 @@ def roll_out(config: Config, policy: nn.Module, device: str) -> torch.Tensor:
     return rollout
 
 
-def reward_of(rollout: torch.Tensor) -> torch.Tensor:
-    """Return minus the distance between the sum of the digits and the target: ``(rows,)``."""
-    return -(rollout[:, 1:].sum(dim=1) - rollout[:, 0]).abs().float()
-
-
 def log_probabilities(policy: nn.Module, rollout: torch.Tensor) -> torch.Tensor:
     """Return those of the digits in a rollout: ``(rows, length)``."""
     logits = policy(rollout[:, :1], rollout[:, 1:-1])
-    return cast(torch.Tensor, logits.log_softmax(dim=-1).gather(2, rollout[:, 1:, None])[..., 0])
+    return logits.log_softmax(dim=-1).gather(2, rollout[:, 1:, None])[..., 0]
 
 
-def loss_of(config: Config, training: Training, rollout: torch.Tensor) -> torch.Tensor:
-    """Return the policy loss and the KL term, a scalar."""
+def loss_and_reward(
+    config: Config, training: Training, rollout: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the policy loss with its KL term, and the mean reward: two scalars."""
     policy = training.model.module.eval()
     with torch.no_grad():
         old = log_probabilities(policy, rollout)
@@ -210,12 +202,14 @@ def loss_of(config: Config, training: Training, rollout: torch.Tensor) -> torch.
         policy.load_state_dict(training.reference)
         reference = log_probabilities(policy, rollout)
         policy.load_state_dict(trained)
-        rewards = reward_of(rollout).view(-1, config.rollouts)  # a row for each group
+        distance = (rollout[:, 1:].sum(dim=1) - rollout[:, 0]).abs()
+        rewards = -distance.float().view(-1, config.rollouts)  # a row for each group
         advantage = rewards - rewards.mean(dim=1, keepdim=True)
         advantage /= rewards.std(dim=1, keepdim=True, correction=0) + 1e-4
     new = log_probabilities(training.model.train(), rollout)  # with dropout
     kl = (reference - new).exp() - (reference - new) - 1
-    return (config.kl * kl - (new - old).exp() * advantage.view(-1, 1)).mean()
+    loss = config.kl * kl - (new - old).exp() * advantage.view(-1, 1)
+    return loss.mean(), rewards.mean()
 
 
 def train(config: Config, mesh: DeviceMesh, training: Training, rng: StatefulRNG) -> None:
@@ -233,12 +227,12 @@ def train(config: Config, mesh: DeviceMesh, training: Training, rng: StatefulRNG
     ):
         while app.step < config.steps:
             rollouts.write(f"{app.step} {app.rollout.flatten().tolist()}\n")
-            loss = loss_of(config, training, app.rollout)
+            loss, reward = loss_and_reward(config, training, app.rollout)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-            losses.write(f"{app.step} {loss.item().hex()}\n")
-            bar.set_postfix(reward=f"{reward_of(app.rollout).mean():.2f}", refresh=False)
+            losses.write(f"{app.step} {float(loss).hex()}\n")
+            bar.set_postfix(reward=f"{float(reward):.2f}", refresh=False)
             bar.update()
             app.step += 1
             app.rollout = roll_out(config, model.module, device)

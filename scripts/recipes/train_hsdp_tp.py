@@ -65,9 +65,8 @@ class Config:
     def problem(self) -> str | None:
         """Return what cannot work, if anything."""
         for name, value in asdict(self).items():
-            least = 0 if name == "seed" else 1
-            if isinstance(value, int) and value < least:
-                return f"--{name.replace('_', '-')} is {value}, expected >= {least}"
+            if isinstance(value, int) and value < 1 and name != "seed":
+                return f"--{name.replace('_', '-')} is {value}, expected >= 1"
         ranks = int(os.environ.get("WORLD_SIZE", 1))
         if ranks % (self.replicate * self.tp):
             shape = f"--replicate {self.replicate} x --tp {self.tp}"
@@ -223,8 +222,8 @@ def train(config: Config, mesh: DeviceMesh, training: Training) -> None:
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-            losses.write(f"{step} {loss.item().hex()}\n")
-            bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+            losses.write(f"{step} {float(loss).hex()}\n")
+            bar.set_postfix(loss=f"{float(loss):.3f}", refresh=False)
             bar.update()
             app.step = step + 1
             if app.step % config.save_every == 0:

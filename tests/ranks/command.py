@@ -9,9 +9,9 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.device_mesh import init_device_mesh
 
 from nemo_rng_dcp import RNGLoadPlanner, StatefulRNG
-from rankless import RanklessRNG
 from ranks import worlds
 from ranks.harness import gather
+from scripts.demo.rankless import RanklessRNG
 from streams import draw, unmoved
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from leaving import leave_group
+from scripts.demo.leaving import leave_group
 
 
 def checks_of(module: types.ModuleType) -> list[str]:

@@ -15,11 +15,11 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from checkpoints import CheckpointFolder
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan, SavePlanner
 
-from checkpoints import CheckpointFolder
-from leaving import leave_group
 from nemo_rng_dcp import RNGLoadPlanner, StatefulRNG
+from scripts.demo.leaving import leave_group
 from streams import draw
 
 KILLED_RANK = 1

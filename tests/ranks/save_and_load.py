@@ -12,8 +12,8 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.checkpoint.stateful import Stateful
 
 from nemo_rng_dcp import RNGStateError, StatefulRNG, init_all_rng
-from rankless import RanklessRNG
 from ranks.harness import gather, run
+from scripts.demo.rankless import RanklessRNG
 from streams import draw, unmoved
 
 

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
-import leaving
+from scripts.demo import leaving
 
 Result = TypeVar("Result")
 TIMEOUT_SECONDS = 60
