@@ -13,7 +13,7 @@ from conftest import Launches
 from nemo_rng_dcp import RNGLoadPlanner, StatefulRNG
 from ranks import kills, storage
 from ranks.harness import checks_of
-from scripts.demo.launch import torchrun
+from scripts.demo.launch import Launch
 from streams import draw
 
 
@@ -23,11 +23,12 @@ def test_on_2_real_ranks(check: str, launches: Launches) -> None:
 
 
 def test_killed_ranks_leave_the_complete_checkpoint_in_charge(tmp_path: Path) -> None:
-    torchrun(Path(kills.__file__), 2, str(tmp_path), restarts=3)
+    Launch(Path(kills.__file__), 2, str(tmp_path), restarts=3).output()
     attempts = sorted(path.name for path in tmp_path.glob("attempt-*"))
     assert attempts == [f"attempt-{n}-{rank}" for n in range(4) for rank in range(2)]
-    incomplete = [path.name for path in (tmp_path / "checkpoints").glob("*.incomplete")]
-    assert sorted(incomplete) == ["step-00000002.incomplete", "step-00000003.incomplete"]
+    begun = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert begun == ["step-00000001", "step-00000002", "step-00000003"]
+    assert [path.parent.name for path in tmp_path.glob("checkpoints/*/.metadata")] == begun[:1]
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -57,7 +57,7 @@ def report_losses(uninterrupted: Path, per_rank: Path, rank_less: Path) -> bool:
         for run in (per_rank, rank_less)
     ]
     titles = ["rank", "per-rank streams", "rank-less dict"]
-    print(runs.table(titles, [[str(rank) for rank in ranks], *columns]))
+    print(runs.table(titles, [[f"{rank:>4}" for rank in ranks], *columns], width=22))
     return set(columns[0]) == {"equal"}
 
 
@@ -67,7 +67,7 @@ def report_streams(uninterrupted: runs.Streams, others: list[runs.Streams]) -> b
     print(f"\nStreams of the checkpoint of step {RESUMED_STEP}, saved by {RANKS} ranks:\n")
     titles = ["rank", *(f"resumed on {len(streams)} ranks" for streams in others)]
     height = max(map(len, found))
-    print(runs.table(titles, [[str(rank) for rank in range(height)], *found]))
+    print(runs.table(titles, [[f"{rank:>4}" for rank in range(height)], *found], width=22))
     return found == [runs.expected_fates(len(streams), RANKS) for streams in others]
 
 

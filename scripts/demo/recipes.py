@@ -157,10 +157,8 @@ def report(findings: list[Finding]) -> bool:
 
 def main() -> int:
     shutil.rmtree(OUT, ignore_errors=True)
-    print(
-        f"{STEPS} steps, a checkpoint every {SAVE_EVERY}; rank {KILLED_RANK} is killed after step"
-    )
-    print(f"{RESUMED_STEP} and torchrun restarts all ranks. Other jobs resume from there.\n")
+    print(f"{STEPS} steps, a checkpoint every {SAVE_EVERY}; rank {KILLED_RANK} is killed after")
+    print(f"step {RESUMED_STEP} and torchrun restarts all ranks. Other jobs resume from there.\n")
     findings = [finding for recipe in RECIPES for finding in compare(recipe, OUT / recipe.name)]
     return 0 if report(findings) else 1
 

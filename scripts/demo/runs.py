@@ -119,13 +119,16 @@ def expected_fates(rows: int, saved_rows: int) -> list[str]:
     return ["continued"] * kept + ["forked"] * (rows - kept) + ["dropped"] * (saved_rows - kept)
 
 
-def table(titles: Sequence[str], columns: Sequence[Sequence[str]]) -> str:
-    """Return columns side by side under their titles, "-" where one is shorter."""
+def table(titles: Sequence[str], columns: Sequence[Sequence[str]], width: int = 0) -> str:
+    """Return columns side by side under their titles, "-" where one is shorter.
+
+    All but the first are at least ``width`` characters wide.
+    """
     height = max(len(column) for column in columns)
     lines = [list(titles)] + [
         [column[row] if row < len(column) else "-" for column in columns] for row in range(height)
     ]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(titles))]
+    widths = [max(*(len(line[i]) for line in lines), width if i else 0) for i in range(len(titles))]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
         for line in lines

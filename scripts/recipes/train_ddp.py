@@ -3,11 +3,10 @@
     torchrun --standalone --nproc-per-node 2 scripts/recipes/train_ddp.py --out runs/ddp
 
 Start it again with the same ``--out``, on any number of ranks, and it goes on from the newest
-complete checkpoint. Three kinds of random numbers meet here:
+checkpoint. Three kinds of random numbers meet here:
 
 - The order of the samples: ``DistributedSampler`` makes it from its seed and the epoch.
-- Augmentation in DataLoader workers: ``seed_worker`` seeds them from the loader's generator, which
-  knows epoch and rank. Skipping the batches that were trained puts them back in place.
+- Augmentation in DataLoader workers, seeded by epoch and rank; they draw again for skipped batches.
 - Dropout in this process: its streams are in the checkpoint.
 
 Runs on CPU with gloo and on GPUs. The output folder gets ``checkpoints/``, ``run.json`` and, with a
@@ -60,23 +59,6 @@ class Config:
     length: int = 16  # bytes per sample
     width: int = 64
     dropout: float = 0.1
-
-    def problem(self) -> str | None:
-        """Return what cannot work, if anything."""
-        for name, value in asdict(self).items():
-            least = 0 if name in ("seed", "workers") else 1
-            if isinstance(value, int) and value < least:
-                return f"--{name.replace('_', '-')} is {value}, expected >= {least}"
-        if not 0 <= self.dropout < 1:
-            return f"--dropout is {self.dropout}, expected 0 <= dropout < 1"
-        if self.samples < (least := self.batch * int(os.environ.get("WORLD_SIZE", 1))):
-            return f"--samples is {self.samples}, expected a batch for each rank: >= {least}"
-        for checkpoint in complete_checkpoints(self.out)[-1:]:
-            saved = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
-            for name, weight in build_model(self).state_dict().items():
-                if (found := getattr(saved.get(f"app.model.{name}"), "size", None)) != weight.shape:
-                    return f"{checkpoint} has {name} of {found}, and the model {weight.shape}"
-        return None
 
 
 class Training(NamedTuple):
@@ -141,8 +123,22 @@ def validate_and_prepare_config(arguments: list[str] | None = None) -> Config:
         option, default = f"--{field.name.replace('_', '-')}", field.default
         parser.add_argument(option, type=type(default), default=default, help=f"default {default}")
     config = Config(**vars(parser.parse_args(arguments)))
-    if problem := config.problem():
-        parser.exit(2, f"{parser.prog}: {problem}\n")
+    problems = []
+    for name, value in asdict(config).items():
+        least = 0 if name in ("seed", "workers") else 1
+        if isinstance(value, int) and value < least:
+            problems.append(f"--{name.replace('_', '-')} is {value}, expected >= {least}")
+    if not 0 <= config.dropout < 1:
+        problems.append(f"--dropout is {config.dropout}, expected 0 <= dropout < 1")
+    if config.samples < (least := config.batch * int(os.environ.get("WORLD_SIZE", 1))):
+        problems.append(f"--samples is {config.samples}, expected >= {least}: a step of all ranks")
+    for checkpoint in [] if problems else complete_checkpoints(config.out)[-1:]:
+        saved = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+        for name, weight in build_model(config).state_dict().items():
+            if (found := getattr(saved.get(f"app.model.{name}"), "size", None)) != weight.shape:
+                problems.append(f"{checkpoint} has {name} of {found}, and the model {weight.shape}")
+    if problems:
+        parser.exit(2, f"{parser.prog}: {problems[0]}\n")
     return config
 
 
@@ -165,8 +161,7 @@ def setup_model_and_optimizer(config: Config, device: str) -> Training:
 
 def complete_checkpoints(out: Path) -> list[Path]:
     """Return the checkpoints that can be loaded, oldest first."""
-    # DCP writes .metadata last, when the data of every rank is stored. So this file publishes a
-    # checkpoint, in an object store too, where a folder cannot be renamed.
+    # DCP writes .metadata last: it publishes a checkpoint, also where a folder cannot be renamed.
     return sorted(metadata.parent for metadata in out.glob("checkpoints/step-*/.metadata"))
 
 
@@ -225,8 +220,8 @@ def train(config: Config, device: str, training: Training, rng: StatefulRNG) -> 
                 loss.backward()
                 optimizer.step()
                 optimizer.zero_grad()
-                losses.write(f"{app.step} {float(loss).hex()}\n")
-                bar.set_postfix(epoch=app.epoch, loss=f"{float(loss):.3f}", refresh=False)
+                losses.write(f"{app.step} {float(loss.item()).hex()}\n")
+                bar.set_postfix(epoch=app.epoch, loss=f"{loss.item():.3f}", refresh=False)
                 bar.update()
                 app.step += 1
                 app.samples += per_step

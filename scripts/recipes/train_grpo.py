@@ -4,12 +4,10 @@
 
 The policy is given a target and learns to write digits with that sum. Start it again with the same
 ``--out``, on any number of ranks that divides ``--groups``, and it goes on from the newest complete
-checkpoint. checkpoint. That holds two things more than model, optimizer and streams: the rollout that the next
-update trains on, because rollouts cost most; and the reference, a CPU copy of the weights from
-before training, which cannot be copied again once they are trained.
-
-Runs on CPU with gloo and on GPUs. The output folder gets ``checkpoints/``, ``run.json`` and, with a
-line for each step, ``losses-rank<r>.txt`` and ``rollouts-rank<r>.txt``.
+checkpoint. Beside model, optimizer and streams, it has the rollout that the next update trains on,
+because rollouts cost most, and the reference: a CPU copy of the weights from before training.
+On CPU with gloo, or on GPUs. Besides, ``--out`` gets ``run.json``, ``losses-rank<r>.txt`` and
+``rollouts-rank<r>.txt``.
 """
 
 from __future__ import annotations
@@ -54,22 +52,6 @@ class Config:
     width: int = 32
     dropout: float = 0.1
     kl: float = 0.05  # weight of the KL term
-
-    def problem(self) -> str | None:
-        """Return what cannot work, if anything."""
-        for name, value in asdict(self).items():
-            if isinstance(value, int) and value < 1 and name != "seed":
-                return f"--{name.replace('_', '-')} is {value}, expected >= 1"
-        if not 0 <= self.dropout < 1:
-            return f"--dropout is {self.dropout}, expected 0 <= dropout < 1"
-        if self.groups % (ranks := int(os.environ.get("WORLD_SIZE", 1))):
-            return f"--groups is {self.groups}, expected a multiple of the job's {ranks} ranks"
-        for checkpoint in complete_checkpoints(self.out)[-1:]:
-            saved = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
-            for name, weight in Policy(self).state_dict().items():
-                if (found := getattr(saved.get(f"app.model.{name}"), "size", None)) != weight.shape:
-                    return f"{checkpoint} has {name} of {found}, and the model {weight.shape}"
-        return None
 
 
 class Training(NamedTuple):
@@ -127,8 +109,21 @@ def validate_and_prepare_config(arguments: list[str] | None = None) -> Config:
         option, default = f"--{field.name.replace('_', '-')}", field.default
         parser.add_argument(option, type=type(default), default=default, help=f"default {default}")
     config = Config(**vars(parser.parse_args(arguments)))
-    if problem := config.problem():
-        parser.exit(2, f"{parser.prog}: {problem}\n")
+    problems = []
+    for name, value in asdict(config).items():
+        if isinstance(value, int) and value < 1 and name != "seed":
+            problems.append(f"--{name.replace('_', '-')} is {value}, expected >= 1")
+    if not 0 <= config.dropout < 1:
+        problems.append(f"--dropout is {config.dropout}, expected 0 <= dropout < 1")
+    if config.groups % (ranks := int(os.environ.get("WORLD_SIZE", 1))):
+        problems.append(f"--groups is {config.groups}, expected a multiple of {ranks} ranks")
+    for checkpoint in [] if problems else complete_checkpoints(config.out)[-1:]:
+        saved = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+        for name, weight in Policy(config).state_dict().items():
+            if (found := getattr(saved.get(f"app.model.{name}"), "size", None)) != weight.shape:
+                problems.append(f"{checkpoint} has {name} of {found}, and the model {weight.shape}")
+    if problems:
+        parser.exit(2, f"{parser.prog}: {problems[0]}\n")
     return config
 
 
@@ -154,8 +149,7 @@ def setup_model_and_optimizer(config: Config, mesh: DeviceMesh) -> Training:
 
 def complete_checkpoints(out: Path) -> list[Path]:
     """Return the checkpoints that can be loaded, oldest first."""
-    # DCP writes .metadata last, when the data of every rank is stored. So this file publishes a
-    # checkpoint, in an object store too, where a folder cannot be renamed.
+    # DCP writes .metadata last: it publishes a checkpoint, also where a folder cannot be renamed.
     return sorted(metadata.parent for metadata in out.glob("checkpoints/step-*/.metadata"))
 
 
@@ -172,9 +166,9 @@ def save_checkpoint(out: Path, keep: int, state: dict[str, Any], step: int) -> N
 
 
 @torch.no_grad()
-def roll_out(config: Config, policy: nn.Module, device: str) -> torch.Tensor:
+def roll_out(config: Config, policy: nn.Module) -> torch.Tensor:
     """Draw targets, and digits from the policy: int64 ``(rows, 1 + length)``."""
-    groups = config.groups // dist.get_world_size()
+    groups, device = config.groups // dist.get_world_size(), next(policy.parameters()).device
     targets = torch.randint(9 * config.length + 1, (groups, 1), device=device)
     rollout = targets.repeat_interleave(config.rollouts, dim=0)
     policy.eval()
@@ -191,10 +185,8 @@ def log_probabilities(policy: nn.Module, rollout: torch.Tensor) -> torch.Tensor:
     return logits.log_softmax(dim=-1).gather(2, rollout[:, 1:, None])[..., 0]
 
 
-def loss_and_reward(
-    config: Config, training: Training, rollout: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the policy loss with its KL term, and the mean reward: two scalars."""
+def loss_and_reward(config: Config, training: Training, rollout: torch.Tensor) -> torch.Tensor:
+    """Return the policy loss with its KL term, and the mean reward: ``(2,)``."""
     policy = training.model.module.eval()
     with torch.no_grad():
         old = log_probabilities(policy, rollout)
@@ -202,20 +194,20 @@ def loss_and_reward(
         policy.load_state_dict(training.reference)
         reference = log_probabilities(policy, rollout)
         policy.load_state_dict(trained)
-        distance = (rollout[:, 1:].sum(dim=1) - rollout[:, 0]).abs()
-        rewards = -distance.float().view(-1, config.rollouts)  # a row for each group
-        advantage = rewards - rewards.mean(dim=1, keepdim=True)
-        advantage /= rewards.std(dim=1, keepdim=True, correction=0) + 1e-4
+        rewards = -(rollout[:, 1:].sum(dim=1) - rollout[:, 0]).abs().float()
+        advantage = rewards.view(-1, config.rollouts)  # a row for each group
+        advantage = advantage - advantage.mean(dim=1, keepdim=True)
+        advantage /= advantage.std(dim=1, keepdim=True, correction=0) + 1e-4
     new = log_probabilities(training.model.train(), rollout)  # with dropout
     kl = (reference - new).exp() - (reference - new) - 1
     loss = config.kl * kl - (new - old).exp() * advantage.view(-1, 1)
-    return loss.mean(), rewards.mean()
+    return torch.stack([loss.mean(), rewards.mean()])
 
 
 def train(config: Config, mesh: DeviceMesh, training: Training, rng: StatefulRNG) -> None:
     """Go on from the newest checkpoint, if there is one, to the last step."""
-    (model, optimizer, _), device = training, mesh.device_type
-    app = AppState(training, mesh, roll_out(config, model.module, device))
+    model, optimizer = training[:2]
+    app = AppState(training, mesh, roll_out(config, model.module))
     state = {"app": app, "rng": rng}
     for newest in complete_checkpoints(config.out)[-1:]:
         dcp.load(state, checkpoint_id=newest, planner=RNGLoadPlanner())
@@ -231,11 +223,11 @@ def train(config: Config, mesh: DeviceMesh, training: Training, rng: StatefulRNG
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-            losses.write(f"{app.step} {float(loss).hex()}\n")
-            bar.set_postfix(reward=f"{float(reward):.2f}", refresh=False)
+            losses.write(f"{app.step} {float(loss.item()).hex()}\n")
+            bar.set_postfix(reward=f"{reward.item():.2f}", refresh=False)
             bar.update()
             app.step += 1
-            app.rollout = roll_out(config, model.module, device)
+            app.rollout = roll_out(config, model.module)
             if app.step % config.save_every == 0:
                 save_checkpoint(config.out, config.keep, state, app.step)
 

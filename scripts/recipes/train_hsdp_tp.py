@@ -62,26 +62,6 @@ class Config:
     dropout: float = 0.1
     learning_rate: float = 3e-3
 
-    def problem(self) -> str | None:
-        """Return what cannot work, if anything."""
-        for name, value in asdict(self).items():
-            if isinstance(value, int) and value < 1 and name != "seed":
-                return f"--{name.replace('_', '-')} is {value}, expected >= 1"
-        ranks = int(os.environ.get("WORLD_SIZE", 1))
-        if ranks % (self.replicate * self.tp):
-            shape = f"--replicate {self.replicate} x --tp {self.tp}"
-            return f"the job has {ranks} ranks, expected a multiple of {shape}"
-        if 4 * self.width % self.tp:
-            return f"--tp is {self.tp}, expected a divisor of 4 x --width {self.width}"
-        if not 0 <= self.dropout < 1:
-            return f"--dropout is {self.dropout}, expected 0 <= dropout < 1"
-        for checkpoint in complete_checkpoints(self.out)[-1:]:
-            saved = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
-            for name, weight in MLP(self).state_dict().items():
-                if (found := getattr(saved.get(f"app.model.{name}"), "size", None)) != weight.shape:
-                    return f"{checkpoint} has {name} of {found}, and the model {weight.shape}"
-        return None
-
 
 class Training(NamedTuple):
     model: MLP
@@ -146,8 +126,25 @@ def validate_and_prepare_config(arguments: list[str] | None = None) -> Config:
         option, default = f"--{field.name.replace('_', '-')}", field.default
         parser.add_argument(option, type=type(default), default=default, help=f"default {default}")
     config = Config(**vars(parser.parse_args(arguments)))
-    if problem := config.problem():
-        parser.exit(2, f"{parser.prog}: {problem}\n")
+    problems = []
+    for name, value in asdict(config).items():
+        if isinstance(value, int) and value < 1 and name != "seed":
+            problems.append(f"--{name.replace('_', '-')} is {value}, expected >= 1")
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    if not problems and ranks % (config.replicate * config.tp):
+        shape = f"--replicate {config.replicate} x --tp {config.tp}"
+        problems.append(f"the job has {ranks} ranks, expected a multiple of {shape}")
+    if not problems and 4 * config.width % config.tp:
+        problems.append(f"--tp is {config.tp}, expected a divisor of 4 x --width {config.width}")
+    if not 0 <= config.dropout < 1:
+        problems.append(f"--dropout is {config.dropout}, expected 0 <= dropout < 1")
+    for checkpoint in [] if problems else complete_checkpoints(config.out)[-1:]:
+        saved = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+        for name, weight in MLP(config).state_dict().items():
+            if (found := getattr(saved.get(f"app.model.{name}"), "size", None)) != weight.shape:
+                problems.append(f"{checkpoint} has {name} of {found}, and the model {weight.shape}")
+    if problems:
+        parser.exit(2, f"{parser.prog}: {problems[0]}\n")
     return config
 
 
@@ -179,8 +176,7 @@ def setup_model_and_optimizer(config: Config, mesh: DeviceMesh) -> Training:
 
 def complete_checkpoints(out: Path) -> list[Path]:
     """Return the checkpoints that can be loaded, oldest first."""
-    # DCP writes .metadata last, when the data of every rank is stored. So this file publishes a
-    # checkpoint, in an object store too, where a folder cannot be renamed.
+    # DCP writes .metadata last: it publishes a checkpoint, also where a folder cannot be renamed.
     return sorted(metadata.parent for metadata in out.glob("checkpoints/step-*/.metadata"))
 
 
@@ -222,8 +218,8 @@ def train(config: Config, mesh: DeviceMesh, training: Training) -> None:
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-            losses.write(f"{step} {float(loss).hex()}\n")
-            bar.set_postfix(loss=f"{float(loss):.3f}", refresh=False)
+            losses.write(f"{step} {loss.item().hex()}\n")
+            bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
             bar.update()
             app.step = step + 1
             if app.step % config.save_every == 0:
