@@ -355,10 +355,19 @@ def test_parts_that_lie_over_each_other_are_read_once(path: Path) -> None:
     assert sum("fewer bytes than the parts" in reason for reason in reasons) > 990
 
 
-def test_two_tensors_with_one_list_of_chunks_are_refused(path: Path) -> None:
+def test_chunks_without_dimensions_are_damage(path: Path) -> None:
+    def flatten(metadata: Any) -> None:
+        for chunk in metadata.state_dict_metadata[KEY].chunks:
+            chunk.sizes = chunk.offsets = torch.Size([])
+
+    change_metadata(path, flatten)
+    assert read(path).read(0) == "damaged: it has no chunk of its own"
+
+
+def test_a_chunk_in_two_places_is_refused(path: Path) -> None:
     def share(metadata: Any) -> None:
         metadata.state_dict_metadata[f"other.{KEY}"] = metadata.state_dict_metadata[KEY]
 
     change_metadata(path, share)
-    with pytest.raises(RNGStateError, match="two tensors have one list of chunks"):
+    with pytest.raises(RNGStateError, match="one chunk is in two places"):
         find_tables(open_checkpoint(str(path)))
