@@ -34,6 +34,7 @@ _WORD = 8
 _HEAD = struct.Struct("<14q")
 _LENGTH, _ROWS = 2, 4  # places in the head
 _CHECK_BYTES = 8
+_MESH_BYTES = 128
 
 
 class Stream(NamedTuple):
@@ -234,7 +235,11 @@ def _contents(mesh: Mesh | None, streams: tuple[tuple[str, str, int, bool], ...]
         {"name": name, "kind": kind, "bytes": size, "shared": shared}
         for name, kind, size, shared in streams
     ]
-    return json.dumps({"mesh": mesh, "generators": generators}, separators=(",", ":")).encode()
+    listed, text = (json.dumps(value, separators=(",", ":")) for value in (generators, mesh))
+    # With room to spare, so that a job on another mesh has records of the same length: plain
+    # dcp.load takes no other.
+    text = text.ljust(-(-len(text) // _MESH_BYTES) * _MESH_BYTES)
+    return f'{{"generators":{listed},"mesh":{text}}}'.encode()
 
 
 def _parse_contents(content: bytes, size: int) -> tuple[Mesh | None, dict[str, Stream]]:

@@ -34,9 +34,9 @@ RECORD = Record(
 
 def test_layout_1_byte_by_byte() -> None:
     contents = (
-        b'{"mesh":[["dp",4],["pp",2]],"generators":['
-        b'{"name":"python","kind":"python","bytes":5,"shared":false},'
-        b'{"name":"order","kind":"x","bytes":8,"shared":true}]}'
+        b'{"generators":[{"name":"python","kind":"python","bytes":5,"shared":false},'
+        b'{"name":"order","kind":"x","bytes":8,"shared":true}],'
+        b'"mesh":[["dp",4],["pp",2]]' + 109 * b" " + b"}"
     )
     padding = bytes(-len(contents) % 8)
     body = contents + padding + b"12345\0\0\0" + b"\xff" * 8

@@ -12,8 +12,10 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.checkpoint.stateful import Stateful
 
+from altered import record_of
 from jobs import begin_group, gather, job
 from nemo_rng_dcp import RNGStateError, StatefulRNG, init_all_rng
+from nemo_rng_dcp.record import KEY, Record, records_in
 from rankless import RanklessRNG
 from streams import draw, unmoved
 
@@ -104,13 +106,14 @@ def test_a_save_moves_no_stream(size: int, tmp_path: Path) -> None:
 def test_the_checkpoint_holds_one_row_per_rank_and_no_bytes(size: int, tmp_path: Path) -> None:
     job(size, save_unmoved, tmp_path)
     tables = dcp.FileSystemReader(tmp_path).read_metadata().state_dict_metadata
-    assert {"rng.origin", "rng.python", "rng.numpy", "rng.torch"} <= set(tables)
-    for table in tables.values():
-        assert isinstance(table, dcp.TensorStorageMetadata)
-        assert table.properties.dtype == torch.int64
-        assert table.size[0] == size
-        offsets = sorted(chunk.offsets[0] for chunk in table.chunks)
-        assert offsets == list(range(size))
+    assert list(tables) == ["rng.rng_streams"]
+    table = tables["rng.rng_streams"]
+    assert isinstance(table, dcp.TensorStorageMetadata)
+    assert table.properties.dtype == torch.int64
+    [length] = {chunk.sizes[0] for chunk in table.chunks}
+    assert table.size == (size * length,)
+    offsets = sorted(chunk.offsets[0] for chunk in table.chunks)
+    assert offsets == [rank * length for rank in range(size)]
 
 
 def load_from_a_torch_file(path: Path) -> tuple[Numbers, Numbers]:
@@ -118,14 +121,15 @@ def load_from_a_torch_file(path: Path) -> tuple[Numbers, Numbers]:
     rng = StatefulRNG(42, ranked=True)
     draw_unevenly()
     dcp.save({"rng": rng}, checkpoint_id=path)
-    own = rng.state_dict()["origin"]
+    own = record_of(rng.state_dict())
     expected = draw()
     file = path / f"{dist.get_rank()}.pt"
     dcp_to_torch_save(path, file)
-    tables = torch.load(file, weights_only=True)["rng"]
-    assert tables["origin"][:, 2].tolist() == list(range(dist.get_world_size()))
-    assert torch.equal(tables["origin"][dist.get_rank()], own.to_local()[0])
-    rng.load_state_dict(tables)
+    state = torch.load(file, weights_only=True)["rng"]
+    records = [Record.from_tensor(each) for each in records_in(state[KEY])]
+    assert [record.row for record in records] == list(range(dist.get_world_size()))
+    assert records[dist.get_rank()].streams == own.streams
+    rng.load_state_dict(state)
     return expected, draw()
 
 
@@ -213,7 +217,7 @@ def seed_before_the_group() -> tuple[Numbers, Numbers, int]:
     init_all_rng(7 + rank)
     expected = draw()
     begin_group()
-    return found, expected, rng.state_dict()["python"].shape[0]
+    return found, expected, record_of(rng.state_dict()).rows
 
 
 @sizes
@@ -253,14 +257,13 @@ def test_no_process_group_is_created(size: int) -> None:
 
 def load_the_neighbours_rows() -> None:
     rng = StatefulRNG(42, ranked=True)
-    tables = rng.state_dict()
-    rows = gather({name: table.to_local() for name, table in tables.items()})
-    neighbour = rows[(dist.get_rank() + 1) % dist.get_world_size()]
-    for name in tables:
-        swapped = rng.state_dict()
-        swapped[name].to_local().copy_(neighbour[name])
-        with unmoved(), pytest.raises(RNGStateError, match=f"^{name}: "):
-            rng.load_state_dict(swapped)
+    state = rng.state_dict()
+    rank, size = dist.get_rank(), dist.get_world_size()
+    neighbour = (rank + 1) % size
+    state[KEY].to_local().copy_(gather(state[KEY].to_local())[neighbour])  # type: ignore[attr-defined]
+    message = f"row {rank} of {size} was given row {neighbour} of {size}"
+    with unmoved(), pytest.raises(RNGStateError, match=message):
+        rng.load_state_dict(state)
 
 
 @pytest.mark.parametrize("size", [2, 4])
