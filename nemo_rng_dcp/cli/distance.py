@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from nemo_rng_dcp.cli.own import own_generator
 from nemo_rng_dcp.generators.mt19937 import WORDS, MT19937State
-from nemo_rng_dcp.generators.numpy_random import ALGORITHMS
 from nemo_rng_dcp.record import Stream
 
 BLOCKS = 2
@@ -27,7 +26,7 @@ def distance(a: Stream, b: Stream) -> str | None:
         return None
     try:
         first, second = read(a.state), read(b.state)
-    except (ValueError, struct.error):
+    except ValueError:
         return None
     words = _words_ahead(first, second)
     if words is None and (back := _words_ahead(second, first)) is not None:
@@ -60,11 +59,9 @@ def _next_block(words: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint32]:
 
 
 def _of_generator(state: bytes) -> MT19937State:
-    """Read how ``NumPyGeneratorAdapter`` packs MT19937: its code, the words, the position."""
-    numbers = np.frombuffer(state, dtype=np.uint64)
-    if len(numbers) < WORDS + 2 or numbers[0] != ALGORITHMS.index("MT19937") + 1:
-        raise ValueError("no MT19937 state")
-    return MT19937State(numbers[1 : WORDS + 1].astype(np.uint32), int(numbers[WORDS + 1]))
+    generator = own_generator("numpy.MT19937")
+    assert generator is not None
+    return MT19937State.from_numpy(generator.unpack(state))
 
 
 def _of_torch(state: bytes) -> MT19937State:

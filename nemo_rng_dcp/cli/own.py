@@ -9,10 +9,12 @@ import numpy as np
 import torch
 
 from nemo_rng_dcp.generators import GeneratorAdapter
-from nemo_rng_dcp.generators.numpy_random import ALGORITHMS, NumPyAdapter, NumPyGeneratorAdapter
+from nemo_rng_dcp.generators.numpy_random import NumPyAdapter, NumPyGeneratorAdapter
 from nemo_rng_dcp.generators.python_random import PythonAdapter
 from nemo_rng_dcp.generators.torch_random import TorchAdapter
 from nemo_rng_dcp.record import Record
+
+_BIT_GENERATORS = {"MT19937", "PCG64", "PCG64DXSM", "Philox", "SFC64"}
 
 
 @cache
@@ -24,8 +26,8 @@ def own_generator(kind: str) -> GeneratorAdapter | None:
         return NumPyAdapter(np.random.RandomState())
     if kind == "torch.cpu":
         return TorchAdapter(torch.Generator())
-    algorithm = kind.removeprefix("numpy.")
-    if algorithm != kind and algorithm in ALGORITHMS:
+    library, _, algorithm = kind.partition(".")
+    if library == "numpy" and algorithm in _BIT_GENERATORS:
         return NumPyGeneratorAdapter(np.random.Generator(getattr(np.random, algorithm)()))
     return None
 
