@@ -51,7 +51,8 @@ class Checkpoint:
             for key, stored in sorted(self.keys.items())
             if key.rpartition(".")[2] == KEY and stored.dtype == "int64" and len(stored.size) == 1
         ]
-        self._read: Counter[str] = Counter()
+        self._known: set[Chunk] = set()
+        self._bytes: Counter[str] = Counter()
 
     def chunks(self, key: str) -> dict[Chunk, set[int | None]]:
         """Return the parts of what is stored under a key, and the ranks that find each.
@@ -92,9 +93,11 @@ class Checkpoint:
         beside = 0 if chunk.form == "raw" else ARCHIVE_BYTES
         if not 8 * count <= chunk.length <= 8 * count + beside:
             raise ValueError(f"{name} has {chunk.length} bytes for {count} numbers of 8 bytes")
-        self._read[name] += chunk.length
-        if self._read[name] > 2 * present:
-            raise ValueError(f"refused: {name} holds fewer bytes than the parts that are in it")
+        if chunk not in self._known:
+            self._bytes[name] += chunk.length
+            if self._bytes[name] > present:
+                raise ValueError(f"refused: {name} has fewer bytes than the parts that are in it")
+            self._known.add(chunk)
         content = self._folder.read(name, chunk.start, chunk.length)
         try:
             return from_raw(content) if chunk.form == "raw" else from_archive(content, count)
