@@ -20,8 +20,9 @@ def draw(count: int = 1) -> list[float]:
     return numbers
 
 
-def states() -> dict[str, list[int]]:
-    return {name: state.tolist() for name, state in snapshot.read(global_generators()).items()}
+def states() -> dict[str, bytes]:
+    generators = global_generators()
+    return snapshot.pack(generators, snapshot.take(generators))
 
 
 @contextmanager
