@@ -7,8 +7,6 @@ import pytest
 
 from frameworks.training import EXACT, Plan, Run, Verdict, judge
 
-Judged = Callable[[str, Callable[[Plan], Run]], Verdict]
-
 TABLE: dict[str, tuple[Verdict, Verdict]] = {}
 
 
@@ -25,9 +23,9 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 def assert_adopted(tmp_path: Path) -> Callable[..., Verdict]:
     """Return a check that a page keeps its word; the framework's own resume is shown beside it."""
 
-    def check(name: str, train: Callable[[Plan], Run], group: bool = True) -> Verdict:
-        own = judge(train, tmp_path / "own", ours=False, group=group)
-        ours = judge(train, tmp_path / "ours", ours=True, group=group)
+    def check(name: str, train: Callable[[Plan], Run]) -> Verdict:
+        own = judge(train, tmp_path / "own", ours=False)
+        ours = judge(train, tmp_path / "ours", ours=True)
         TABLE[name] = own, ours
         found = {"same": ours.same, "fewer": ours.fewer, "more": ours.more}
         assert found == EXACT, ours.said

@@ -1,6 +1,7 @@
 """Accelerate's save_state and load_state, with DDP and FSDP2."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,24 +12,28 @@ from frameworks.training import (
     AFTER,
     BATCH,
     BEFORE,
+    RANKS,
     Plan,
     Run,
     Verdict,
     data,
+    distinct,
     net,
     run_page,
     train_step,
 )
+from jobs import job
+from nemo_rng_dcp import RNGStateError, StatefulRNG
 from streams import draw
 
 pytestmark = pytest.mark.frameworks
 
 
-def train(plan: Plan, fsdp: bool = False) -> Run:
+def train(plan: Plan, fsdp: bool = False, data_seed: int | None = 7) -> Run:
     from accelerate import Accelerator, DataLoaderConfiguration
     from accelerate.utils import set_seed
 
-    loading = DataLoaderConfiguration(use_seedable_sampler=True, data_seed=7)
+    loading = DataLoaderConfiguration(use_seedable_sampler=True, data_seed=data_seed)
     accelerator = Accelerator(cpu=True, dataloader_config=loading)
     if fsdp:
         use_fsdp2(accelerator)
@@ -60,7 +65,9 @@ def train(plan: Plan, fsdp: bool = False) -> Run:
             accelerator.save_state(path)
     run = Run()
     for _ in range(AFTER):
-        run.note(train_step(model, optimizer, next(batches)))
+        x = next(batches)
+        run.samples += x[:, 0].tolist()
+        run.note(train_step(model, optimizer, x))
     return run
 
 
@@ -87,3 +94,37 @@ def train_with_fsdp2(plan: Plan) -> Run:
 
 def test_fsdp2(assert_adopted: Callable[..., Verdict]) -> None:
     assert_adopted("Accelerate, FSDP2", train_with_fsdp2)
+
+
+def test_the_trap_of_the_data_seed(tmp_path: Path) -> None:
+    """The page says that ranks see each other's samples unless data_seed is set."""
+    plan = Plan(tmp_path, resume=False, ours=True)
+    seen, of = distinct(job(RANKS, train, plan))
+    assert seen == of == RANKS * BATCH * AFTER
+    seen, of = distinct(job(RANKS, train, plan, False, None))
+    assert seen < of
+
+
+def registered(path: str, resume: bool) -> tuple[list[float], str]:
+    """Register the object for checkpointing, which pickles rank 0's row alone."""
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True)
+    rng = StatefulRNG(seed=42, ranked=True)
+    accelerator.register_for_checkpointing(rng)
+    if not resume:
+        accelerator.save_state(path)
+        return draw(), ""
+    try:
+        accelerator.load_state(path)
+    except RNGStateError as error:
+        return [], str(error)
+    return draw(), ""
+
+
+def test_the_trap_of_register_for_checkpointing(tmp_path: Path) -> None:
+    """The page says that rank 1 raises at the resume, and what to do instead."""
+    expected = job(RANKS, registered, str(tmp_path), False)
+    found = job(RANKS, registered, str(tmp_path), True)
+    assert found[0] == expected[0]
+    assert "StatefulRNG.save()" in found[1][1]

@@ -66,7 +66,9 @@ def train(plan: Plan, parallel: Callable[[nn.Module], nn.Module]) -> Run:
 
 def hsdp(model: nn.Module) -> nn.Module:
     # One rank a shard group: what is tried is the mesh, on as few ranks as there are.
-    mesh = init_device_mesh("cpu", (dist.get_world_size(), 1), mesh_dim_names=("replicate", "shard"))
+    mesh = init_device_mesh(
+        "cpu", (dist.get_world_size(), 1), mesh_dim_names=("replicate", "shard")
+    )
     return fully_shard(model, mesh=mesh)
 
 

@@ -1,13 +1,27 @@
 """The Trainer of Transformers: its own loop, its own checkpoints, our callback."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from frameworks.training import AFTER, BATCH, BEFORE, Plan, Run, Verdict, data, net, run_page
+from frameworks.training import (
+    AFTER,
+    BATCH,
+    BEFORE,
+    RANKS,
+    Plan,
+    Run,
+    Verdict,
+    data,
+    distinct,
+    net,
+    run_page,
+)
+from jobs import job
 from streams import draw
 
 pytestmark = pytest.mark.frameworks
@@ -53,6 +67,7 @@ def train(plan: Plan, data_seed: int | None = 7) -> Run:
 
     class Noting(Trainer):  # type: ignore[misc]
         def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+            run.samples += args[1]["x"][:, 0].tolist()
             loss: torch.Tensor = super().training_step(*args, **kwargs)
             losses.append(float(loss))
             return loss
@@ -62,9 +77,19 @@ def train(plan: Plan, data_seed: int | None = 7) -> Run:
     trainer = Noting(model=Model(), args=arguments, train_dataset=dataset, callbacks=[Notes()])
     if plan.ours:
         run_page("transformers", 0, {"trainer": trainer})
-    trainer.train(resume_from_checkpoint=str(plan.folder / f"checkpoint-{BEFORE}") if plan.resume else None)
+    saved = str(plan.folder / f"checkpoint-{BEFORE}")
+    trainer.train(resume_from_checkpoint=saved if plan.resume else None)
     return run
 
 
 def test_trainer(assert_adopted: Callable[..., Verdict]) -> None:
     assert_adopted("HF Trainer", train)
+
+
+def test_the_trap_of_the_data_seed(tmp_path: Path) -> None:
+    """The page says that ranks see each other's samples unless data_seed is set."""
+    plan = Plan(tmp_path, resume=False, ours=True)
+    seen, of = distinct(job(RANKS, train, plan))
+    assert seen == of == RANKS * BATCH * (BEFORE + AFTER)
+    seen, of = distinct(job(RANKS, train, plan, None))
+    assert seen < of

@@ -1,8 +1,8 @@
-"""What every framework's test trains, what it sees of a resumed run, and how that is put in words.
+"""What every test of a framework trains, what it sees of a resumed run, and how that is put.
 
-A job of 2 ranks trains ``BEFORE`` steps, saves, and trains ``AFTER`` more. New processes on 2, 1 and
-3 ranks draw otherwise first, load through the framework, and train the same ``AFTER`` steps. Every
-rank has dropout, batches of one size, and draws from all three global streams in each step.
+A job of 2 ranks trains ``BEFORE`` steps, saves, and trains ``AFTER`` more. New processes on 2, 1
+and 3 ranks draw otherwise first, load through the framework, and train the same ``AFTER`` steps.
+Every rank has dropout, batches of one size, and draws from all three global streams in each step.
 """
 
 from __future__ import annotations
@@ -27,10 +27,14 @@ RANKS = 2
 
 @dataclass
 class Run:
-    """What a rank sees of the steps after the checkpoint, one entry a step."""
+    """What a rank sees of the steps after the checkpoint, one entry a step.
+
+    The samples, by their first number, are of the whole run.
+    """
 
     losses: list[float] = field(default_factory=list)
     draws: list[list[float]] = field(default_factory=list)
+    samples: list[float] = field(default_factory=list)
 
     def note(self, loss: torch.Tensor | float) -> None:
         self.losses.append(float(loss))
@@ -106,18 +110,16 @@ class Verdict:
     said: str = ""
 
 
-def judge(
-    train: Callable[[Plan], Run], folder: Path, ours: bool, group: bool = True
-) -> Verdict:
+def judge(train: Callable[[Plan], Run], folder: Path, ours: bool) -> Verdict:
     """Save on 2 ranks, resume on 2, 1 and 3, and say what became of every rank's streams."""
-    expected = job(RANKS, train, Plan(folder, resume=False, ours=ours), group=group)
+    expected = job(RANKS, train, Plan(folder, resume=False, ours=ours))
     assert len({str(run.draws) for run in expected}) == RANKS or not ours, "ranks draw alike"
     assert all(len(run.losses) == len(run.draws) == AFTER for run in expected)
     said = []
 
     def resumed(size: int, elsewhere: int) -> list[Run] | str:
         try:
-            return job(size, train, Plan(folder, True, ours, elsewhere), group=group)
+            return job(size, train, Plan(folder, True, ours, elsewhere))
         except JobError as error:
             said.append(str(error))
             raised = re.findall(r"^(?:\w+\.)*(\w*(?:Error|Exception))\b", str(error), re.MULTILINE)
@@ -166,10 +168,18 @@ def _streams_that_differ(run: Run, other: Run) -> str:
     """Return the streams of which a rank drew other numbers; ``draw`` goes round the three."""
     pairs = [zip(a, b, strict=True) for a, b in zip(run.draws, other.draws, strict=True)]
     places = {place % 3 for step in pairs for place, (a, b) in enumerate(step) if a != b}
-    return ", ".join(name for place, name in enumerate(("Python", "NumPy", "torch")) if place in places)
+    names = ("Python", "NumPy", "torch")
+    return ", ".join(names[place] for place in sorted(places))
 
 
 def _ranks(ranks: list[int], its: str) -> str:
     if len(ranks) == 1:
         return f"rank {ranks[0]} {its}"
-    return f"ranks {', '.join(map(str, ranks))} {its.replace('continues', 'continue').replace('differs', 'differ')}"
+    plural = its.replace("continues", "continue").replace("differs", "differ")
+    return f"ranks {', '.join(map(str, ranks))} {plural}"
+
+
+def distinct(runs: list[Run]) -> tuple[int, int]:
+    """Return how many distinct samples the ranks saw, and how many there were to see."""
+    samples = [sample for run in runs for sample in run.samples]
+    return len(set(samples)), len(samples)
