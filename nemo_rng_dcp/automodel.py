@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,10 +11,10 @@ from typing import Any
 import torch
 
 from nemo_rng_dcp import snapshot
-from nemo_rng_dcp.errors import RNGStateError
-from nemo_rng_dcp.generators import global_generators
+from nemo_rng_dcp.errors import RNGStateError, RNGStateWarning
+from nemo_rng_dcp.generators import global_generators, own_device
 from nemo_rng_dcp.generators.mt19937 import MT19937State
-from nemo_rng_dcp.generators.torch_random import current_accelerator, to_bytes
+from nemo_rng_dcp.generators.torch_random import to_bytes
 
 _NUMPY_KEYS = (
     "np_bit_generator",
@@ -77,7 +78,7 @@ def _get_rng_state() -> RNGState:
     Raises:
         RNGStateError: NumPy's global generator does not run MT19937.
     """
-    states = snapshot.take(global_generators())
+    states = snapshot.take(global_generators(own_device()))
     return RNGState(
         random_rng_state=states.pop("python"),
         np_rng_state=MT19937State.from_numpy(states.pop("numpy")).to_numpy(),
@@ -93,11 +94,11 @@ def _restore_rng_state(state: Mapping[str, Any] | RNGState) -> None:
         state: What :func:`_get_rng_state` gave, or NeMo Automodel's dict or older ``RNGState``.
 
     Raises:
-        RNGStateError: A field is missing or malformed, or the state and this process do not have
-            the same accelerator streams. No stream has moved.
+        RNGStateError: A field is missing or malformed. No stream has moved.
     """
-    generators = global_generators()
-    snapshot.restore(generators, snapshot.unpack(generators, packed_states(state)))
+    device = own_device()
+    generators = global_generators(device)
+    snapshot.restore(generators, snapshot.unpack(generators, packed_states(state, device)))
 
 
 def is_automodel_state(state: object) -> bool:
@@ -107,25 +108,37 @@ def is_automodel_state(state: object) -> bool:
     return hasattr(state, "random_rng_state") and hasattr(state, "torch_rng_state")
 
 
-def packed_states(state: Any) -> dict[str, bytes]:
+def packed_states(state: Any, device: torch.device | None) -> dict[str, bytes]:
     """Return the states in NeMo Automodel's dict or dataclass as the global generators pack them.
 
-    Moves no stream.
+    Moves no stream. Warns (``RNGStateWarning``) if the state has an accelerator's stream and the
+    process has no accelerator, or the other way round: that stream is left out.
+
+    Args:
+        state: As for :func:`_restore_rng_state`.
+        device: The accelerator device whose stream is restored.
 
     Raises:
-        RNGStateError: A field is missing or malformed, or there is no state for the accelerator.
+        RNGStateError: A field is missing or malformed.
     """
-    device = current_accelerator()
     readers: list[tuple[str, str, Callable[[Any], bytes]]] = [
         ("python", "random_rng_state", lambda value: MT19937State.from_python(value).to_bytes()),
         ("numpy", "np_rng_state", lambda value: MT19937State.from_numpy(value).to_bytes()),
         ("torch", "torch_rng_state", to_bytes),
-        ("cuda" if device is None else device.type, "cuda_rng_state", _own_device_state),
+        (
+            "cuda" if device is None else device.type,
+            "cuda_rng_state",
+            lambda field: _own_device_state(field, device),
+        ),
     ]
     states = {}
     for name, field, convert in readers:
         value = _field(state, name, field)
-        if field == "cuda_rng_state" and device is None and isinstance(value, list) and not value:
+        if field == "cuda_rng_state" and isinstance(value, list) and not (value and device):
+            if value:
+                _warn("an accelerator's stream, which this rank has not: dropped")
+            elif device:
+                _warn(f"no accelerator's stream: that of {device} stays as it is")
             continue
         try:
             states[name] = convert(value)
@@ -149,15 +162,18 @@ def _field(state: Any, name: str, field: str) -> Any:
     return tuple(v.cpu().numpy() if isinstance(v, torch.Tensor) else v for v in values)
 
 
-def _own_device_state(states: Sequence[torch.Tensor]) -> bytes:
-    """Return the current device's state out of one, or out of one for each visible device."""
-    device = current_accelerator()
-    if device is None:
-        raise ValueError(f"{len(states)} accelerator states, but no accelerator here")
+def _warn(has: str) -> None:
+    # For the caller of load_state_dict() or _restore_rng_state().
+    warnings.warn(f"the RNGState has {has}", RNGStateWarning, stacklevel=4)
+
+
+def _own_device_state(states: Sequence[torch.Tensor], device: torch.device | None) -> bytes:
+    """Return the device's state out of one, or out of one for each visible device."""
     if len(states) == 1:
         return to_bytes(states[0])
-    if device.index is None or len(states) != torch.accelerator.device_count():
+    if device is None or device.index is None or len(states) != torch.accelerator.device_count():
         raise ValueError(
-            f"{len(states)} accelerator states, expected 1 or one for each visible device"
+            f"{len(states)} accelerator states, expected 1 or one for each visible device. Keep "
+            "the one of this rank's device in the list"
         )
     return to_bytes(states[device.index])

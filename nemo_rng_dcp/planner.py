@@ -7,6 +7,7 @@ import io
 import warnings
 from collections.abc import Collection, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -23,20 +24,37 @@ from nemo_rng_dcp.errors import RNGStateError, RNGStateWarning
 from nemo_rng_dcp.layout import source_row
 from nemo_rng_dcp.record import KEY, Record
 
+_Path = tuple[tuple[Any, Any], ...]
+
 
 @dataclasses.dataclass
 class _Table:
     """An RNG entry of the state dict.
 
     Attributes:
-        parent: The mapping that holds it, under :data:`KEY`.
+        path: The containers that it is nested in, from the outside in, each with the key in it.
         value: The live table; once it is planned, the buffer for the record that is read instead.
         row: This process's row.
     """
 
-    parent: MutableMapping[str, Any]
+    path: _Path
     value: torch.Tensor
     row: int
+
+    def take_out(self) -> None:
+        for container, key in reversed(self.path):
+            if isinstance(container, list):
+                break
+            del container[key]
+            # A dict that is empty now goes too: for checkpoints of torch 2.3 it counts as a value.
+            if container:
+                break
+
+    def put_in(self) -> None:
+        for (container, key), (inner, _) in pairwise(self.path):
+            container[key] = inner
+        container, key = self.path[-1]
+        container[key] = self.value
 
 
 class RNGLoadPlanner(LoadPlanner):
@@ -94,7 +112,7 @@ class RNGLoadPlanner(LoadPlanner):
         assert metadata is not None
         saved = metadata.state_dict_metadata
         entries = dict(_entries(state_dict))
-        tables = {fqn: _table(parent) for fqn, parent in entries.items()}
+        tables = {fqn: _table(path) for fqn, path in entries.items()}
         self._tables = {fqn: table for fqn, table in tables.items() if table is not None}
         self._reads = [
             read_of_row(fqn, table.row, saved[fqn])
@@ -148,7 +166,7 @@ class RNGLoadPlanner(LoadPlanner):
         A copy would not do: what that planner reads into it would be lost.
         """
         for table in self._tables.values():
-            del table.parent[KEY]
+            table.take_out()
         try:
             yield
         finally:
@@ -156,31 +174,33 @@ class RNGLoadPlanner(LoadPlanner):
 
     def _put_in(self) -> None:
         for table in self._tables.values():
-            table.parent[KEY] = table.value
+            table.put_in()
 
 
-def _entries(value: Any, path: str = "") -> Iterator[tuple[str, MutableMapping[str, Any]]]:
+def _entries(value: Any, path: _Path = ()) -> Iterator[tuple[str, _Path]]:
     """Find the tensors named :data:`KEY`, with the keys that DCP's planners give them."""
     items: Any = ()
-    if isinstance(value, Mapping):
+    if isinstance(value, MutableMapping):
         items = value.items()
-    elif isinstance(value, (list, tuple)):
+    elif isinstance(value, list):
         items = enumerate(value)
     for key, inner in items:
-        if key == KEY and isinstance(inner, torch.Tensor) and isinstance(value, MutableMapping):
-            yield f"{path}{key}", value
+        here = (*path, (value, key))
+        if key == KEY and isinstance(inner, torch.Tensor):
+            yield ".".join(str(key) for _, key in here), here
         else:
-            yield from _entries(inner, f"{path}{key}.")
+            yield from _entries(inner, here)
 
 
-def _table(parent: MutableMapping[str, Any]) -> _Table | None:
-    """Return the table in a mapping, or ``None`` for a weight that happens to have its name."""
-    value = parent[KEY]
+def _table(path: _Path) -> _Table | None:
+    """Return the table at a path, or ``None`` for a weight that happens to have its name."""
+    container, key = path[-1]
+    value = container[key]
     try:
         record = Record.from_tensor(value.to_local() if isinstance(value, DTensor) else value)
     except RNGStateError:
         return None
-    return _Table(parent, value, record.row)
+    return _Table(path, value, record.row)
 
 
 def record_keys(saved: Mapping[str, Any]) -> list[str]:

@@ -19,13 +19,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from nemo_rng_dcp import __version__
 from nemo_rng_dcp.errors import RNGStateError
 
 KEY = "rng_streams"
 """The key under which records are stored, and by which they are found."""
 
 LAYOUT_VERSION = 1
-LIBRARY_VERSION = "0.1.0"
 
 Mesh = tuple[tuple[str, int], ...]
 """A device mesh: the name and the size of each dimension."""
@@ -34,6 +34,7 @@ _WORD = 8
 _HEAD = struct.Struct("<14q")
 _LENGTH, _ROWS = 2, 4  # places in the head
 _CHECK_BYTES = 8
+_MESH_BYTES = 128
 
 
 class Stream(NamedTuple):
@@ -95,7 +96,7 @@ class Record:
     python_version: int = field(default_factory=lambda: version_number(platform.python_version()))
     numpy_version: int = field(default_factory=lambda: version_number(np.__version__))
     torch_version: int = field(default_factory=lambda: version_number(str(torch.__version__)))
-    library_version: int = field(default_factory=lambda: version_number(LIBRARY_VERSION))
+    library_version: int = field(default_factory=lambda: version_number(__version__))
 
     def to_tensor(self) -> torch.Tensor:
         """Return the record as int64, shape ``(length,)``, on the CPU.
@@ -144,7 +145,7 @@ class Record:
         if layout_version != LAYOUT_VERSION:
             raise RNGStateError(
                 f"{KEY}: the record has layout version {layout_version}, and nemo_rng_dcp "
-                f"{LIBRARY_VERSION} reads version {LAYOUT_VERSION}. Load it with nemo_rng_dcp "
+                f"{__version__} reads version {LAYOUT_VERSION}. Load it with nemo_rng_dcp "
                 f"{version_text(library_version)}, which wrote it, or newer."
             )
         if len(content) < _HEAD.size + _CHECK_BYTES or content[-8:] != _digest(content[:-8]):
@@ -234,7 +235,11 @@ def _contents(mesh: Mesh | None, streams: tuple[tuple[str, str, int, bool], ...]
         {"name": name, "kind": kind, "bytes": size, "shared": shared}
         for name, kind, size, shared in streams
     ]
-    return json.dumps({"mesh": mesh, "generators": generators}, separators=(",", ":")).encode()
+    listed, text = (json.dumps(value, separators=(",", ":")) for value in (generators, mesh))
+    # With room to spare, so that a job on another mesh has records of the same length: plain
+    # dcp.load takes no other.
+    text = text.ljust(-(-len(text) // _MESH_BYTES) * _MESH_BYTES)
+    return f'{{"generators":{listed},"mesh":{text}}}'.encode()
 
 
 def _parse_contents(content: bytes, size: int) -> tuple[Mesh | None, dict[str, Stream]]:
@@ -251,7 +256,7 @@ def _parse_contents(content: bytes, size: int) -> tuple[Mesh | None, dict[str, S
         if place != len(content) - _CHECK_BYTES:
             raise ValueError(f"{len(content) - _CHECK_BYTES} bytes, of which {place} are described")
         return None if mesh is None else tuple((str(n), int(s)) for n, s in mesh), streams
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         # Its check word fits, so it is no damage: another program wrote it.
         raise RNGStateError(f"{KEY}: a record's contents make no sense: {error!r}") from error
 

@@ -97,11 +97,8 @@ def resume(record: Record, job: Job) -> Resume:
             )
     saved = [name for name in job.generators if name in record.streams]
     resizes = record.resizes + (record.rows != job.rows)
-    seeds = {
-        name: fork_seed(name, job.row, resizes, record.streams[name].state)
-        for name in _forked(record, job, saved)
-        if job.row != record.row
-    }
+    forked = [] if job.row == record.row else _forked(record, job, saved)
+    seeds = {name: fork_seed(name, job.row, resizes, record.streams[name].state) for name in forked}
     restored = tuple(name for name in saved if name not in seeds)
     return Resume(restored, seeds, resizes, tuple(_remarks(record, job, saved)))
 

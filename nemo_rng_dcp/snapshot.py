@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from nemo_rng_dcp.errors import RNGStateError
 from nemo_rng_dcp.generators import GeneratorAdapter
+
+_Result = TypeVar("_Result")
 
 Generators = Mapping[str, GeneratorAdapter]
 States = dict[str, Any]
@@ -31,12 +33,8 @@ def take(generators: Generators) -> States:
     Raises:
         RNGStateError: A generator is in a state that cannot be stored.
     """
-    states = {}
     with _LOCK:
-        for name, generator in generators.items():
-            with _named(name):
-                states[name] = generator.get()
-    return states
+        return _by_name(generators, lambda name: generators[name].get())
 
 
 def pack(generators: Generators, states: Mapping[str, Any]) -> dict[str, bytes]:
@@ -45,11 +43,7 @@ def pack(generators: Generators, states: Mapping[str, Any]) -> dict[str, bytes]:
     Raises:
         RNGStateError: A state cannot be stored.
     """
-    packed = {}
-    for name, generator in generators.items():
-        with _named(name):
-            packed[name] = generator.pack(states[name])
-    return packed
+    return _by_name(generators, lambda name: generators[name].pack(states[name]))
 
 
 def unpack(generators: Generators, packed: Mapping[str, bytes]) -> States:
@@ -58,11 +52,7 @@ def unpack(generators: Generators, packed: Mapping[str, bytes]) -> States:
     Raises:
         RNGStateError: A generator would not take its state.
     """
-    states = {}
-    for name, content in packed.items():
-        with _named(name):
-            states[name] = generators[name].unpack(content)
-    return states
+    return _by_name(packed, lambda name: generators[name].unpack(packed[name]))
 
 
 def restore(
@@ -78,13 +68,18 @@ def restore(
 
     Returns:
         The states of all generators afterwards, those included that were left alone.
+
+    Raises:
+        RNGStateError: A generator raised. Its exception is the cause, and all are put back.
     """
     seeds = seeds or {}
     with put_back_on_error(generators) as before:
         for name, state in states.items():
-            generators[name].set(state)
+            with _accepts(name):
+                generators[name].set(state)
         for name, seed in seeds.items():
-            generators[name].seed(seed)
+            with _accepts(name):
+                generators[name].seed(seed)
         started = take({name: generators[name] for name in seeds})
     return {**before, **states, **started}
 
@@ -122,15 +117,31 @@ def put_back(generators: Generators, states: Mapping[str, Any]) -> None:
     name, reason = failed
     if not isinstance(reason, Exception):
         raise reason  # an interrupt, not this generator's refusal
+    exchanged = "Was it exchanged meanwhile by np.random.set_bit_generator()?"
+    hint = exchanged if generators[name].kind == "numpy" else "Its stream may have moved."
     raise RNGStateError(
-        f"{name}: the generator does not take back its own earlier state ({reason}). Was it "
-        "exchanged meanwhile, for example by np.random.set_bit_generator()?"
+        f"{name}: the generator does not take back its own earlier state "
+        f"({type(reason).__name__}: {reason}). {hint}"
     ) from reason
 
 
+def _by_name(names: Iterable[str], function: Callable[[str], _Result]) -> dict[str, _Result]:
+    """Return what ``function`` makes of each name, which an error of its then begins with."""
+    results = {}
+    for name in names:
+        try:
+            results[name] = function(name)
+        except ValueError as error:
+            raise RNGStateError(f"{name}: {error}") from error
+    return results
+
+
 @contextmanager
-def _named(name: str) -> Iterator[None]:
+def _accepts(name: str) -> Iterator[None]:
     try:
         yield
-    except ValueError as error:
-        raise RNGStateError(f"{name}: {error}") from error
+    except Exception as error:
+        raise RNGStateError(
+            f"{name}: the generator did not take its state ({type(error).__name__}: {error}); "
+            "every stream is back where it was before"
+        ) from error

@@ -5,6 +5,7 @@
 
 import os
 import random
+import warnings
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from altered import altered, record_of, with_stream
 from nemo_rng_dcp import RNGStateError, ScopedRNG, StatefulRNG, init_all_rng
+from nemo_rng_dcp.record import KEY
 from streams import draw, states, unmoved
-from tables import sealed
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "100"))
 STEPS = 12
@@ -123,15 +125,15 @@ class Interleavings(RuleBasedStateMachine):
         self.loaded = state
 
     @precondition(lambda self: self.saves)
-    @rule(which=st.integers(0, 9), name=KINDS, bit=st.integers(0, 62), at=st.integers(0, 9999))
-    def load_damaged(self, which: int, name: str, bit: int, at: int) -> None:
-        tables = {k: table.clone() for k, table in self.saves[which % len(self.saves)][0].items()}
-        tables[name][0, at % tables[name].shape[1]] ^= 1 << bit
+    @rule(which=st.integers(0, 9), bit=st.integers(0, 62), at=st.integers(0, 9999))
+    def load_damaged(self, which: int, bit: int, at: int) -> None:
+        table = self.saves[which % len(self.saves)][0][KEY].clone()
+        table[at % len(table)] ^= 1 << bit
         with unmoved():
             try:
-                self.rng.load_state_dict(tables)
+                self.rng.load_state_dict({KEY: table})
             except RNGStateError as error:
-                assert str(error).startswith(f"{name}: ")  # noqa: PT017
+                assert str(error).startswith("rng_streams: ")  # noqa: PT017
             else:
                 raise AssertionError("a flipped bit was not seen")
 
@@ -179,53 +181,77 @@ Interleavings.TestCase.settings = settings(
 TestInterleavings = Interleavings.TestCase
 
 DAMAGE = st.one_of(
-    st.tuples(st.just("set"), st.integers(0, 2000), st.integers(-(2**63), 2**63 - 1)),
-    st.tuples(st.just("small"), st.integers(0, 2000), st.integers(-2, 700)),
+    st.tuples(st.just("number"), st.integers(0, 700), st.integers(0, 2**64 - 1)),
+    st.tuples(st.just("number"), st.integers(0, 700), st.integers(0, 700)),
+    st.tuples(st.just("byte"), st.integers(0, 6000), st.integers(0, 255)),
     st.tuples(st.just("length"), st.integers(-700, 700), st.just(0)),
-    st.tuples(st.just("dtype"), st.sampled_from([torch.int32, torch.float64]), st.just(0)),
     st.tuples(st.just("swap"), KINDS, st.just(0)),
-    st.tuples(st.just("drop"), st.just(0), st.just(0)),
 )
 
 
-def damaged(state: torch.Tensor, kind: str, what: Any, value: int) -> torch.Tensor:
-    if kind in ("set", "small"):
-        state[what % state.numel()] = value
-    elif kind == "length":
-        size = max(0, state.numel() + what)
-        state = torch.cat([state, torch.zeros(700, dtype=torch.int64)])[:size]
-    elif kind == "dtype":
-        state = state.to(what)
-    return state
+def damaged(content: bytes, kind: str, where: int, value: int) -> bytes:
+    if kind == "number":
+        where = where % (len(content) // 8) * 8
+        return content[:where] + value.to_bytes(8, "little") + content[where + 8 :]
+    if kind == "byte":
+        where %= len(content)
+        return content[:where] + bytes([value]) + content[where + 1 :]
+    return (content + bytes(700))[: max(0, len(content) + where)]
 
 
 @settings(max_examples=3 * EXAMPLES, deadline=None)
-@given(name=KINDS, damage=DAMAGE, fits=st.booleans())
-def test_a_damaged_table_is_refused_by_name_or_is_what_it_says(
-    name: str, damage: tuple[str, Any, int], fits: bool
+@given(name=KINDS, damage=DAMAGE)
+def test_a_damaged_state_whose_check_word_fits_is_refused_by_name_or_is_what_it_says(
+    name: str, damage: tuple[str, Any, int]
 ) -> None:
-    """With ``fits`` the check word fits the damage, so that the values are looked at too."""
     kind, what, value = damage
     with ScopedRNG(1):
         rng, _ = create(5)
-        tables = rng.state_dict()
+        state = rng.state_dict()
+        streams = record_of(state).streams
         draw()
-        if kind == "drop":
-            del tables[name]
-        else:
-            source = what if kind == "swap" else name
-            state = damaged(tables[source][0, :-1].clone(), kind, what, value)
-            check_word = tables[source][0, -1:]
-            if fits:
-                check_word = sealed(tables, name, state)[0, -1:]
-            tables[name] = torch.cat([state, check_word.to(state.dtype)]).unsqueeze(0)
+        content = streams[what].state if kind == "swap" else streams[name].state
+        if kind != "swap":
+            content = damaged(content, kind, what, value)
+        bad = with_stream(state, name, content)
         before, registered = states(), rng.fingerprint()
         try:
-            rng.load_state_dict(tables)
+            rng.load_state_dict(bad)
         except RNGStateError as error:
             assert str(error).startswith(f"{name}: ")  # noqa: PT017
             assert states() == before
             assert rng.fingerprint() == registered
         else:
-            # What was taken was taken whole: reading it back gives the same numbers.
-            assert torch.equal(rng.state_dict()[name][0, :-1], tables[name][0, :-1])
+            # What was taken was taken whole: reading it back gives the same bytes.
+            assert record_of(rng.state_dict()).streams[name].state == content
+
+
+HEADS = st.dictionaries(
+    st.sampled_from(["row", "rows", "world_size", "seed", "resizes", "taken_at", "torch_version"]),
+    st.integers(-(2**63), 2**63 - 1) | st.integers(-1, 3),
+    max_size=3,
+)
+
+
+@settings(max_examples=EXAMPLES, deadline=None)
+@given(fields=HEADS, cut=st.integers(0, 3000), bit=st.integers(0, 63), at=st.integers(0, 9999))
+def test_a_damaged_record_restores_nothing_or_all(
+    fields: dict[str, int], cut: int, bit: int, at: int
+) -> None:
+    """Heads of other rows and moments with check words that fit, and flips that do not."""
+    with ScopedRNG(1), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        rng, _ = create(5)
+        state = rng.state_dict()
+        expected = rng.fingerprint()
+        draw()
+        before = rng.fingerprint()
+        table = altered(state, **fields)[KEY]
+        if cut < len(table):
+            table[cut] ^= (1 << bit) - 2**64 * (bit == 63)
+        try:
+            rng.load_state_dict({KEY: table[: at or None]})
+        except RNGStateError:
+            assert rng.fingerprint() == before
+        else:
+            assert rng.fingerprint() == expected

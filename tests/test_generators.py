@@ -10,11 +10,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nemo_rng_dcp import RNGStateError, StatefulRNG, bit_generators
+from altered import record_of, with_stream
+from nemo_rng_dcp import RNGStateError, StatefulRNG
+from nemo_rng_dcp.generators.numpy_random import NumPyGeneratorAdapter
+from nemo_rng_dcp.record import KEY
 from streams import draw, unmoved
-from tables import sealed
 
-BIT_GENERATORS = [getattr(np.random, name) for name in bit_generators.ALGORITHMS]
+BIT_GENERATORS = [
+    np.random.MT19937,
+    np.random.PCG64,
+    np.random.PCG64DXSM,
+    np.random.Philox,
+    np.random.SFC64,
+]
 
 KINDS: dict[str, Callable[[int], Any]] = {
     "torch": lambda seed: torch.Generator().manual_seed(seed),
@@ -51,7 +59,6 @@ def test_a_registered_generator_is_restored_in_place(kind: str, already_drawn: i
     assert numbers(generator, 9) == numbers(KINDS[kind](5), 9), "construction does not reseed it"
     numbers(generator, already_drawn)
     tables = rng.state_dict()
-    assert tables["noise"].dtype == torch.int64
     expected = numbers(held_elsewhere[0])
     numbers(generator, 5)
     rng.load_state_dict(tables)
@@ -66,7 +73,7 @@ def test_reading_moves_nothing_and_the_length_is_fixed(kind: str) -> None:
     rng = StatefulRNG(1, generators={"noise": generator})
     lengths = set()
     for _ in range(5):
-        lengths.add(rng.state_dict()["noise"].shape)
+        lengths.add(rng.state_dict()[KEY].shape)
         before = rng.fingerprint()
         rng.state_dict()
         assert rng.fingerprint() == before
@@ -75,16 +82,42 @@ def test_reading_moves_nothing_and_the_length_is_fixed(kind: str) -> None:
     assert len(lengths) == 1
 
 
-def test_all_bit_generators_have_one_length_and_no_fingerprint_in_common() -> None:
+def test_bit_generators_of_one_seed_have_no_fingerprint_in_common() -> None:
     generators = {c.__name__: np.random.Generator(c(5)) for c in BIT_GENERATORS}
     rng = StatefulRNG(1, generators=generators)
-    tables = rng.state_dict()
-    assert {tables[name].shape for name in generators} == {(1, 627)}
     assert len(set(rng.fingerprint().values())) == len(rng.fingerprint())
 
 
+class Own(np.random.PCG64):
+    """A bit generator that NumPy does not ship."""
+
+    extra: object = 5
+
+    @property
+    def state(self) -> Any:
+        return {**super().state, "extra": self.extra}
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        self.extra = value["extra"]
+        np.random.PCG64.state.__set__(self, value)  # type: ignore[attr-defined]
+
+
+def test_a_bit_generator_of_ones_own_joins_if_its_state_is_integers_and_arrays() -> None:
+    bits = Own(1)
+    rng = StatefulRNG(1, generators={"own": np.random.Generator(bits)})
+    state = rng.state_dict()
+    expected = np.random.Generator(bits).random()
+    bits.extra = 6
+    rng.load_state_dict(state)
+    assert (np.random.Generator(bits).random(), bits.extra) == (expected, 5)
+    bits.extra = 0.5
+    with pytest.raises(ValueError, match=r"^own: the bit generator's state holds 0\.5"):
+        StatefulRNG(1, generators={"own": np.random.Generator(bits)})
+
+
 @pytest.mark.parametrize(
-    "name", ["", "1st", "a-b", "a.b", "origin", "python", "numpy", "torch", "cuda", "mps", "xpu", 7]
+    "name", ["", "1st", "a-b", "a.b", "python", "numpy", "torch", "cuda", "mps", "xpu", 7]
 )
 def test_a_name_that_is_taken_or_no_identifier_is_refused(name: Any) -> None:
     with unmoved(), pytest.raises(ValueError, match="cannot name a generator: expected an ident"):
@@ -132,16 +165,16 @@ def test_another_algorithm_in_the_checkpoint_is_an_error_that_names_both() -> No
     rng = StatefulRNG(1, generators={"noise": generator})
     before = rng.fingerprint()
     draw()
-    with (
-        unmoved(),
-        pytest.raises(RNGStateError, match=r"noise: .* PCG64, but the generator runs P"),
-    ):
+    message = r"^noise: .* numpy.PCG64 generator, and this job's is numpy.Philox"
+    with unmoved(), pytest.raises(RNGStateError, match=message):
         rng.load_state_dict(tables)
     assert rng.fingerprint()["noise"] == before["noise"]
 
 
 class Counter:
     """A generator that no library ships: it counts."""
+
+    kind = "counter"
 
     def __init__(self, start: int) -> None:
         self.next = start
@@ -150,15 +183,19 @@ class Counter:
         self.next += 1
         return self.next - 1
 
-    def read(self) -> torch.Tensor:
-        return torch.tensor([self.next])
+    def get(self) -> int:
+        return self.next
 
-    def check(self, state: torch.Tensor) -> None:
-        if state.shape != (1,) or int(state) < 0:
-            raise ValueError(f"a count is {state.tolist()}, expected one number >= 0")
+    def set(self, state: int) -> None:
+        self.next = state
 
-    def write(self, state: torch.Tensor) -> None:
-        self.next = int(state)
+    def pack(self, state: int) -> bytes:
+        return state.to_bytes(3, "little")
+
+    def unpack(self, packed: bytes) -> int:
+        if len(packed) != 3:
+            raise ValueError(f"a count has {len(packed)} bytes, expected 3")
+        return int.from_bytes(packed, "little")
 
     def seed(self, value: int) -> None:
         self.next = value
@@ -167,35 +204,34 @@ class Counter:
 def test_a_generator_of_ones_own_joins_through_the_adapter_protocol() -> None:
     counter = Counter(7)
     rng = StatefulRNG(1, generators={"counter": counter})
-    tables = rng.state_dict()
+    state = rng.state_dict()
     assert [counter.draw(), counter.draw()] == [7, 8]
-    rng.load_state_dict(tables)
+    rng.load_state_dict(state)
     assert counter.draw() == 7
-    tables["counter"] = sealed(tables, "counter", torch.tensor([-1]))
-    with unmoved(), pytest.raises(RNGStateError, match=r"counter: a count is \[-1\]"):
-        rng.load_state_dict(tables)
+    with unmoved(), pytest.raises(RNGStateError, match=r"^counter: a count has 4 bytes"):
+        rng.load_state_dict(with_stream(state, "counter", bytes(4)))
     assert counter.draw() == 8
 
 
-@pytest.mark.parametrize(
-    "state",
-    [
-        torch.tensor([1], dtype=torch.int32),
-        torch.tensor([1.0]),
-        torch.tensor([[1]]),
-        torch.tensor([], dtype=torch.int64),
-        torch.empty(1, dtype=torch.int64, device="meta"),
-        [1],
-    ],
-)
-def test_a_state_that_could_be_saved_but_not_loaded_is_refused_at_once(state: Any) -> None:
+@pytest.mark.parametrize("packed", [b"", "text", torch.tensor([1]), None])
+def test_a_state_that_could_not_be_loaded_is_refused_at_registration(packed: Any) -> None:
     counter = Counter(1)
-    counter.read = lambda: state  # type: ignore[method-assign]
-    with pytest.raises(ValueError, match=r"^counter: read\(\) gave .*expected int64"):
+    counter.pack = lambda state: packed  # type: ignore[method-assign]
+    with unmoved(), pytest.raises(ValueError, match=r"^counter: pack\(\) gave .*expected at least"):
         StatefulRNG(1, generators={"counter": counter})
-    rng = StatefulRNG(1, generators={"counter": (later := Counter(1))})
-    later.read = lambda: state  # type: ignore[method-assign]
-    with unmoved(), pytest.raises(RNGStateError, match=r"^counter: read\(\) gave"):
+    counter.pack = lambda state: b"1234"  # type: ignore[method-assign]
+    with unmoved(), pytest.raises(ValueError, match=r"^counter: a count has 4 bytes"):
+        StatefulRNG(1, generators={"counter": counter})
+
+
+def test_a_generator_that_cannot_be_read_is_named() -> None:
+    def broken() -> int:
+        raise ValueError("out of order")
+
+    counter = Counter(1)
+    rng = StatefulRNG(1, generators={"counter": counter})
+    counter.get = broken  # type: ignore[method-assign]
+    with unmoved(), pytest.raises(RNGStateError, match=r"^counter: out of order"):
         rng.state_dict()
 
 
@@ -204,12 +240,12 @@ class Stuck(Counter):
 
     refusals = 1
 
-    def write(self, state: torch.Tensor) -> None:
+    def set(self, state: int) -> None:
         self.next = -1  # half done
         if self.refusals:
             self.refusals -= 1
             raise OSError("stuck")
-        super().write(state)
+        super().set(state)
 
 
 def test_a_setter_that_raises_halfway_leaves_every_stream_where_it_was() -> None:
@@ -241,35 +277,60 @@ def test_seeding_uses_all_64_bits_and_agrees_with_the_library_below_32(kind: str
     assert len(found) == 4
 
 
+def test_a_name_is_per_row_or_shared_and_not_both() -> None:
+    for shared in ({"noise": random.Random(2)}, {"other": (noise := random.Random(1))}):
+        with unmoved(), pytest.raises(ValueError, match=r"choose one|same generator as noise"):
+            StatefulRNG(1, generators={"noise": noise}, shared_generators=shared)
+
+
+def test_without_global_generators_nothing_else_is_seeded_stored_or_moved() -> None:
+    noise = random.Random(1)
+    with unmoved():
+        rng = StatefulRNG(1, ranked=True, generators={"noise": noise}, global_generators=False)
+        state = rng.state_dict()
+    assert list(record_of(state).streams) == list(rng.fingerprint()) == ["noise"]
+    expected = noise.random()
+    draw()
+    with unmoved():
+        rng.load_state_dict(state)
+    assert noise.random() == expected
+    with unmoved(), pytest.raises(TypeError, match="global_generators is 0"):
+        StatefulRNG(1, global_generators=0)  # type: ignore[arg-type]
+
+
 @given(
     st.sampled_from(BIT_GENERATORS),
-    st.dictionaries(st.integers(0, 625), st.integers(-(2**63), 2**63 - 1), max_size=4),
+    st.dictionaries(st.integers(0, 5000), st.integers(0, 255), max_size=4),
 )
 def test_no_malformed_state_is_half_taken(kind: Any, damage: dict[int, int]) -> None:
     """Whatever the numbers are: refused with a ValueError, or exactly what is then read back."""
-    bits = kind(3)
-    name = kind.__name__
-    tensor = bit_generators.to_tensor(bits.state)
+    adapter = NumPyGeneratorAdapter(np.random.Generator(kind(3)))
+    packed = bytearray(adapter.pack(adapter.get()))
     for index, value in damage.items():
-        tensor[index] = value
+        packed[index % len(packed)] = value
     try:
-        state = bit_generators.from_tensor(tensor, name)
+        state = adapter.unpack(bytes(packed))
     except ValueError:
         return
-    bits.state = state
-    assert torch.equal(bit_generators.to_tensor(bits.state), tensor)
+    adapter.set(state)
+    assert adapter.pack(adapter.get()) == packed
+    adapter._bit_generator.random_raw(700)  # and NumPy stays within its buffers
 
 
-@pytest.mark.parametrize("code", [-1, 0, 6, 2**40])
-def test_an_unknown_algorithm_code_is_refused(code: int) -> None:
-    tensor = bit_generators.to_tensor(np.random.PCG64(1).state)
-    tensor[0] = code
-    with pytest.raises(ValueError, match=f"algorithm code {code}"):
-        bit_generators.from_tensor(tensor, "PCG64")
-
-
-def test_tensors_of_another_shape_or_dtype_are_refused() -> None:
-    tensor = bit_generators.to_tensor(np.random.PCG64(1).state)
-    for bad in (tensor[:-1], tensor.double(), tensor.unsqueeze(0)):
-        with pytest.raises(ValueError, match="the state is torch"):
-            bit_generators.from_tensor(bad, "PCG64")
+@pytest.mark.parametrize(
+    ("kind", "place", "message"),
+    [
+        (np.random.Philox, 6 + 32, "buffer_pos is 255, expected 0 to 4"),
+        (np.random.MT19937, 7 + 2497, r"pos is 65\d\d\d, expected 0 to 624"),
+        (np.random.PCG64, 5, "has_uint32 is 255, expected 0 to 1"),
+        (np.random.SFC64, 5 + 52, r"NumPy (refuses|takes)"),
+    ],
+)
+def test_numbers_that_numpy_would_take_and_stumble_over_are_refused(
+    kind: Any, place: int, message: str
+) -> None:
+    adapter = NumPyGeneratorAdapter(np.random.Generator(kind(3)))
+    packed = bytearray(adapter.pack(adapter.get()))
+    packed[place] = 255
+    with pytest.raises(ValueError, match=message):
+        adapter.unpack(bytes(packed))

@@ -1,5 +1,6 @@
 """The jobs of the tests: what a test gets back, and what it is told when a rank fails."""
 
+import multiprocessing
 import os
 import signal
 import time
@@ -46,6 +47,11 @@ def test_ranks_have_the_environment_of_their_test(monkeypatch: pytest.MonkeyPatc
     assert job(1, variable, group=False) == ["here"]
 
 
+def test_ranks_start_processes_of_their_own_as_any_script_does() -> None:
+    default = multiprocessing.get_all_start_methods()[0]
+    assert job(1, multiprocessing.get_start_method, group=False) == [default]
+
+
 def unseeded_numbers() -> float:
     return float(np.random.random())
 
@@ -64,7 +70,7 @@ def fail_on_rank_1(folder: Path) -> None:
 
 
 def test_an_error_names_the_rank_and_leaves_none_running(tmp_path: Path) -> None:
-    with pytest.raises(JobError, match="^fail_on_rank_1 failed on rank 1 of 3 first") as caught:
+    with pytest.raises(JobError, match=r"^fail_on_rank_1 failed on rank 1 of 3 first") as caught:
         job(3, fail_on_rank_1, tmp_path)
     _, *reports = str(caught.value).split("--- rank ")
     for rank, report in enumerate(reports):

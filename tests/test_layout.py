@@ -8,9 +8,13 @@ import torch
 from torch.distributed.checkpoint import DefaultSavePlanner, default_planner
 from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
 
-from nemo_rng_dcp import StatefulRNG
-from nemo_rng_dcp.layout import Layout, gather
+from altered import record_of
+from nemo_rng_dcp import RNGStateError, StatefulRNG
+from nemo_rng_dcp.layout import Layout
+from nemo_rng_dcp.peers import gather
+from streams import unmoved
 
 FakeGroup = Callable[[int, int], None]
 
@@ -25,11 +29,12 @@ def rows_of(
         fake_group(rank, world_size)
         mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
         layout = Layout.current(mesh if along is None else mesh[along])
-        table = layout.tables({"x": torch.full((3,), rank)})["x"]
-        assert table.shape == (layout.rows, 3)
-        assert layout.own_row(table).tolist() == [rank] * 3
+        table = layout.table(torch.full((3,), rank))
+        assert isinstance(table, DTensor)
+        assert table.shape == (3 * layout.rows,)
+        assert table.to_local().tolist() == [rank] * 3
         [chunk] = table.__create_chunk_list__()  # type: ignore[attr-defined]
-        assert (chunk.offsets, chunk.sizes) == ((layout.row, 0), (1, 3))
+        assert (chunk.offsets, chunk.sizes) == ((3 * layout.row,), (3,))
         rows.append(layout.row)
     return rows
 
@@ -64,20 +69,30 @@ def test_a_rank_outside_the_mesh_has_no_row(fake_group: FakeGroup) -> None:
         StatefulRNG(1, mesh=mesh)
 
 
-def test_a_table_of_another_layout_is_refused(fake_group: FakeGroup) -> None:
+def test_the_names_and_sizes_of_a_mesh_are_stored(fake_group: FakeGroup) -> None:
+    fake_group(1, 8)
+    mesh = init_device_mesh("cpu", (2, 2, 2), mesh_dim_names=("pp", "dp", "tp"))
+    for along, expected in {
+        "dp": (("dp", 2),),
+        ("pp", "tp"): (("pp", 2), ("tp", 2)),
+    }.items():
+        rng = StatefulRNG(1, mesh=mesh[along])
+        assert record_of(rng.state_dict()).mesh == expected
+    unnamed = StatefulRNG(1, mesh=DeviceMesh("cpu", [[0, 1, 2, 3], [4, 5, 6, 7]]))
+    assert record_of(unnamed.state_dict()).mesh == (("0", 2), ("1", 4))
+
+
+def test_the_record_of_another_row_is_refused(fake_group: FakeGroup) -> None:
+    """The same shape, but rank 1 holds row 1 of the one and row 0 of the other."""
     fake_group(1, 4)
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
-    of_all, of_dp, of_tp = (Layout.current(m) for m in (None, mesh["dp"], mesh["tp"]))
-    rows = {"x": torch.arange(3)}
-    with pytest.raises(ValueError, match=r"shape \(2, 3\), expected \(4, n\)"):
-        of_all.own_row(of_dp.tables(rows)["x"])
-    # The same shape, but rank 1 holds row 1 of the one and row 0 of the other.
-    with pytest.raises(ValueError, match="does not place row 0 alone on rank 1"):
-        of_dp.own_row(of_tp.tables(rows)["x"])
+    of_dp, of_tp = StatefulRNG(1, mesh=mesh["dp"]), StatefulRNG(1, mesh=mesh["tp"])
+    with unmoved(), pytest.raises(RNGStateError, match="row 0 of 2 was given row 1 of 2"):
+        of_dp.load_state_dict(of_tp.state_dict())
 
 
 def test_without_a_group_gathering_gives_the_own_numbers() -> None:
-    assert gather(torch.tensor([4, 5])).tolist() == [[4, 5]]
+    assert gather([4, 5]) == [[4, 5]]
     StatefulRNG(1).verify_shared()
 
 
@@ -88,21 +103,17 @@ def plan_of(rank: int, world_size: int, fake_group: FakeGroup) -> SavePlan:
     return planner.create_local_plan()
 
 
-def test_4096_ranks_have_the_same_keys_and_one_write_item_a_table(fake_group: FakeGroup) -> None:
+def test_4096_ranks_have_the_same_key_and_one_write_item_each(fake_group: FakeGroup) -> None:
+    lengths = set()
     for rank in (0, 1, 4095):
-        plan = plan_of(rank, 4096, fake_group)
-        assert [item.index.fqn for item in plan.items] == [
-            "rng.origin",
-            "rng.python",
-            "rng.numpy",
-            "rng.torch",
-        ]
-        for item in plan.items:
-            assert item.index.offset == (rank, 0)
-            assert item.tensor_data is not None
-            assert item.tensor_data.size[0] == 4096
-            # DCP sweeps the longest dimension when it looks for overlaps: that must be the rows.
-            assert item.tensor_data.size[1] < 640
+        [item] = plan_of(rank, 4096, fake_group).items
+        assert item.index.fqn == "rng.rng_streams"
+        assert item.tensor_data is not None
+        [length] = item.tensor_data.chunk.sizes
+        assert item.index.offset == (rank * length,)
+        assert item.tensor_data.size == (4096 * length,)
+        lengths.add(length)
+    assert len(lengths) == 1
 
 
 @pytest.mark.skipif(
@@ -121,7 +132,7 @@ def test_dcp_plans_the_rows_in_linear_time(
 
     monkeypatch.setattr(default_planner, "_check_box_overlap", count)
     counted = {}
-    for world_size in (1024, 2048):
+    for world_size in (16, 32, 1024, 2048):
         plan = plan_of(0, world_size, fake_group)
         plans = [plan]
         for rank in range(1, world_size):
@@ -129,7 +140,7 @@ def test_dcp_plans_the_rows_in_linear_time(
         comparisons = 0
         DefaultSavePlanner().create_global_plan(plans)
         counted[world_size] = comparisons
-    assert counted[2048] <= 2 * counted[1024] <= 8 * 1024
+    assert all(count <= 8 * world_size for world_size, count in counted.items())
 
 
 def _moved_to(plan: SavePlan, rank: int) -> SavePlan:
@@ -140,7 +151,7 @@ def _moved_to(plan: SavePlan, rank: int) -> SavePlan:
     for item in plan.items:
         data = item.tensor_data
         assert data is not None
-        offsets = torch.Size((rank, 0))
+        offsets = torch.Size((rank * data.chunk.sizes[0],))
         chunk = replace(data.chunk, offsets=offsets)
         items.append(
             replace(

@@ -6,7 +6,9 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from nemo_rng_dcp.mt19937 import TENSOR_LENGTH, TORCH_LENGTH, WORDS, MT19937State
+from nemo_rng_dcp.generators.mt19937 import TORCH_LENGTH, WORDS, MT19937State
+from nemo_rng_dcp.generators.numpy_random import NumPyAdapter
+from nemo_rng_dcp.generators.python_random import PythonAdapter
 
 THREE_BLOCKS = 3 * WORDS
 
@@ -40,7 +42,7 @@ def words_of_torch(state: MT19937State) -> list[int]:
     return shown  # type: ignore[return-value]
 
 
-@pytest.mark.parametrize("position", [0, 1, 2, 226, 227, 228, 396, 397, 622, 623, 624])
+@pytest.mark.parametrize("position", [1, 2, 227, 623, 624])
 @pytest.mark.parametrize("seed", [0, 20261121])
 def test_all_three_libraries_draw_the_same_words(seed: int, position: int) -> None:
     state = state_at(seed, position)
@@ -61,7 +63,7 @@ def test_all_three_libraries_draw_the_same_words(seed: int, position: int) -> No
 def test_conversions_lose_nothing(seed: int, position: int, gauss: float | None) -> None:
     state = state_at(seed, position, gauss)
     back = [
-        MT19937State.from_tensor(state.to_tensor()),
+        MT19937State.from_bytes(state.to_bytes()),
         MT19937State.from_python(state.to_python()),
         MT19937State.from_numpy(state.to_numpy()),
     ]
@@ -91,43 +93,45 @@ def test_both_forms_of_a_numpy_state_are_one_state() -> None:
     as_tuple = MT19937State.from_numpy(numpy.get_state())
     as_dict = MT19937State.from_numpy(numpy.get_state(legacy=False))
     assert as_tuple.gauss is not None
-    assert torch.equal(as_tuple.to_tensor(), as_dict.to_tensor())
+    assert as_tuple.to_bytes() == as_dict.to_bytes()
 
 
-def with_element(index: int, value: int) -> torch.Tensor:
-    tensor = state_at(1, 5).to_tensor()
-    tensor[index] = value
-    return tensor
+def with_number(index: int, value: int) -> bytes:
+    packed = bytearray(state_at(1, 5).to_bytes())
+    packed[8 * index : 8 * index + 8] = value.to_bytes(8, "little", signed=True)
+    return bytes(packed)
 
 
 POSITION, HAS_GAUSS, GAUSS_BITS = WORDS, WORDS + 1, WORDS + 2
 
 
 @pytest.mark.parametrize(
-    ("tensor", "message"),
+    ("packed", "message"),
     [
-        (with_element(0, -1), "a word is -1"),
-        (with_element(623, 2**32), "a word is 4294967296"),
-        (with_element(POSITION, -1), "position is -1"),
-        (with_element(POSITION, 625), "position is 625"),
-        (with_element(HAS_GAUSS, 2), "has-gauss flag is 2"),
-        (with_element(GAUSS_BITS, 1), "has-gauss flag is 0"),
-        (torch.zeros(TENSOR_LENGTH, dtype=torch.int64), "all words are zero"),
-        (torch.zeros(TENSOR_LENGTH - 1, dtype=torch.int64), r"\(626,\), expected torch.int64"),
-        (torch.zeros(TENSOR_LENGTH), "torch.float32"),
-        (torch.zeros(1, TENSOR_LENGTH, dtype=torch.int64), r"\(1, 627\)"),
+        (with_number(0, -1), "a word is -1"),
+        (with_number(623, 2**32), "a word is 4294967296"),
+        (with_number(POSITION, -1), "position is -1"),
+        (with_number(POSITION, 625), "position is 625"),
+        (with_number(HAS_GAUSS, 2), "has-gauss flag is 2"),
+        (with_number(GAUSS_BITS, 1), "has-gauss flag is 0"),
+        (bytes(5016), "all words are zero"),
+        (bytes(5008), "5008 bytes, expected 5016"),
     ],
 )
-def test_malformed_tensors_are_refused(tensor: torch.Tensor, message: str) -> None:
+def test_malformed_bytes_are_refused(packed: bytes, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        MT19937State.from_tensor(tensor)
+        MT19937State.from_bytes(packed)
 
 
-def test_a_gaussian_that_is_no_number_is_refused() -> None:
-    tensor = with_element(HAS_GAUSS, 1)
-    tensor[GAUSS_BITS] = 0x7FF8000000000000
-    with pytest.raises(ValueError, match="cached gaussian is nan"):
-        MT19937State.from_tensor(tensor)
+def test_python_and_numpy_pack_as_the_algorithm_does() -> None:
+    """The adapters pack by themselves, for speed."""
+    for gauss in (None, -0.0, 1.5):
+        state = state_at(1, 5, gauss)
+        python, numpy = random.Random(), np.random.RandomState()
+        python.setstate(state.to_python())
+        numpy.set_state(state.to_numpy())
+        for adapter in (PythonAdapter(python), NumPyAdapter(numpy)):
+            assert adapter.pack(adapter.get()) == state.to_bytes()  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -168,7 +172,6 @@ WORDS_OF_ONE = np.ones(WORDS, dtype=np.uint32)
         ("MT19937", WORDS_OF_ONE, -1, 0, 0.0),
         ("MT19937", WORDS_OF_ONE, None, 0, 0.0),
         ("MT19937", WORDS_OF_ONE, 0, 2, 0.0),
-        ("MT19937", WORDS_OF_ONE, 0, 1, float("inf")),
         ("MT19937", WORDS_OF_ONE.astype(float), 0, 0, 0.0),
         ("MT19937", WORDS_OF_ONE.astype(np.int64) * 2**32, 0, 0, 0.0),
         ("MT19937", None, 0, 0, 0.0),

@@ -1,11 +1,12 @@
 """StatefulRNG in one process: without a process group, or as one rank of a fake one."""
 
 import copy
-import dataclasses
 import pickle
+import platform
 import random
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -19,15 +20,18 @@ from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
-from nemo_rng_dcp import RNGState, RNGStateError, StatefulRNG, init_all_rng, snapshot
-from nemo_rng_dcp.generators import global_generators
-from nemo_rng_dcp.origin import Origin
-from nemo_rng_dcp.rows import digest
-from nemo_rng_dcp.snapshot import _get_rng_state, _restore_rng_state
+from altered import State, altered, record_of, with_number, with_stream
+from nemo_rng_dcp import (
+    RNGState,
+    RNGStateError,
+    RNGStateWarning,
+    StatefulRNG,
+    init_all_rng,
+    snapshot,
+)
+from nemo_rng_dcp.automodel import _get_rng_state, _restore_rng_state
+from nemo_rng_dcp.record import KEY, version_text
 from streams import draw, states, unmoved
-from tables import sealed
-
-TABLES = ["origin", "python", "numpy", "torch"]
 
 
 def test_it_is_stateful_and_goes_through_dcp_in_automodel() -> None:
@@ -69,38 +73,46 @@ def test_gaussians_that_are_cached_come_back_bit_for_bit() -> None:
     assert (random.gauss(0, 1), np.random.standard_normal(), torch.randn(1)) == expected
 
 
-def test_the_tables_are_plain_tensors_of_the_documented_shapes() -> None:
-    tables = StatefulRNG(1).state_dict()
-    shapes = {name: tuple(table.shape) for name, table in tables.items() if name in TABLES}
-    assert shapes == {
-        "origin": (1, 13),
-        "python": (1, 628),
-        "numpy": (1, 628),
-        "torch": (1, 633),
-    }
-    assert {table.dtype for table in tables.values()} == {torch.int64}
+def test_the_record_is_one_plain_tensor_that_says_what_it_holds() -> None:
+    before = time.time_ns()
+    rng = StatefulRNG(7, ranked=True, shared_generators={"order": random.Random(1)})
+    state = rng.state_dict()
+    assert list(state) == ["rng_streams"]
+    assert (state[KEY].dtype, state[KEY].ndim) == (torch.int64, 1)
+    record = record_of(state)
+    assert (record.row, record.rows, record.world_size, record.resizes) == (0, 1, 1, 0)
+    assert (record.seed, record.ranked, record.mesh) == (7, True, None)
+    assert before <= record.taken_at <= time.time_ns()
+    assert (record.library_version, record.version_skew()) == (1000, [])
+    kinds = {name: (stream.kind, stream.shared) for name, stream in record.streams.items()}
+    assert (
+        kinds.items()
+        >= {
+            "python": ("python", False),
+            "numpy": ("numpy", False),
+            "torch": ("torch.cpu", False),
+            "order": ("python", True),
+        }.items()
+    )
 
 
 def test_state_dict_moves_nothing_and_is_a_copy() -> None:
     rng = StatefulRNG(1)
     with unmoved():
-        tables = rng.state_dict()
-        again = rng.state_dict()
-    for name, table in tables.items():
-        assert torch.equal(table, again[name])
-        with unmoved():
-            table.zero_()
+        first, second = record_of(rng.state_dict()), record_of(rng.state_dict())
+        assert first.streams == second.streams
+        assert first.taken_at < second.taken_at
+        rng.state_dict()[KEY].zero_()
 
 
 def test_rewind_goes_back_to_the_last_load_as_often_as_asked() -> None:
     rng = StatefulRNG(1)
     with unmoved(), pytest.raises(RuntimeError, match="nothing was loaded"):
         rng.rewind()
-    tables = rng.state_dict()
+    state = rng.state_dict()
     expected = draw()
-    rng.load_state_dict(tables)
-    for table in tables.values():
-        table.zero_()  # what was loaded is not borrowed from the caller
+    rng.load_state_dict(state)
+    state[KEY].zero_()  # what was loaded is not borrowed from the caller
     for _ in range(2):
         draw(2)
         rng.rewind()
@@ -108,23 +120,20 @@ def test_rewind_goes_back_to_the_last_load_as_often_as_asked() -> None:
 
 
 @pytest.mark.parametrize(("rank", "world_size"), [(0, 2), (3, 4), (4095, 4096)])
-def test_in_a_group_a_table_is_one_row_per_rank(
+def test_in_a_group_a_table_is_one_record_per_rank(
     rank: int, world_size: int, fake_group: Callable[[int, int], None]
 ) -> None:
     fake_group(rank, world_size)
     rng = StatefulRNG(1, ranked=True)
-    tables = rng.state_dict()
-    for name in TABLES:
-        table = tables[name]
-        assert isinstance(table, DTensor)
-        assert table.placements == (Shard(0),)
-        assert table.shape[0] == world_size
-        assert table.to_local().shape[0] == 1
-    origin = tables["origin"]
-    assert isinstance(origin, DTensor)
-    assert origin.to_local()[0, 2:8].tolist() == [rank, world_size, world_size, 1, 1, 0]
+    state = rng.state_dict()
+    table = state[KEY]
+    assert isinstance(table, DTensor)
+    assert table.placements == (Shard(0),)
+    assert table.shape == (world_size * table.to_local().numel(),)
+    record = record_of(state)
+    assert (record.row, record.rows, record.world_size) == (rank, world_size, world_size)
     expected = draw()
-    rng.load_state_dict(tables)
+    rng.load_state_dict(state)
     assert draw() == expected
 
 
@@ -133,7 +142,7 @@ def test_a_stream_seeded_for_another_rank_is_refused(
 ) -> None:
     early = StatefulRNG(1, ranked=True)
     fake_group(2, 4)
-    with unmoved(), pytest.raises(RuntimeError, match=r"seeded for rank 0.*after init_process"):
+    with unmoved(), pytest.raises(RuntimeError, match=r"seeded for row 0.*after init_process"):
         early.state_dict()
     assert StatefulRNG(1).state_dict()  # with ranked=False the rank plays no part in the seed
 
@@ -169,120 +178,187 @@ def test_another_bit_generator_of_numpy_is_refused_by_name() -> None:
         np.random.set_bit_generator(before)
 
 
-# Bad tables. Each keeps a valid check word where it could, so that the values are looked at.
+# Bad records. Each has a check word that fits where it could, so that the values are looked at.
 
 
-def resealed(tables: dict[str, torch.Tensor], name: str, index: int, value: int) -> None:
-    state = tables[name][0, :-1].clone()
-    state[index] = value
-    number = value if (name, index) == ("origin", 2) else 0
-    tables[name] = sealed(tables, name, state)
-    if number:
-        tables[name][0, -1] = digest(name, number, state)
+def flipped(state: State, index: int) -> State:
+    table = state[KEY].clone()
+    table[index] ^= 1 << 20
+    return {KEY: table}
 
 
-def replaced(tables: dict[str, torch.Tensor], name: str, table: object) -> None:
-    tables[name] = table  # type: ignore[assignment]
+def two_rows(state: State) -> State:
+    return {KEY: torch.cat([altered(state, rows=2, row=row)[KEY] for row in (1, 0)])}
 
 
-BAD: dict[str, tuple[str, Callable[[dict[str, torch.Tensor]], object]]] = {
-    "missing": ("numpy", lambda t: t.pop("numpy")),
-    "missing origin": ("origin", lambda t: t.pop("origin")),
-    "extra": ("cuda:7", lambda t: t.update({"cuda:7": sealed(t, "cuda:7", t["torch"][0])})),
-    "no tensor": ("torch", lambda t: replaced(t, "torch", [1, 2])),
-    "dtype": ("python", lambda t: replaced(t, "python", t["python"].to(torch.int32))),
-    "float": ("origin", lambda t: replaced(t, "origin", t["origin"].double())),
-    "short": ("torch", lambda t: replaced(t, "torch", sealed(t, "torch", t["torch"][0, :-2]))),
-    "long": ("python", lambda t: replaced(t, "python", sealed(t, "python", t["python"][0]))),
-    "empty": ("numpy", lambda t: replaced(t, "numpy", t["numpy"][:, :0])),
-    "rows": ("numpy", lambda t: replaced(t, "numpy", t["numpy"].repeat(2, 1))),
-    "one dimension": ("numpy", lambda t: replaced(t, "numpy", t["numpy"][0])),
-    "bit flipped": ("torch", lambda t: t["torch"][0, 100].bitwise_xor_(1 << 20)),
-    "check word": ("numpy", lambda t: t["numpy"][0, -1].add_(1)),
-    "origin altered": ("origin", lambda t: t["origin"][0, 5].add_(1)),
-    "origin short": ("origin", lambda t: replaced(t, "origin", t["origin"][:, 1:])),
-    "another generator's": ("python", lambda t: replaced(t, "python", t["numpy"].clone())),
-    "another row": ("origin", lambda t: resealed(t, "origin", 2, 1)),
-    "no row": ("origin", lambda t: resealed(t, "origin", 3, 0)),
-    "newer layout": ("origin", lambda t: resealed(t, "origin", 0, 2)),
-    "position": ("python", lambda t: resealed(t, "python", 624, 625)),
-    "word": ("numpy", lambda t: resealed(t, "numpy", 3, 2**32)),
-    "has-gauss": ("numpy", lambda t: resealed(t, "numpy", 625, 7)),
-    "torch left": ("torch", lambda t: resealed(t, "torch", 1, 0)),
-    "meta": ("torch", lambda t: replaced(t, "torch", t["torch"].to("meta"))),
-    "sparse": ("numpy", lambda t: replaced(t, "numpy", t["numpy"].to_sparse())),
-    "another moment's": (
-        "numpy",
-        lambda t: replaced(t, "numpy", StatefulRNG(2).state_dict()["numpy"]),
+BAD: dict[str, tuple[str, Callable[[State], Any]]] = {
+    "missing": ("no such entry, only", lambda s: {"numpy": s[KEY]}),
+    "no tensor": ("expected a tensor, found list", lambda s: {KEY: [1, 2]}),
+    "dtype": ("found torch.int32", lambda s: {KEY: s[KEY].to(torch.int32)}),
+    "float": ("found torch.float64", lambda s: {KEY: s[KEY].double()}),
+    "dimensions": ("expected a dense torch.int64", lambda s: {KEY: s[KEY].unsqueeze(0)}),
+    "meta": ("on meta", lambda s: {KEY: s[KEY].to("meta")}),
+    "sparse": ("expected a dense torch.int64", lambda s: {KEY: s[KEY].to_sparse()}),
+    "empty": ("expected a dense torch.int64", lambda s: {KEY: s[KEY][:0]}),
+    "short": ("does not fit its check word", lambda s: {KEY: s[KEY][:-1]}),
+    "head alone": ("does not fit its check word", lambda s: {KEY: s[KEY][:3]}),
+    "zeros": ("has layout version 0", lambda s: {KEY: torch.zeros_like(s[KEY])}),
+    "bit in the head": ("row 0 of 1, does not fit", lambda s: flipped(s, 6)),
+    "bit in a state": ("row 0 of 1, does not fit", lambda s: flipped(s, 700)),
+    "bit in the check word": ("row 0 of 1, does not fit", lambda s: flipped(s, -1)),
+    "another row": ("was given row 1 of 2, expected row 0", lambda s: altered(s, row=1, rows=2)),
+    "rows in another order": ("was given row 1 of 2, expected row 0", two_rows),
+    "no row": ("row 0 of 0", lambda s: altered(s, rows=0)),
+    "row outside": ("row 3 of 2", lambda s: altered(s, row=3, rows=2)),
+    "another kind": (
+        "^python: the checkpoint holds the state of a numpy generator, and this job's is python",
+        lambda s: with_stream(s, "python", record_of(s).streams["numpy"].state, kind="numpy"),
     ),
-    "torch word": ("torch", lambda t: resealed(t, "torch", 9, 2**32)),
+    "short state": ("^torch: the state has 5048 ", lambda s: with_stream(s, "torch", bytes(5048))),
+    "long state": ("^python: the state has 5024 ", lambda s: with_stream(s, "python", bytes(5024))),
+    "position": ("^python: the position is 625", lambda s: with_number(s, "python", 624, 625)),
+    "word": ("^numpy: a word is 4294967296", lambda s: with_number(s, "numpy", 3, 2**32)),
+    "has-gauss": ("^numpy: the has-gauss flag is 7", lambda s: with_number(s, "numpy", 625, 7)),
+    "torch left": ("^torch: torch refuses the state", lambda s: with_number(s, "torch", 1, 0)),
+    "torch word": ("^torch: torch takes the state only", lambda s: with_number(s, "torch", 9, -1)),
 }
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_a_bad_table_is_named_and_nothing_moves(case: str) -> None:
+def test_a_bad_record_is_explained_and_nothing_moves(case: str) -> None:
     rng = StatefulRNG(1)
-    tables = rng.state_dict()
+    state = rng.state_dict()
     draw(2)
-    name, damage = BAD[case]
-    damage(tables)
-    with unmoved(), pytest.raises(RNGStateError, match=f"^{name}: "):
-        rng.load_state_dict(tables)
+    message, damage = BAD[case]
+    bad = damage(state)
+    with unmoved(), pytest.raises(RNGStateError, match=message):
+        rng.load_state_dict(bad)
     with pytest.raises(RuntimeError, match="nothing was loaded"):
         rng.rewind()
 
 
 def test_a_newer_layout_names_the_version_that_reads_it() -> None:
     rng = StatefulRNG(1)
-    tables = rng.state_dict()
-    longer = torch.cat([tables["origin"][0], torch.zeros(3, dtype=torch.int64)])
-    longer[0], longer[1] = 2, 3004005
-    tables["origin"] = longer.unsqueeze(0)
-    with pytest.raises(RNGStateError, match=r"layout version 2.*nemo_rng_dcp 3\.4\.5"):
-        rng.load_state_dict(tables)
+    newer = torch.tensor([2, 3004005, 77])
+    with unmoved(), pytest.raises(RNGStateError, match=r"layout version 2.*nemo_rng_dcp 3\.4\.5"):
+        rng.load_state_dict({KEY: newer})
 
 
-def test_other_versions_are_warned_of_once_naming_both() -> None:
+def said(function: Callable[[], object]) -> list[str]:
+    """The library's warnings, in their order."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        function()
+    return [str(w.message) for w in caught if w.category is RNGStateWarning]
+
+
+def test_an_exact_restore_says_nothing() -> None:
+    rng = StatefulRNG(1, ranked=True, generators={"noise": torch.Generator()})
+    state = rng.state_dict()
+    draw()
+    assert said(lambda: rng.load_state_dict(state)) == []
+
+
+@pytest.mark.parametrize("direction", [-1, 1])
+def test_other_versions_are_said_once_naming_both(direction: int) -> None:
     rng = StatefulRNG(1)
-    tables = rng.state_dict()
-    resealed(tables, "origin", 9, 2007018)
-    resealed(tables, "origin", 11, 1013001)
-    with pytest.warns(
-        UserWarning, match="saved with python 2.7.18, now .*; torch 1.13.1, now"
-    ) as w:
-        rng.load_state_dict(tables)
-    assert len(w) == 1
-
-
-def with_skew(rng: StatefulRNG) -> dict[str, torch.Tensor]:
-    """The state as another version of Python would have saved it."""
-    tables = rng.state_dict()
-    table = tables["origin"]
-    [row] = table.to_local() if isinstance(table, DTensor) else table
-    row.copy_(dataclasses.replace(Origin.from_row(row), python_version=2007018).to_row())
-    return tables
+    state = rng.state_dict()
+    record = record_of(state)
+    others = altered(
+        state,
+        python_version=record.python_version + direction * 1000,
+        torch_version=record.torch_version + direction * 1000,
+    )
+    [text] = said(lambda: rng.load_state_dict(others))
+    there = version_text(record.python_version + direction * 1000)
+    assert f"saved with python {there}, now {platform.python_version()}; torch " in text
+    assert "numpy" not in text
 
 
 def test_where_warnings_are_errors_a_load_that_warns_moves_nothing() -> None:
     rng = StatefulRNG(1)
-    tables = with_skew(rng)
+    state = altered(rng.state_dict(), python_version=2007018)
     draw()
     with warnings.catch_warnings(), unmoved():
-        warnings.simplefilter("error")
-        with pytest.raises(UserWarning, match="saved with"):
-            rng.load_state_dict(tables)
+        warnings.simplefilter("error", RNGStateWarning)
+        with pytest.raises(RNGStateWarning, match="saved with"):
+            rng.load_state_dict(state)
+    with pytest.raises(RuntimeError, match="nothing was loaded"):
+        rng.rewind()
 
 
-def test_rank_0_alone_warns_of_other_versions(fake_group: Callable[[int, int], None]) -> None:
-    for rank, expected in ((0, 1), (1, 0)):
+def test_the_ranks_of_row_0_speak(fake_group: Callable[[int, int], None]) -> None:
+    for rank, expected in ((0, 1), (1, 1), (2, 0), (3, 0)):
         fake_group(rank, 4)
         mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
         rng = StatefulRNG(1, mesh=mesh["dp"])  # ranks 0 and 1 share row 0
-        tables = with_skew(rng)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            rng.load_state_dict(tables)
-        assert [warning.category for warning in caught] == [UserWarning] * expected
+        state = altered(rng.state_dict(), python_version=2007018)
+        assert len(said(lambda: rng.load_state_dict(state))) == expected  # noqa: B023
+
+
+def test_what_only_one_side_has_is_said_and_the_rest_is_restored() -> None:
+    saved = StatefulRNG(1, generators={"old": random.Random(5)})
+    state = saved.state_dict()
+    expected = draw()
+    new = random.Random(6)
+    rng = StatefulRNG(2, generators={"new": new})
+    untouched = new.getstate()
+    [text] = said(lambda: rng.load_state_dict(state))
+    assert "the checkpoint has no new: the stream stays as it is" in text
+    assert "the checkpoint has old, which this job has not: dropped" in text
+    assert draw() == expected
+    assert new.getstate() == untouched
+    new.random()
+    rng.rewind()
+    assert draw() == expected
+    assert new.getstate() == untouched, "rewind() goes back to the moment of the load"
+
+
+def test_a_checkpoint_of_a_machine_with_an_accelerator_says_that_its_stream_is_dropped() -> None:
+    rng = StatefulRNG(1)
+    state = with_stream(rng.state_dict(), "cuda", bytes(16), kind="torch.cuda")
+    draw()
+    assert "the checkpoint has cuda, which this job has not: dropped" in said(
+        lambda: rng.load_state_dict(state)
+    )[0].replace("cuda, mps", "cuda")
+
+
+def test_the_record_that_state_dict_gave_restores_nothing_and_says_so() -> None:
+    """DCP leaves it in place when the checkpoint holds nothing for this rank."""
+    rng = StatefulRNG(1)
+    draw()
+    given = rng.state_dict()
+    rng.state_dict()  # somebody else asks meanwhile
+    texts: list[str] = []
+    other = threading.Thread(target=lambda: texts.extend(said(lambda: rng.load_state_dict(given))))
+    with unmoved():
+        other.start()
+        other.join()
+    [text] = texts
+    assert "rank 0: the load restored no random stream" in text
+    with pytest.raises(RuntimeError, match="nothing was loaded"):
+        rng.rewind()
+
+
+def test_a_state_of_ones_own_is_restored_once_streams_have_moved() -> None:
+    rng = StatefulRNG(1)
+    state = rng.state_dict()
+    expected = draw()
+    assert said(lambda: rng.load_state_dict(state)) == []
+    assert draw() == expected
+
+
+def test_all_rows_in_one_plain_tensor_are_taken_by_the_rules_of_the_planner() -> None:
+    rng = StatefulRNG(1, ranked=True)
+    rows = []
+    for seed in range(3):
+        init_all_rng(seed)
+        rows.append(altered(rng.state_dict(), row=seed, rows=3)[KEY])
+    init_all_rng(0)
+    expected = draw()
+    [text] = said(lambda: rng.load_state_dict({KEY: torch.cat(rows)}))
+    assert "3 rows were saved and 1 are loaded: rows 1 to 2 are dropped" in text
+    assert draw() == expected
 
 
 @pytest.mark.parametrize(
@@ -307,7 +383,7 @@ def test_what_is_no_state_at_all_is_refused(state: Any) -> None:
 
 def test_a_write_that_fails_halfway_puts_the_others_back(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = StatefulRNG(1)
-    tables = rng.state_dict()
+    state = rng.state_dict()
     draw()
     real, calls = np.random.set_state, 0
 
@@ -320,7 +396,7 @@ def test_a_write_that_fails_halfway_puts_the_others_back(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(np.random, "set_state", failing)
     with unmoved(), pytest.raises(OSError, match="halfway"):
-        rng.load_state_dict(tables)
+        rng.load_state_dict(state)
     assert calls == 2
 
 
@@ -345,11 +421,11 @@ def test_threads_take_and_restore_whole_states() -> None:
     def load_and_look(which: int) -> None:
         for _ in range(80):
             rng.load_state_dict(saved[which][0])
-            seen = {name: state.tolist() for name, state in snapshot.read(globals_).items()}
+            with snapshot._LOCK:
+                seen = states()
             if seen not in known:
                 mixed.append(which)
 
-    globals_ = global_generators()
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     try:
@@ -425,14 +501,18 @@ def test_a_bad_field_is_named_and_nothing_moves(
         restore(state)
 
 
-def test_an_rng_state_is_not_taken_where_a_registered_generator_cannot_be_read() -> None:
-    broken = random.Random(1)
-    rng = StatefulRNG(1, generators={"broken": broken})
+def test_an_rng_state_leaves_registered_generators_where_they_are() -> None:
+    noise = random.Random(1)
+    rng = StatefulRNG(1, generators={"noise": noise})
     state = _get_rng_state()
     draw()
-    broken.setstate((*broken.getstate()[:2], 1))  # type: ignore[arg-type]
-    with unmoved(), pytest.raises(RNGStateError, match=r"^broken: .* gaussian is 1"):
-        rng.load_state_dict(state)
+    noise.random()
+    before = noise.getstate()
+    rng.load_state_dict(state)
+    assert noise.getstate() == before
+    noise.random()
+    rng.rewind()
+    assert noise.getstate() == before
 
 
 def test_a_field_that_does_not_exist_is_named() -> None:

@@ -5,13 +5,14 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from nemo_rng_dcp import ScopedRNG, StatefulRNG, torch_adapters
-from nemo_rng_dcp.adapters import PythonAdapter
+from nemo_rng_dcp import ScopedRNG, StatefulRNG
+from nemo_rng_dcp.generators import python_random, torch_random
 from streams import draw, states, unmoved
 
 
@@ -22,14 +23,20 @@ class Slow:
         self.begun = threading.Event()
         self.seconds = 0.0
 
-    def read(self) -> torch.Tensor:
+    kind = "slow"
+
+    def get(self) -> bytes:
         self.begun.set()
         time.sleep(self.seconds)
-        return torch.tensor([1])
+        return b"1"
 
-    def check(self, state: torch.Tensor) -> None: ...
+    def set(self, state: bytes) -> None: ...
 
-    def write(self, state: torch.Tensor) -> None: ...
+    def pack(self, state: bytes) -> bytes:
+        return state
+
+    def unpack(self, packed: bytes) -> bytes:
+        return packed
 
     def seed(self, value: int) -> None: ...
 
@@ -68,20 +75,6 @@ def test_a_child_does_not_wait_for_a_thread_that_was_not_forked_with_it() -> Non
     rng.fingerprint()  # and the parent has its lock back
 
 
-def test_another_thread_may_ask_for_the_state_during_a_load() -> None:
-    """A load in which the checkpoint lacks a table compares it with what this thread was given."""
-    rng = StatefulRNG(1, generators={"noise": torch.Generator()})
-    saved = rng.state_dict()
-    expected = draw()
-    given = rng.state_dict()
-    draw()
-    other = threading.Thread(target=rng.state_dict)
-    other.start()
-    other.join()
-    rng.load_state_dict({**saved, "noise": given["noise"]})
-    assert draw() == expected
-
-
 @pytest.mark.parametrize("group", [False, True])
 def test_the_default_device_does_not_matter(
     group: bool, fake_group: Callable[[int, int], None]
@@ -98,6 +91,7 @@ def test_the_default_device_does_not_matter(
         rng.fingerprint()
         if not group:
             rng.verify_shared()
+        torch.rand(1, device="cpu")
         rng.load_state_dict(tables)
         rng.rewind()
     assert states() == before
@@ -112,7 +106,7 @@ def test_an_interrupt_while_a_scope_is_entered_leaves_no_trace(
     scope = ScopedRNG(5)
     with monkeypatch.context() as patch:
         # Python and NumPy have been seeded by then.
-        patch.setattr(torch_adapters.TorchAdapter, "seed", interrupted)
+        patch.setattr(torch_random.TorchAdapter, "seed", interrupted)
         with unmoved(), pytest.raises(KeyboardInterrupt):
             scope.__enter__()
     with unmoved(), scope:  # it can be entered again
@@ -125,14 +119,15 @@ def test_an_interrupt_while_streams_are_put_back_does_not_stop_the_others(
     before = states()
     scope = ScopedRNG(5)
     scope.__enter__()
-    real = PythonAdapter.write
+    PythonAdapter = python_random.PythonAdapter
+    real = PythonAdapter.set
 
-    def interrupted(self: PythonAdapter, state: torch.Tensor) -> None:
+    def interrupted(self: Any, state: Any) -> None:
         real(self, state)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(PythonAdapter, "write", interrupted)
+        patch.setattr(PythonAdapter, "set", interrupted)
         with pytest.raises(KeyboardInterrupt):
             scope.__exit__(None, None, None)
     assert states() == before
@@ -163,3 +158,25 @@ def test_a_scope_is_never_seen_half_entered_or_half_left() -> None:
         stop.set()
         other.join()
     assert not mixed
+
+
+class Noisy(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with ScopedRNG(5):
+            noise = torch.randn(3)
+        return x + noise
+
+
+def test_a_scope_compiles() -> None:
+    x = torch.zeros(3)
+    expected = Noisy()(x)
+    with unmoved():
+        assert torch.equal(torch.compile(Noisy(), backend="eager")(x), expected)
+
+    @torch.compile(backend="eager")
+    @ScopedRNG(5)
+    def decorated(x: torch.Tensor) -> torch.Tensor:
+        return x + torch.randn(3)
+
+    with unmoved():
+        assert torch.equal(decorated(x), expected)
