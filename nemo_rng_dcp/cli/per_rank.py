@@ -1,8 +1,8 @@
 """Frameworks' RNG files, one for each rank, made into a checkpoint of records.
 
-The files are what ``torch.save`` writes. They are read with its unpickler of weights, which refuses
-by name whatever is not on its list: to that list are added NumPy's arrays and numbers, and NeMo
-Automodel's older dataclass, in whose place :class:`RNGState` is made. Nothing in a file is executed.
+The files are what ``torch.save`` writes. They are read by torch's unpickler of weights, which
+refuses by name whatever is not on its list and executes nothing. To that list are added NumPy's
+arrays and numbers, and NeMo Automodel's older dataclass, in whose place ``RNGState`` is made.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ LAYOUTS = (
 )
 
 
+_KINDS = {"python": "python", "numpy": "numpy", "torch": "torch.cpu", "cuda": "torch.cuda"}
 _OLDER_RNG_STATE = "nemo_automodel.components.training.rng.RNGState"
 
 
@@ -147,6 +148,7 @@ def save_records(records: list[Record], folder: Path) -> None:
     table = torch.cat([record.to_tensor() for record in records])
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        warnings.filterwarnings("ignore", "Detected an existing checkpoint")
         standalone.save({KEY: table}, folder, None)
 
 
@@ -164,28 +166,24 @@ def _which(folder: Path, found: list[Files]) -> str:
 def _streams(files: Files, rank: int) -> dict[str, Stream]:
     file = files.folder / files.names[rank]
     state = _load(file)
+    if not isinstance(state, Mapping):
+        raise RNGStateError(f"{file}: found a {type(state).__name__}, expected a dict of states")
     if files.layout.fields:
-        if not isinstance(state, Mapping):
-            raise RNGStateError(f"{file}: found a {type(state).__name__}, expected a dict")
-        fields = [state.get(name) for name in files.layout.fields]
-        state = RNGState(*fields[:3], fields[3] if fields[3] is not None else [])  # type: ignore[arg-type]
-    devices = _field(state, "cuda_rng_state")
-    devices = [devices] if isinstance(devices, torch.Tensor) else list(devices or [])
-    present = {key: _field(state, key) for key in state} if isinstance(state, Mapping) else {}
+        fields: list[Any] = [state.get(name) for name in files.layout.fields]
+        state = RNGState(*fields)
+    if isinstance(state, RNGState):
+        devices, state.cuda_rng_state = state.cuda_rng_state, []
+    else:
+        devices, state = state.get("cuda_rng_state"), {**state, "cuda_rng_state": []}
     try:
-        packed = packed_states({**present, "cuda_rng_state": []}, None)
-        kinds = {"python": "python", "numpy": "numpy", "torch": "torch.cpu"}
-        streams = {name: Stream(kind, False, packed[name]) for name, kind in kinds.items()}
-        if devices:
-            own = to_bytes(devices[rank % len(devices)])
-            streams["cuda"] = Stream("torch.cuda", False, own)
-    except (RNGStateError, ValueError) as error:
+        packed = packed_states(state, None)
+        if devices is not None and len(devices):
+            # One process saves one device's, or a list of all that it sees.
+            own = devices if isinstance(devices, torch.Tensor) else devices[rank % len(devices)]
+            packed["cuda"] = to_bytes(own)
+    except (RNGStateError, ValueError, TypeError) as error:
         raise RNGStateError(f"{file}: {error}") from error
-    return streams
-
-
-def _field(state: Any, name: str) -> Any:
-    return state[name] if isinstance(state, Mapping) else getattr(state, name, None)
+    return {name: Stream(_KINDS[name], False, its) for name, its in packed.items()}
 
 
 def _load(file: Path) -> Any:
@@ -205,5 +203,5 @@ def _load(file: Path) -> Any:
             name = next(filter(None, found.groups()))
             reason = f"refused: it names {name}, which is in no RNG state. Nothing in it was run"
         else:
-            reason = f"damaged, or not written by torch.save ({str(error).splitlines()[0]:.100})"
+            reason = "damaged, or not written by torch.save"
         raise RNGStateError(f"{file}: {reason}") from error
