@@ -7,7 +7,7 @@ AUTOMODEL := $(VENV)-automodel
 # Several ranks share few cores here: more threads than one each only fight over them.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup test test-frameworks fuzz lint format demo plot bench clean
+.PHONY: setup test test-frameworks fuzz lint format demo plot recipes bench clean
 
 setup: $(VENV)/ready
 
@@ -42,15 +42,18 @@ format: setup
 	$(BIN)/ruff check --fix .
 
 demo: setup
-	$(BIN)/python scripts/demo.py
+	$(BIN)/python -m scripts.demo
 
 plot: setup
-	test -d runs/demo || $(BIN)/python scripts/demo.py
-	$(BIN)/python scripts/plot_resume.py runs/demo scripts/resume.svg
+	test -d runs/demo || $(BIN)/python -m scripts.demo
+	$(BIN)/python -m scripts.demo.plot runs/demo scripts/resume.svg
+
+recipes: setup
+	$(BIN)/python -m scripts.demo.recipes
 
 bench: setup
 	mkdir -p runs
-	$(BIN)/python scripts/bench.py --json runs/bench.json
+	$(BIN)/python -m scripts.bench --json runs/bench.json
 
 clean:
 	rm -rf $(VENV) $(FRAMEWORKS) $(AUTOMODEL) runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

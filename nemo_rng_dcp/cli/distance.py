@@ -10,7 +10,6 @@ import numpy.typing as npt
 import torch
 
 from nemo_rng_dcp.generators.mt19937 import WORDS, MT19937State
-from nemo_rng_dcp.generators.numpy_random import ALGORITHMS
 from nemo_rng_dcp.record import Stream
 
 BLOCKS = 2
@@ -60,11 +59,11 @@ def _next_block(words: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint32]:
 
 
 def _of_generator(state: bytes) -> MT19937State:
-    """Read how ``NumPyGeneratorAdapter`` packs MT19937: its code, the words, the position."""
-    numbers = np.frombuffer(state, dtype=np.uint64)
-    if len(numbers) < WORDS + 2 or numbers[0] != ALGORITHMS.index("MT19937") + 1:
-        raise ValueError("no MT19937 state")
-    return MT19937State(numbers[1 : WORDS + 1].astype(np.uint32), int(numbers[WORDS + 1]))
+    """Read how ``NumPyGeneratorAdapter`` packs MT19937: its name, the words, the position."""
+    name = b"MT19937"
+    words = np.frombuffer(state, np.uint32, WORDS, offset=len(name))
+    position = state[len(name) + words.nbytes :]
+    return MT19937State(words, int.from_bytes(position, "little"))
 
 
 def _of_torch(state: bytes) -> MT19937State:

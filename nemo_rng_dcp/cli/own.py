@@ -9,10 +9,21 @@ import numpy as np
 import torch
 
 from nemo_rng_dcp.generators import GeneratorAdapter
-from nemo_rng_dcp.generators.numpy_random import ALGORITHMS, NumPyAdapter, NumPyGeneratorAdapter
+from nemo_rng_dcp.generators.numpy_random import NumPyAdapter, NumPyGeneratorAdapter
 from nemo_rng_dcp.generators.python_random import PythonAdapter
 from nemo_rng_dcp.generators.torch_random import TorchAdapter
 from nemo_rng_dcp.record import Record
+
+_BIT_GENERATORS: dict[str, type[np.random.BitGenerator]] = {
+    f"numpy.{algorithm.__name__}": algorithm
+    for algorithm in (
+        np.random.MT19937,
+        np.random.PCG64,
+        np.random.PCG64DXSM,
+        np.random.Philox,
+        np.random.SFC64,
+    )
+}
 
 
 @cache
@@ -24,10 +35,8 @@ def own_generator(kind: str) -> GeneratorAdapter | None:
         return NumPyAdapter(np.random.RandomState())
     if kind == "torch.cpu":
         return TorchAdapter(torch.Generator())
-    algorithm = kind.removeprefix("numpy.")
-    if algorithm != kind and algorithm in ALGORITHMS:
-        return NumPyGeneratorAdapter(np.random.Generator(getattr(np.random, algorithm)()))
-    return None
+    algorithm = _BIT_GENERATORS.get(kind)
+    return None if algorithm is None else NumPyGeneratorAdapter(np.random.Generator(algorithm()))
 
 
 def packed_after_seed(kind: str, seed: int) -> bytes | None:

@@ -6,6 +6,16 @@ from pathlib import Path
 import pytest
 
 from frameworks.training import EXACT, Plan, Run, Verdict, judge
+from jobs import preload
+
+preload(
+    "accelerate",
+    "transformers.trainer",
+    "torchtitan.components.checkpointer",
+    "lightning_fabric",
+    "nemo_automodel.components.checkpoint.checkpointing",
+    "nemo_automodel.recipes.base_recipe",
+)
 
 TABLE: dict[str, tuple[Verdict, Verdict]] = {}
 
