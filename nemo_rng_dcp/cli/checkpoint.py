@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 
 from nemo_rng_dcp.cli.metadata import Metadata
 from nemo_rng_dcp.cli.numbers import ARCHIVE_BYTES, from_archive, from_raw
+from nemo_rng_dcp.cli.per_rank import find_files
 from nemo_rng_dcp.cli.safetensors import Safetensors
 from nemo_rng_dcp.cli.storage import Folder, open_folder
 from nemo_rng_dcp.cli.stored import Chunk, Index, Stored
@@ -124,13 +126,26 @@ def open_checkpoint(where: str) -> Checkpoint:
         return chosen[0]
     if chosen:
         names = ", ".join(found.where for found in chosen[:6])
-        raise RNGStateError(f"{where}: it holds {len(chosen)} checkpoints, name one: {names}")
+        text = f"{where}: it holds {len(chosen)} checkpoints, name one: {names}"
+        raise RNGStateError(text + _known_files(folder))
     inside = [*folder.sizes, *folder.folders]
     shown = f"only {', '.join(inside[:3])}{', ...' * (len(inside) > 3)}" if inside else "nothing"
     raise RNGStateError(
         f"{where}: no {_METADATA} in it, {shown}. It is no DCP checkpoint, or its save did not "
-        "finish."
+        f"finish.{_known_files(folder)}"
     )
+
+
+def _known_files(folder: Folder) -> str:
+    """Say whose RNG files are in a folder or below it, one for each rank."""
+    for place in (folder, *map(folder.inner, folder.folders)):
+        try:
+            found = find_files(Path(place.where), place.sizes)
+        except OSError:  # a folder of somebody else's
+            continue
+        if found:
+            return f" {place.where}: RNG files of {found[0].layout.framework}, `import` reads these"
+    return ""
 
 
 def _below(folder: Folder, name: str) -> Checkpoint | None:
