@@ -48,7 +48,7 @@ class Way(Protocol):
 
 
 class Alone:
-    """(a) Model and optimizer, no streams."""
+    """Model and optimizer, no streams."""
 
     def save(self, app: Stateful, folder: Path) -> None:
         dcp.save({"app": app}, checkpoint_id=folder)
@@ -57,8 +57,8 @@ class Alone:
         dcp.load({"app": app}, checkpoint_id=folder)
 
 
-class Tables:
-    """(b) ``StatefulRNG`` beside model and optimizer."""
+class Record:
+    """``StatefulRNG`` beside model and optimizer."""
 
     def __init__(self) -> None:
         self.rng = StatefulRNG(seed=0, ranked=True)
@@ -71,7 +71,7 @@ class Tables:
 
 
 class FilePerRank:
-    """(c) One ``torch.save`` file per rank beside the checkpoint, as NeMo Automodel does."""
+    """One ``torch.save`` file per rank beside the checkpoint, as NeMo Automodel does."""
 
     def save(self, app: Stateful, folder: Path) -> None:
         dcp.save({"app": app}, checkpoint_id=folder)
@@ -88,7 +88,7 @@ class FilePerRank:
 
 
 class Gathered:
-    """(d) Every rank's pickled streams, gathered into one entry on all ranks, as Composer does."""
+    """Every rank's pickled streams, gathered into one entry on all ranks, as Composer does."""
 
     def save(self, app: Stateful, folder: Path) -> None:
         states: list[bytes | None] = [None] * dist.get_world_size()
@@ -102,7 +102,7 @@ class Gathered:
 
 
 class RankNamed:
-    """(e) Keys that carry the rank, of which every rank passes its own."""
+    """Keys that carry the rank, of which every rank passes its own."""
 
     def save(self, app: Stateful, folder: Path) -> None:
         dcp.save({"app": app, "rng": rank_named(dist.get_rank())}, checkpoint_id=folder)
@@ -115,7 +115,7 @@ class RankNamed:
 
 
 class OneTensor(Alone):
-    """(f) No streams either, but one more tensor, of one number a rank: DCP's price for any."""
+    """No streams either, but one more tensor, of one number a rank: what DCP takes for any."""
 
     def __init__(self) -> None:
         mesh = init_device_mesh("cpu", (dist.get_world_size(),))
