@@ -33,9 +33,10 @@ GRACE_SECONDS = 2
 """When a rank has failed, the others have this long to fail by themselves and say where."""
 
 _CONTEXT = multiprocessing.get_context("forkserver")
+# Not nemo_rng_dcp: the server can have another path than the test, and thus another copy of it.
 # DCP's first save and load import the last two.
 _CONTEXT.set_forkserver_preload(
-    ["nemo_rng_dcp", "pytest", "torch.distributed.checkpoint", "torch._dynamo", "fsspec"]
+    ["pytest", "torch.distributed.checkpoint", "torch._dynamo", "fsspec"]
 )
 
 
@@ -185,6 +186,8 @@ def _run(
     faulthandler.dump_traceback_later(limit, exit=True)
     os.environ.clear()
     os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
+    # A process of a fork server starts its own processes with another one: that imports torch anew.
+    multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
     torch.set_num_threads(1)
     # Forks share NumPy's stream, fresh processes do not; Python reseeds its own in every fork.
     np.random.seed()

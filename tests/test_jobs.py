@@ -1,5 +1,6 @@
 """The jobs of the tests: what a test gets back, and what it is told when a rank fails."""
 
+import multiprocessing
 import os
 import signal
 import time
@@ -44,6 +45,11 @@ def test_ranks_have_the_environment_of_their_test(monkeypatch: pytest.MonkeyPatc
     assert job(1, variable, group=False) == [None]
     monkeypatch.setenv("OF_THIS_TEST", "here")
     assert job(1, variable, group=False) == ["here"]
+
+
+def test_ranks_start_processes_of_their_own_as_any_script_does() -> None:
+    default = multiprocessing.get_all_start_methods()[0]
+    assert job(1, multiprocessing.get_start_method, group=False) == [default]
 
 
 def unseeded_numbers() -> float:

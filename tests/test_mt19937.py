@@ -42,7 +42,7 @@ def words_of_torch(state: MT19937State) -> list[int]:
     return shown  # type: ignore[return-value]
 
 
-@pytest.mark.parametrize("position", [0, 1, 2, 226, 227, 228, 396, 397, 622, 623, 624])
+@pytest.mark.parametrize("position", [1, 2, 227, 623, 624])
 @pytest.mark.parametrize("seed", [0, 20261121])
 def test_all_three_libraries_draw_the_same_words(seed: int, position: int) -> None:
     state = state_at(seed, position)

@@ -37,9 +37,6 @@ _TORCH_WORDS = slice(_TORCH_HEAD.size, _TORCH_HEAD.size + 8 * WORDS)
 TORCH_LENGTH = _TORCH_WORDS.stop + 40
 """Bytes of ``torch.get_rng_state()``."""
 
-_MATRIX = 0x9908B0DF
-_UPPER, _LOWER = 0x80000000, 0x7FFFFFFF
-
 
 @dataclass(frozen=True, eq=False)
 class MT19937State:
@@ -208,12 +205,13 @@ class MT19937State:
 
         Args:
             initial_seed: What ``torch.initial_seed()`` will say, ``0 <= initial_seed < 2**64``.
+
+        Raises:
+            ValueError: The position is 0, which torch cannot express.
         """
         words, position = self.words, self.position
         if position == 0:
-            # torch cannot say "nothing drawn of this block": give it the block before instead,
-            # all of it drawn, which regenerates into this one.
-            words, position = _previous_block(words), WORDS
+            raise ValueError("torch has no state in which nothing of a block is drawn")
         raw = np.zeros(TORCH_LENGTH, dtype=np.uint8)
         head = _TORCH_HEAD.pack(initial_seed, WORDS + 1 - position, 1, position % WORDS)
         raw[: _TORCH_HEAD.size] = np.frombuffer(head, dtype=np.uint8)
@@ -243,24 +241,3 @@ def to_words(numbers: npt.NDArray[Any]) -> npt.NDArray[np.uint32]:
             raise ValueError(f"a word is {bad}, expected 0 to 2**32 - 1")
     words: npt.NDArray[np.uint32] = numbers.astype(np.uint32)
     return words
-
-
-def _previous_block(words: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint32]:
-    """Undo one regeneration: the block whose successor is ``words``.
-
-    Step i of a regeneration computes ``s[i] = s[i + 397] ^ twist(y)``, where y takes its upper
-    bit from ``s[i]`` and the lower 31 from ``s[i + 1]``. Walking the steps backwards gives every
-    y back. The lower 31 bits of word 0 were never read, so they are free; they stay 0.
-    """
-    block: list[int] = words.tolist()
-    previous = [0] * WORDS
-    for i in range(WORDS - 1, -1, -1):
-        # Step i read the old word where i + 397 was still ahead of it, and the new one behind it.
-        source = previous[i + 397] if i + 397 < WORDS else block[i + 397 - WORDS]
-        twisted = block[i] ^ source
-        odd = twisted >> 31  # only the matrix can have set the top bit, and only an odd y adds it
-        y = ((twisted ^ _MATRIX * odd) << 1 & 0xFFFFFFFF) | odd
-        previous[i] |= y & _UPPER
-        if i + 1 < WORDS:
-            previous[i + 1] |= y & _LOWER
-    return np.array(previous, dtype=np.uint32)

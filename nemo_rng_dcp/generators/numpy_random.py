@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from nemo_rng_dcp.generators.mt19937 import (
     SEED_LIMIT,
@@ -14,14 +14,11 @@ from nemo_rng_dcp.generators.mt19937 import (
     MT19937State,
     check_length,
     pack_gauss,
-    to_words,
 )
 
-ALGORITHMS = ("MT19937", "PCG64", "PCG64DXSM", "Philox", "SFC64")
-"""What NumPy ships. A place in this list, counted from 1, is a code in checkpoints: append only."""
-
-_NUMBERS = 1 + WORDS + 1  # the code, and the numbers of the largest state, MT19937's
-_WORD = 2**64
+_INTEGER_BYTES = 16  # PCG64's are the longest
+# NumPy takes more, and then reads beyond its buffers.
+_LIMITS = {"pos": WORDS, "buffer_pos": 4, "has_uint32": 1}
 
 
 class NumPyAdapter:
@@ -68,96 +65,66 @@ class NumPyAdapter:
 
 
 class NumPyGeneratorAdapter:
-    """A ``numpy.random.Generator`` over one of NumPy's own bit generators.
+    """A ``numpy.random.Generator`` over any bit generator whose state is integers and arrays.
 
-    Packed: 626 numbers of 8 bytes, whatever the algorithm: its code in :data:`ALGORITHMS`, the
-    numbers of its state, zeros. How many children the generator has spawned is not stored.
+    Packed: what ``bit_generator.state`` holds, in the alphabetical order of the names: the
+    algorithm's name in ASCII, an integer as 16 bytes, little-endian, an array as its own bytes. How
+    many children the generator has spawned is not stored.
     """
 
     def __init__(self, generator: np.random.Generator) -> None:
-        self._bit_generator = generator.bit_generator
+        self._bit_generator: Any = generator.bit_generator
         self.kind = f"numpy.{type(self._bit_generator).__name__}"
 
     def get(self) -> dict[str, Any]:
-        state: dict[str, Any] = self._bit_generator.state  # type: ignore[assignment]
+        state: dict[str, Any] = self._bit_generator.state
         return state
 
     def set(self, state: dict[str, Any]) -> None:
         self._bit_generator.state = state
 
     def pack(self, state: dict[str, Any]) -> bytes:
-        name = state["bit_generator"]
-        if name not in ALGORITHMS:
-            raise ValueError(
-                f"the bit generator is {name}, expected one of {', '.join(ALGORITHMS)}"
-            )
-        numbers = np.zeros(_NUMBERS, dtype=np.uint64)
-        content = _numbers(state)
-        numbers[0] = ALGORITHMS.index(name) + 1
-        numbers[1 : 1 + len(content)] = content
-        return numbers.tobytes()
+        return b"".join(_to_bytes(values[name]) for values, name in _leaves(state))
 
     def unpack(self, packed: bytes) -> dict[str, Any]:
-        check_length(packed, 8 * _NUMBERS)
-        numbers = np.frombuffer(packed, dtype=np.uint64)
-        name = type(self._bit_generator).__name__
-        if numbers[0] != ALGORITHMS.index(name) + 1:
-            raise ValueError(f"the state has algorithm code {numbers[0]}, which is not {name}'s")
-        state = _state(name, numbers[1:])
-        used = 1 + len(_numbers(state))
-        if numbers[used:].any():
-            raise ValueError(f"the state has more numbers than the {used - 1} of {name}")
+        state, place = self.get(), 0
+        check_length(packed, len(self.pack(state)))
+        for values, name in _leaves(state):
+            value = values[name]
+            content = packed[place : (place := place + len(_to_bytes(value)))]
+            if isinstance(value, np.ndarray):
+                values[name] = np.frombuffer(content, value.dtype).copy()
+            elif not isinstance(value, str):
+                values[name] = int.from_bytes(content, "little")
+                if name in _LIMITS and values[name] > _LIMITS[name]:
+                    raise ValueError(f"{name} is {values[name]}, expected 0 to {_LIMITS[name]}")
+        trial = type(self._bit_generator)()
+        try:
+            trial.state = state
+        except (OverflowError, ValueError) as error:
+            raise ValueError(f"NumPy refuses the state: {error}") from error
+        if self.pack(trial.state) != packed:
+            raise ValueError("NumPy takes the state only in part: some of it is out of range")
         return state
 
     def seed(self, value: int) -> None:
-        self.set(type(self._bit_generator)(value).state)  # type: ignore[arg-type]
+        self.set(type(self._bit_generator)(value).state)
 
 
-def _numbers(state: dict[str, Any]) -> list[int]:
-    """Return the numbers that make up a state, in a fixed order."""
-    name, inner = state["bit_generator"], state["state"]
-    if name == "MT19937":
-        return [*inner["key"].tolist(), int(inner["pos"])]
-    if name == "Philox":
-        core = [*inner["counter"].tolist(), *inner["key"].tolist()]
-        core += [*state["buffer"].tolist(), int(state["buffer_pos"])]
-    elif name == "SFC64":
-        core = inner["state"].tolist()
-    else:
-        core = [part for key in ("state", "inc") for part in _halves(int(inner[key]))]
-    return [*core, int(state["has_uint32"]), int(state["uinteger"])]
+def _leaves(state: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
+    """Yield where the values of a bit generator's state are: the dict, and the key in it."""
+    for name in sorted(state):
+        if isinstance(state[name], dict):
+            yield from _leaves(state[name])
+        else:
+            yield state, name
 
 
-def _state(name: str, numbers: npt.NDArray[np.uint64]) -> dict[str, Any]:
-    """Return the state that :func:`_numbers` was given, refusing values that NumPy would take."""
-    if name == "MT19937":
-        position = int(numbers[WORDS])
-        words = to_words(numbers[:WORDS])
-        MT19937State(words, position)
-        return {"bit_generator": name, "state": {"key": words, "pos": position}}
-    state: dict[str, Any] = {"bit_generator": name}
-    if name == "Philox":
-        state["state"] = {"counter": numbers[:4].copy(), "key": numbers[4:6].copy()}
-        state["buffer"], state["buffer_pos"] = numbers[6:10].copy(), int(numbers[10])
-        if state["buffer_pos"] > 4:
-            raise ValueError(f"the buffer position is {state['buffer_pos']}, expected 0 to 4")
-        end = 11
-    elif name == "SFC64":
-        state["state"], end = {"state": numbers[:4].copy()}, 4
-    else:
-        low, high, inc_low, inc_high = (int(number) for number in numbers[:4])
-        state["state"] = {"state": low + high * _WORD, "inc": inc_low + inc_high * _WORD}
-        if inc_low % 2 == 0:
-            raise ValueError("the increment is even, expected an odd number")
-        end = 4
-    has_uint32, uinteger = int(numbers[end]), int(numbers[end + 1])
-    if has_uint32 > 1 or uinteger >= 2**32:
-        raise ValueError(
-            f"the spare half word is {uinteger} with flag {has_uint32}, expected below 2**32 with "
-            "flag 0 or 1"
-        )
-    return {**state, "has_uint32": has_uint32, "uinteger": uinteger}
-
-
-def _halves(number: int) -> tuple[int, int]:
-    return number % _WORD, number // _WORD
+def _to_bytes(value: Any) -> bytes:
+    if isinstance(value, str):
+        return value.encode()
+    if isinstance(value, np.ndarray):
+        return value.tobytes()
+    if not isinstance(value, (int, np.integer)):
+        raise ValueError(f"the bit generator's state holds {value!r:.40}, expected integers")
+    return int(value).to_bytes(_INTEGER_BYTES, "little")
