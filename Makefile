@@ -38,7 +38,7 @@ plot: setup
 
 bench: setup
 	mkdir -p runs
-	$(BIN)/python scripts/bench.py --json runs/bench.json
+	$(BIN)/python -m scripts.bench --json runs/bench.json
 
 clean:
 	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

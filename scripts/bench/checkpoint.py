@@ -93,10 +93,14 @@ def sections(checkpoints: Sequence[Checkpoint]) -> list[Section]:
 def added(checkpoint: Checkpoint) -> Section:
     rows = []
     for operation, limit in LIMITS.items():
-        ours, floor = (checkpoint.adds(operation, way) for way in ("record", "one_tensor"))
-        target = Target.ratio(limit, ours, floor)
-        rows.append(Row(f"dcp.{operation}", text(ours), text(floor), target))
-    rows.append(Row("dcp.async_save, until it returns", text(checkpoint.adds("async_save", "record"))))
+        ours, number, tensor = (
+            checkpoint.adds(operation, way) for way in ("record", "one_number", "one_tensor")
+        )
+        target = Target.ratio(limit, ours, number)
+        rows.append(Row(f"dcp.{operation}", text(ours), text(number), target))
+        rows.append(Row("  of which any sharded tensor", text(tensor)))
+    blocked = text(checkpoint.adds("async_save", "record"))
+    rows.append(Row("dcp.async_save, until it returns", blocked))
     title = f"added to a checkpoint of {of_ranks(checkpoint.ranks)}, CPU time"
     return Section(title, "one number", rows)
 
@@ -104,12 +108,12 @@ def added(checkpoint: Checkpoint) -> Section:
 def stored(checkpoint: Checkpoint) -> Section:
     """Return what is on disk, which is the same in every run."""
     ranks = checkpoint.ranks
-    cells = [
-        [f"{checkpoint.adds_on_disk('files', way)}" for way in ("record", "file_per_rank")],
-        [f"{checkpoint.adds_on_disk('bytes', way) / ranks:,.0f}" for way in ("record", "file_per_rank")],
-    ]
-    titles = ("files", "bytes a rank")
-    rows = [Row(title, *pair) for title, pair in zip(titles, cells, strict=True)]
+
+    def row(title: str, what: str, share: int) -> Row:
+        ours, theirs = (checkpoint.adds_on_disk(what, way) for way in ("record", "file_per_rank"))
+        return Row(title, f"{ours / share:,.0f}", f"{theirs / share:,.0f}")
+
+    rows = [row("files", "files", 1), row("bytes a rank", "bytes", ranks)]
     return Section(f"added to the files of a checkpoint of {of_ranks(ranks)}", "file a rank", rows)
 
 

@@ -12,7 +12,7 @@ import pickle
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -189,7 +189,7 @@ def as_received(plan: SavePlan) -> SavePlan:
 def time_planning(
     state_of: Callable[[], dict[str, Any]],
     plans: list[SavePlan],
-    planners: dict[str, Callable[[], LoadPlanner]],
+    planners: Mapping[str, Callable[[], LoadPlanner]],
 ) -> Planning:
     """Time one rank's local plan, the coordinator's global plan and one rank's load plans.
 
@@ -206,7 +206,9 @@ def time_planning(
     local = statistics.median(cpu_seconds(lambda: local_plan(state))[0] for _ in range(ROUNDS))
     global_plan, (_, metadata) = cpu_seconds(lambda: DefaultSavePlanner().create_global_plan(plans))
     load = {
-        name: statistics.median(load_seconds(planner(), state_of(), metadata) for _ in range(ROUNDS))
+        name: statistics.median(
+            load_seconds(planner(), state_of(), metadata) for _ in range(ROUNDS)
+        )
         for name, planner in planners.items()
     }
     gc.enable()
@@ -243,18 +245,17 @@ def section(scale: Scale) -> Section:
     first, last = scale.records[0], scale.records[-1]
     # Linear but for DCP's sorting of chunks: n log n has an exponent of 1.1 here.
     power = Target.at_most(1.2, exponent(scale.records), "")
-    a_rank = (text(its.save_seconds / its.ranks) for its in (first, last))
     rows.append(Row(f"save: exponent, {first.ranks} to {last.ranks:,} ranks", "", "", power))
     loading = ours.get(LOADING_RANKS, last)
     for name, title in (("default", "plain dcp.load"), ("rng", "RNGLoadPlanner")):
         seconds = loading.load_plan[name]
         limit = Target.at_most(10, seconds * 1e3, " ms")
-        rows.append(
-            Row(f"load, one of {loading.ranks:,} ranks, {title}", text(seconds), "", limit)
-        )
+        rows.append(Row(f"load, one of {loading.ranks:,} ranks, {title}", text(seconds), "", limit))
     metadata = last.metadata_bytes / last.ranks
     limit = Target.at_most(45, metadata, " bytes")
-    rows.append(Row(f"metadata of {last.ranks:,} ranks, a rank", f"{metadata:.0f} bytes", "", limit))
+    rows.append(
+        Row(f"metadata of {last.ranks:,} ranks, a rank", f"{metadata:.0f} bytes", "", limit)
+    )
     for ranks, share in scale.shares().items():
         limit = Target.at_most(1, 100 * share, "%")
         rows.append(Row(f"share of a save with {MODEL}, {ranks:,} ranks", "", "", limit))

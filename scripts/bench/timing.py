@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 _Result = TypeVar("_Result")
@@ -37,10 +38,15 @@ def interleaved(
     for round_number in range(-1, rounds):
         for name, call in calls.items():
             gc.collect()
-            taken, _ = cpu_seconds(lambda call=call: [call() for _ in range(repeat)])
+            taken, _ = cpu_seconds(partial(_repeated, call, repeat))
             if round_number >= 0:
                 seconds[name].append(taken / repeat)
     return seconds
+
+
+def _repeated(call: Callable[[], object], times: int) -> None:
+    for _ in range(times):
+        call()
 
 
 def rotated(names: Sequence[str], places: int) -> list[str]:
@@ -102,9 +108,6 @@ class Target:
         middle, reach = len(above) / 2, math.sqrt(len(above))
         low = above[max(math.floor(middle - reach), 0)]
         high = above[min(math.ceil(middle + reach), len(above)) - 1]
-        if low <= 0 < high:
-            verdict = "too noisy to say"
-        else:
-            verdict = "met" if high <= 0 else "MISSED"
+        verdict = "too noisy to say" if low <= 0 < high else "met" if high <= 0 else "MISSED"
         found = statistics.median(ours) / statistics.median(theirs)
         return cls(f"{found:.2f}x", f"at most {limit:g}x", verdict)

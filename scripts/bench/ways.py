@@ -114,18 +114,40 @@ class RankNamed:
         plain_restore(checkpoint["rng"][f"rank_{rank}"])
 
 
-class OneTensor(Alone):
-    """No streams either, but one more tensor, of one number a rank: what DCP takes for any."""
+class OneNumber:
+    """No streams, but one number a rank, in an object whose DTensor is made when DCP asks for it.
+
+    That is the least that a ``Stateful`` of a value per rank costs.
+    """
 
     def __init__(self) -> None:
+        self._number = torch.zeros(1)
+
+    def state_dict(self) -> dict[str, Any]:
         mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-        self._tensor = DTensor.from_local(torch.zeros(1), mesh, [Shard(0)], run_check=False)
+        return {"number": DTensor.from_local(self._number, mesh, [Shard(0)], run_check=False)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._number = state["number"].to_local()
 
     def save(self, app: Stateful, folder: Path) -> None:
-        dcp.save({"app": app, "one": self._tensor}, checkpoint_id=folder)
+        dcp.save({"app": app, "one": self}, checkpoint_id=folder)
 
     def load(self, app: Stateful, folder: Path) -> None:
-        dcp.load({"app": app, "one": self._tensor}, checkpoint_id=folder)
+        dcp.load({"app": app, "one": self}, checkpoint_id=folder)
+
+
+class OneTensor:
+    """No streams, but one tensor more of one number a rank, which is there like a weight."""
+
+    def __init__(self) -> None:
+        self._state = OneNumber().state_dict()
+
+    def save(self, app: Stateful, folder: Path) -> None:
+        dcp.save({"app": app, **self._state}, checkpoint_id=folder)
+
+    def load(self, app: Stateful, folder: Path) -> None:
+        dcp.load({"app": app, **self._state}, checkpoint_id=folder)
 
 
 def rank_named(rank: int) -> dict[str, Any]:
