@@ -48,7 +48,7 @@ class Way(Protocol):
 
 
 class Alone:
-    """(a) Model and optimizer, no streams."""
+    """Model and optimizer, no streams."""
 
     def save(self, app: Stateful, folder: Path) -> None:
         dcp.save({"app": app}, checkpoint_id=folder)
@@ -57,8 +57,8 @@ class Alone:
         dcp.load({"app": app}, checkpoint_id=folder)
 
 
-class Tables:
-    """(b) ``StatefulRNG`` beside model and optimizer."""
+class Record:
+    """``StatefulRNG`` beside model and optimizer."""
 
     def __init__(self) -> None:
         self.rng = StatefulRNG(seed=0, ranked=True)
@@ -71,7 +71,7 @@ class Tables:
 
 
 class FilePerRank:
-    """(c) One ``torch.save`` file per rank beside the checkpoint, as NeMo Automodel does."""
+    """One ``torch.save`` file per rank beside the checkpoint, as NeMo Automodel does."""
 
     def save(self, app: Stateful, folder: Path) -> None:
         dcp.save({"app": app}, checkpoint_id=folder)
@@ -88,7 +88,7 @@ class FilePerRank:
 
 
 class Gathered:
-    """(d) Every rank's pickled streams, gathered into one entry on all ranks, as Composer does."""
+    """Every rank's pickled streams, gathered into one entry on all ranks, as Composer does."""
 
     def save(self, app: Stateful, folder: Path) -> None:
         states: list[bytes | None] = [None] * dist.get_world_size()
@@ -102,7 +102,7 @@ class Gathered:
 
 
 class RankNamed:
-    """(e) Keys that carry the rank, of which every rank passes its own."""
+    """Keys that carry the rank, of which every rank passes its own."""
 
     def save(self, app: Stateful, folder: Path) -> None:
         dcp.save({"app": app, "rng": rank_named(dist.get_rank())}, checkpoint_id=folder)
@@ -114,18 +114,40 @@ class RankNamed:
         plain_restore(checkpoint["rng"][f"rank_{rank}"])
 
 
-class OneTensor(Alone):
-    """(f) No streams either, but one more tensor, of one number a rank: DCP's price for any."""
+class OneNumber:
+    """No streams, but one number a rank, in an object whose DTensor is made when DCP asks for it.
+
+    That is the least that a ``Stateful`` of a value per rank costs.
+    """
 
     def __init__(self) -> None:
+        self._number = torch.zeros(1)
+
+    def state_dict(self) -> dict[str, Any]:
         mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-        self._tensor = DTensor.from_local(torch.zeros(1), mesh, [Shard(0)], run_check=False)
+        return {"number": DTensor.from_local(self._number, mesh, [Shard(0)], run_check=False)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._number = state["number"].to_local()
 
     def save(self, app: Stateful, folder: Path) -> None:
-        dcp.save({"app": app, "one": self._tensor}, checkpoint_id=folder)
+        dcp.save({"app": app, "one": self}, checkpoint_id=folder)
 
     def load(self, app: Stateful, folder: Path) -> None:
-        dcp.load({"app": app, "one": self._tensor}, checkpoint_id=folder)
+        dcp.load({"app": app, "one": self}, checkpoint_id=folder)
+
+
+class OneTensor:
+    """No streams, but one tensor more of one number a rank, which is there like a weight."""
+
+    def __init__(self) -> None:
+        self._state = OneNumber().state_dict()
+
+    def save(self, app: Stateful, folder: Path) -> None:
+        dcp.save({"app": app, **self._state}, checkpoint_id=folder)
+
+    def load(self, app: Stateful, folder: Path) -> None:
+        dcp.load({"app": app, **self._state}, checkpoint_id=folder)
 
 
 def rank_named(rank: int) -> dict[str, Any]:
