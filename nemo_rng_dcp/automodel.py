@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +16,25 @@ from nemo_rng_dcp.generators import global_generators, own_device
 from nemo_rng_dcp.generators.mt19937 import MT19937State
 from nemo_rng_dcp.generators.torch_random import to_bytes
 
+_NUMPY_KEYS = (
+    "np_bit_generator",
+    "np_keys",
+    "np_position",
+    "np_has_gauss",
+    "np_cached_gaussian",
+)
+"""NeMo Automodel's present names for what ``numpy.random.get_state()`` gives, in its order."""
+_KEYS = ("random_rng_state", *_NUMPY_KEYS, "torch_rng_state", "cuda_rng_state")
 
-@dataclass
-class RNGState:
+
+@dataclass(eq=False)
+class RNGState(Mapping[str, Any]):
     """The global streams of one process, in each library's own format (NeMo Automodel's names).
+
+    It is NeMo Automodel's older dataclass by its attributes and its present dict by its keys, in
+    which NumPy's state is spread over ``np_bit_generator``, ``np_keys`` (uint32, shape ``(624,)``),
+    ``np_position``, ``np_has_gauss`` and ``np_cached_gaussian``. Copied or pickled it is a plain
+    dict of that kind, which ``torch.load(weights_only=True)`` takes.
 
     Attributes:
         random_rng_state: As ``random.getstate()`` gives it.
@@ -34,12 +50,30 @@ class RNGState:
     torch_rng_state: torch.Tensor
     cuda_rng_state: list[torch.Tensor]
 
+    def __getitem__(self, key: str) -> Any:
+        if key in _NUMPY_KEYS:
+            part = self.np_rng_state[_NUMPY_KEYS.index(key)]
+            return torch.from_numpy(part.copy()) if key == "np_keys" else part
+        if key in _KEYS:
+            return getattr(self, key)
+        raise KeyError(key)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(_KEYS)
+
+    def __len__(self) -> int:
+        return len(_KEYS)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return OrderedDict, (list(self.items()),)
+
 
 def _get_rng_state() -> RNGState:
     """Return the global streams of this process; moves none and does not communicate.
 
     Returns:
-        The state; its ``cuda_rng_state`` holds the current accelerator device's alone.
+        The state, to be read by attribute or by key; its ``cuda_rng_state`` holds the current
+        accelerator device's alone.
 
     Raises:
         RNGStateError: NumPy's global generator does not run MT19937.
@@ -53,11 +87,11 @@ def _get_rng_state() -> RNGState:
     )
 
 
-def _restore_rng_state(state: RNGState) -> None:
+def _restore_rng_state(state: Mapping[str, Any] | RNGState) -> None:
     """Put the global streams of this process into a state; does not communicate.
 
     Args:
-        state: What :func:`_get_rng_state` gave, or an ``RNGState`` of NeMo Automodel.
+        state: What :func:`_get_rng_state` gave, or NeMo Automodel's dict or older ``RNGState``.
 
     Raises:
         RNGStateError: A field is missing or malformed. No stream has moved.
@@ -67,8 +101,15 @@ def _restore_rng_state(state: RNGState) -> None:
     snapshot.restore(generators, snapshot.unpack(generators, packed_states(state, device)))
 
 
-def packed_states(state: RNGState, device: torch.device | None) -> dict[str, bytes]:
-    """Return the states in an ``RNGState`` as the global generators pack them, by name.
+def is_automodel_state(state: object) -> bool:
+    """Return whether something has the shape of NeMo Automodel's dict or older dataclass."""
+    if isinstance(state, Mapping):
+        return any(key in state for key in _KEYS)
+    return hasattr(state, "random_rng_state") and hasattr(state, "torch_rng_state")
+
+
+def packed_states(state: Any, device: torch.device | None) -> dict[str, bytes]:
+    """Return the states in NeMo Automodel's dict or dataclass as the global generators pack them.
 
     Moves no stream. Warns (``RNGStateWarning``) if the state has an accelerator's stream and the
     process has no accelerator, or the other way round: that stream is left out.
@@ -80,9 +121,9 @@ def packed_states(state: RNGState, device: torch.device | None) -> dict[str, byt
     Raises:
         RNGStateError: A field is missing or malformed.
     """
-    fields: list[tuple[str, str, Callable[[Any], bytes]]] = [
-        ("python", "random_rng_state", lambda field: MT19937State.from_python(field).to_bytes()),
-        ("numpy", "np_rng_state", lambda field: MT19937State.from_numpy(field).to_bytes()),
+    readers: list[tuple[str, str, Callable[[Any], bytes]]] = [
+        ("python", "random_rng_state", lambda value: MT19937State.from_python(value).to_bytes()),
+        ("numpy", "np_rng_state", lambda value: MT19937State.from_numpy(value).to_bytes()),
         ("torch", "torch_rng_state", to_bytes),
         (
             "cuda" if device is None else device.type,
@@ -91,10 +132,8 @@ def packed_states(state: RNGState, device: torch.device | None) -> dict[str, byt
         ),
     ]
     states = {}
-    for name, field, convert in fields:
-        value = getattr(state, field, None)
-        if value is None:
-            raise RNGStateError(f"{name}: the RNGState has no {field}")
+    for name, field, convert in readers:
+        value = _field(state, name, field)
         if field == "cuda_rng_state" and isinstance(value, list) and not (value and device):
             if value:
                 _warn("an accelerator's stream, which this rank has not: dropped")
@@ -106,6 +145,21 @@ def packed_states(state: RNGState, device: torch.device | None) -> dict[str, byt
         except (TypeError, ValueError) as error:
             raise RNGStateError(f"{name}: the RNGState's {field} is malformed: {error}") from error
     return states
+
+
+def _field(state: Any, name: str, field: str) -> Any:
+    """Return a field of the older dataclass, also out of the present dict."""
+    if not isinstance(state, Mapping) or isinstance(state, RNGState):
+        keys, values = [field], [getattr(state, field, None)]
+    else:
+        keys = list(_NUMPY_KEYS) if field == "np_rng_state" else [field]
+        values = [state.get(key) for key in keys]
+    for key, value in zip(keys, values, strict=True):
+        if value is None:
+            raise RNGStateError(f"{name}: the RNGState has no {key}")
+    if len(values) == 1:
+        return values[0]
+    return tuple(v.cpu().numpy() if isinstance(v, torch.Tensor) else v for v in values)
 
 
 def _warn(has: str) -> None:

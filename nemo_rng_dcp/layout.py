@@ -128,8 +128,9 @@ class Layout:
         if record.row != source:
             raise RNGStateError(
                 f"{KEY}: row {self.row} of {self.rows} was given row {record.row} of "
-                f"{record.rows}, expected row {source}. Give each rank its own row: load with "
-                "dcp.load, not from another rank's state_dict()."
+                f"{record.rows}, expected row {source}. A state_dict() holds its own rank's row "
+                "alone, also when one rank passes it to torch.save: save on all ranks with "
+                "dcp.save or StatefulRNG.save(), and load with dcp.load or StatefulRNG.load()."
             )
         return record
 

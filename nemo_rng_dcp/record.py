@@ -148,7 +148,9 @@ class Record:
                 f"{__version__} reads version {LAYOUT_VERSION}. Load it with nemo_rng_dcp "
                 f"{version_text(library_version)}, which wrote it, or newer."
             )
-        if len(content) < _HEAD.size + _CHECK_BYTES or content[-8:] != _digest(content[:-8]):
+        if len(content) < _HEAD.size + _CHECK_BYTES or content[-8:] != _digest(
+            memoryview(content)[:-8]
+        ):
             raise RNGStateError(
                 f"{KEY}: a record of {len(words)} numbers{_said_row(words)} does not fit its check "
                 "word: it was altered after it was written. Load another checkpoint."
@@ -284,7 +286,7 @@ def _said_row(words: np.ndarray[Any, np.dtype[np.int64]]) -> str:
     return f", by its head row {words[_ROWS - 1]} of {words[_ROWS]}," if len(words) > _ROWS else ""
 
 
-def _digest(content: bytes | bytearray) -> bytes:
+def _digest(content: bytes | bytearray | memoryview) -> bytes:
     return hashlib.blake2b(content, digest_size=_CHECK_BYTES).digest()
 
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 import time
 import warnings
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NoReturn, SupportsIndex, overload
 
 import torch
+from torch.distributed.checkpoint import StorageReader, StorageWriter
 from torch.distributed.device_mesh import DeviceMesh
 
-from nemo_rng_dcp import peers, snapshot
-from nemo_rng_dcp.automodel import RNGState, packed_states
+from nemo_rng_dcp import peers, snapshot, standalone
+from nemo_rng_dcp.automodel import RNGState, is_automodel_state, packed_states
 from nemo_rng_dcp.device import DeviceWatch
 from nemo_rng_dcp.errors import RNGStateError, RNGStateWarning
+from nemo_rng_dcp.first_forward import rewind_at_first_forward
 from nemo_rng_dcp.generators import (
     GeneratorAdapter,
     global_generators,
@@ -23,7 +25,7 @@ from nemo_rng_dcp.generators import (
 )
 from nemo_rng_dcp.layout import Layout, global_rank, world_size
 from nemo_rng_dcp.record import KEY, Record, Stream, fingerprint
-from nemo_rng_dcp.resume import Job, Kind, resume
+from nemo_rng_dcp.resume import Job, Kind, Loaded, resume
 from nemo_rng_dcp.seeding import check_ranked, check_seed, seed_all
 
 
@@ -128,7 +130,9 @@ class StatefulRNG:
         self._handed_out: weakref.WeakValueDictionary[int, torch.Tensor] = (
             weakref.WeakValueDictionary()
         )
-        self._loaded: snapshot.States | None = None
+        self._loaded_states: snapshot.States | None = None
+        self.loaded: Loaded | None = None
+        """What the last load restored, with its rows, world size and time; ``None``: nothing."""
         if global_generators:
             seed_all(row_seed)
         self._watch = DeviceWatch(self.device if global_generators else None)
@@ -186,21 +190,22 @@ class StatefulRNG:
 
         Args:
             state_dict: What :meth:`state_dict` gave, with the row alone or with all rows; or an
-                ``RNGState``, whose streams become this rank's.
+                ``RNGState`` or what NeMo Automodel saves, whose streams become this rank's.
 
         Raises:
             RNGStateError: The record is missing, altered, of a newer layout or of another rank, or
                 a generator would not take its state. No stream of this rank has moved.
-            TypeError: ``state_dict`` is neither a mapping nor an ``RNGState``.
+            TypeError: ``state_dict`` is none of these.
             RuntimeError: As for :meth:`state_dict`.
         """
         generators = self._generators()
-        if isinstance(state_dict, RNGState):
+        if is_automodel_state(state_dict):
             # It knows the global streams only; registered ones stay as they are.
             packed = packed_states(state_dict, self.device)
             states = snapshot.unpack(global_generators(self.device), packed)
             self._watch.warn_if_another_is_current()
             self._restore(states)
+            self.loaded = Loaded()
             return
         if not isinstance(state_dict, Mapping):
             raise TypeError(
@@ -231,7 +236,56 @@ class StatefulRNG:
         states = snapshot.unpack(generators, saved)
         states = {name: states[name] for name in its.restored}
         self._restore(states, its.seeds)
+        self.loaded = Loaded.from_record(record)
         self._resizes = its.resizes
+
+    def save(
+        self,
+        path: standalone.Checkpoint = None,
+        *,
+        storage_writer: StorageWriter | None = None,
+    ) -> None:
+        """Write the record by itself, for frameworks that own the checkpoint; moves no stream.
+
+        Every rank of the default process group must call it: it is a ``dcp.save`` of this entry
+        alone, to a folder of its own.
+
+        Args:
+            path: A folder, or what else DCP takes as ``checkpoint_id``. A record saved there
+                before is replaced.
+            storage_writer: DCP's writer for another storage; ``path`` may then be left out.
+
+        Raises:
+            RNGStateError: As for :meth:`state_dict`; or, on every rank, the folder holds a
+                checkpoint of other things, which would be lost, or the storage failed.
+            RuntimeError: As for :meth:`state_dict`.
+        """
+        standalone.save(self.state_dict(), path, storage_writer)
+
+    def load(
+        self,
+        path: standalone.Checkpoint = None,
+        *,
+        storage_reader: StorageReader | None = None,
+        key: str | None = None,
+    ) -> None:
+        """Restore the streams from any DCP checkpoint with a record in it, on any world size.
+
+        The record is found by its name, alone or beside a model, and nothing else is read. Every
+        rank of the default process group must call it: it is a ``dcp.load``. The rules and the
+        warnings are those of ``RNGLoadPlanner`` and :meth:`load_state_dict`.
+
+        Args:
+            path: A folder, or what else DCP takes as ``checkpoint_id``.
+            storage_reader: DCP's reader for another storage; ``path`` may then be left out.
+            key: Which record, if the checkpoint holds several; the error that says so lists them.
+
+        Raises:
+            RNGStateError: As for :meth:`load_state_dict`; or, on every rank, the checkpoint holds
+                no record or several, or the storage failed. No stream of this rank has moved.
+            RuntimeError: As for :meth:`state_dict`.
+        """
+        self.load_state_dict(standalone.load(self._layout().row, path, storage_reader, key))
 
     def rewind(self) -> None:
         """Put every stream back to where the last load left it; does not communicate.
@@ -243,9 +297,34 @@ class StatefulRNG:
         Raises:
             RuntimeError: Nothing has been loaded yet.
         """
-        if self._loaded is None:
+        if self._loaded_states is None:
             raise RuntimeError("rewind() goes back to the last load, and nothing was loaded yet")
-        self._restore(self._loaded)
+        self._restore(self._loaded_states)
+
+    def rewind_at_first_forward(self, model: torch.nn.Module | Sequence[torch.nn.Module]) -> None:
+        """Rewind once, before the first forward after a load; does not communicate.
+
+        For training loops that are another's, and draw between the load and the first step, such
+        as by a fresh ``iter(dataloader)``. It may be called before or after the load, and does
+        nothing while nothing was loaded. Call it again for another load.
+
+        Wrong where the loop itself draws for a step before its forward: random augmentation with
+        ``num_workers=0``, noise or time steps of a diffusion model. The rewind would repeat these
+        numbers. There, call :meth:`rewind` once the data iterator exists.
+
+        Args:
+            model: The module that the training step calls, such as an FSDP2, DDP or compiled one,
+                or a list of such parts, as pipeline schedules have them: the one that runs first
+                rewinds. If the step itself is a compiled function, call this before its first run:
+                torch does not notice later that a module in it has got a hook.
+
+        Raises:
+            TypeError: ``model`` is neither a module nor a sequence of modules.
+            RuntimeError: In that forward: it runs inside an activation checkpoint. Checkpoints
+                inside the model are fine.
+        """
+        parts = [model] if isinstance(model, torch.nn.Module) else list(model)
+        rewind_at_first_forward(parts, lambda: self.loaded is not None, self.rewind)
 
     @overload
     def fingerprint(self, gather: Literal[False] = False) -> dict[str, str]: ...
@@ -307,7 +386,7 @@ class StatefulRNG:
         return {**global_generators(self.device), **self._registered}
 
     def _restore(self, states: snapshot.States, seeds: Mapping[str, int] | None = None) -> None:
-        self._loaded = snapshot.restore(self._generators(), states, seeds)
+        self._loaded_states = snapshot.restore(self._generators(), states, seeds)
         self._watch.note_seeds()
 
     def _packed(self) -> dict[str, bytes]:

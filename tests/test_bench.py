@@ -3,7 +3,6 @@
 import json
 import math
 import re
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -11,37 +10,37 @@ from typing import Any, cast
 import pytest
 import torch
 
-import bench
-import bench_planning
-import bench_worker
-from bench_timing import Spread, Target, columns, growth
-from bench_ways import Alone, Way, plain_capture, plain_restore
+from scripts.bench import __main__ as bench
+from scripts.bench import checkpoint, planning, ranks
+from scripts.bench.table import Row, Section, lines, text
+from scripts.bench.timing import Target, growth
+from scripts.bench.ways import Way, plain_capture, plain_restore
 
-Results = tuple[str, dict[str, Any], list[str]]
-WAYS = ["alone", "tables", "file_per_rank", "gathered", "rank_named", "one_tensor"]
+Results = tuple[str, dict[str, Any], Path]
+WAYS = [
+    "alone",
+    "record",
+    "one_number",
+    "one_tensor",
+    "file_per_rank",
+    "gathered",
+    "rank_named",
+]
 
 
 @pytest.fixture(scope="module")
-def results(
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Results:
-    """What one run prints, its JSON, and the temporary folders it made."""
+def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """What one run prints, its JSON, and the folder in which it made its checkpoints."""
     file = tmp_path_factory.mktemp("bench") / "bench.json"
+    folder = tmp_path_factory.mktemp("checkpoints")
     threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
         printed: list[str] = []
-        folders: list[str] = []
-        real = tempfile.mkdtemp
-
-        def mkdtemp(*arguments: Any) -> str:
-            folders.append(real(*arguments))
-            return folders[-1]
-
-        patch.setattr("tempfile.mkdtemp", mkdtemp)
+        patch.setattr(checkpoint, "memory_folder", lambda: folder)
         patch.setattr("builtins.print", lambda line="", **_: printed.append(str(line)))
         bench.main(["--quick", "--json", str(file)])
     torch.set_num_threads(threads)
-    return "\n".join(printed), json.loads(file.read_text()), folders
+    return "\n".join(printed), json.loads(file.read_text()), folder
 
 
 def numbers(value: Any) -> list[float]:
@@ -53,77 +52,70 @@ def numbers(value: Any) -> list[float]:
     return [value] if isinstance(value, (int, float)) else []
 
 
-def test_every_row_is_printed(results: Results) -> None:
+@pytest.mark.parametrize(
+    "row",
+    [
+        "capture",
+        "check + restore",
+        "with ScopedRNG",
+        "dcp.save",
+        "dcp.load",
+        "dcp.async_save",
+        "dcp.save, 2 ranks",
+        "bytes a rank",
+        "save, 8 ranks",
+        "save: exponent",
+        "load, one of 8 ranks, plain dcp.load",
+        "load, one of 8 ranks, RNGLoadPlanner",
+        "metadata of 8 ranks",
+        "share of a save with Llama 3 8B, 4 ranks",
+        "import, CPU time",
+    ],
+)
+def test_every_row_is_printed(results: Results, row: str) -> None:
     printed, _, _ = results
     assert "cores, CPU, gloo; Python" in printed
-    rows = [
-        "capture",
-        "check and restore",
-        "with ScopedRNG",
-        "Generator().manual_seed",
-        "np.random.get_state()",
-        "save, 2 ranks",
-        "load, 2 ranks",
-        "async_save, 2 ranks",
-    ]
-    rows += ["bytes, 2 ranks", "files, 2 ranks", "4 ranks", "8 ranks", "save plan: grows"]
-    rows += ["save plan at 16,384 ranks", "captured, in memory"]
-    rows += ["kept after a load", "in the checkpoint"]
-    for row in rows:
-        assert re.search(rf"^{re.escape(row)}.*\d", printed, re.MULTILINE), row
+    assert re.search(rf"^{re.escape(row)}.*\s\d", printed, re.MULTILINE)
 
 
 def test_the_json_has_every_measurement(results: Results) -> None:
     _, result, _ = results
     assert all(math.isfinite(number) for number in numbers(result))
-    calls = result["calls"]["seconds"]
-    assert calls.keys() >= {"state_dict", "load_state_dict", "plain_capture", "plain_restore"}
-    assert min(numbers(calls)) > 0
-    (checkpoint,) = result["checkpoints"]
-    for seconds in (checkpoint["seconds"]["wall"], checkpoint["seconds"]["cpu"]):
-        ways = {operation: list(by_way) for operation, by_way in seconds.items()}
-        assert ways == {"save": WAYS, "load": WAYS, "async_save": WAYS[:2]}
-        assert {len(rounds) for by_way in seconds.values() for rounds in by_way.values()} == {2}
-        assert min(numbers(seconds)) > 0
-    planning = result["planning"]
-    assert [p["ranks"] for p in planning["tables"]] == [4, 8]
-    assert [p["ranks"] for p in planning["rank_named"]] == [4, 8]
-    assert [p["ranks"] for p in planning["model_and_tables"]] == [4]
-    assert min(numbers(planning["tables"])) > 0
-    assert {target["verdict"] for target in result["targets"]} <= {
-        "met",
-        "MISSED",
-        "too noisy to say",
-    }
+    assert result["calls"].keys() >= {"state_dict", "load_state_dict", "plain_capture"}
+    assert min(numbers(result["calls"])) > 0
+    (saved,) = result["checkpoints"]
+    ways = {operation: list(by_way) for operation, by_way in saved["seconds"].items()}
+    assert ways == {"save": WAYS, "load": WAYS, "async_save": WAYS[:2]}
+    rounds = [len(its) for by_way in saved["seconds"].values() for its in by_way.values()]
+    assert set(rounds) == {2}
+    assert min(numbers(saved["seconds"])) > 0
+    planned = result["planning"]
+    assert [its["ranks"] for its in planned["records"]] == [4, 8]
+    assert [its["ranks"] for its in planned["rank_named"]] == [4, 8]
+    assert [its["ranks"] for its in planned["model_and_records"]] == [4]
+    assert min(numbers(planned)) > 0
+    assert {len(rounds) for rounds in result["imports"].values()} == {1}
 
 
-def test_what_is_left_on_disk_and_in_memory(results: Results) -> None:
+def test_what_is_left_on_disk(results: Results) -> None:
     """Sizes, unlike times, are the same on every machine."""
     _, result, _ = results
-    (checkpoint,) = result["checkpoints"]
-    on_disk = checkpoint["on_disk"]
+    (saved,) = result["checkpoints"]
+    on_disk = saved["on_disk"]
     files = {way: on_disk[way]["files"] - on_disk["alone"]["files"] for way in WAYS}
-    assert files == {
-        "alone": 0,
-        "tables": 0,
-        "file_per_rank": 2,
-        "gathered": 0,
-        "rank_named": 0,
-        "one_tensor": 0,
-    }
-    state_bytes = 8 * (10 + 628 + 628 + 633)
-    assert state_bytes < result["checkpoint_bytes_per_rank"] < 2 * state_bytes
-    assert result["calls"]["memory"]["state_dict"] >= state_bytes
+    assert files == {**dict.fromkeys(WAYS, 0), "file_per_rank": 2}
+    ours = (on_disk["record"]["bytes"] - on_disk["alone"]["bytes"]) / 2
+    states = 5016 + 5016 + 5056
+    assert states < ours < 1.5 * states
 
 
 def test_nothing_is_left_behind(results: Results) -> None:
-    _, _, folders = results
-    assert folders
-    assert not any(Path(folder).exists() for folder in folders)
+    _, _, folder = results
+    assert not list(folder.iterdir())
     assert not torch.distributed.is_initialized()
 
 
-class Recorder(Alone):
+class Recorder:
     """A way that does nothing but say that it was asked."""
 
     def __init__(self, name: str, calls: list[str]) -> None:
@@ -138,18 +130,29 @@ class Recorder(Alone):
 
 
 def test_ways_take_turns_after_one_that_does_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fake_group: Callable[[int, int], None]
+) -> None:
+    fake_group(0, 1)
+    monkeypatch.setattr(ranks, "check", lambda *_: None)
+    calls: list[str] = []
+    seconds: ranks.Seconds = {}
+    ways: dict[str, Way] = {name: Recorder(name, calls) for name in "abc"}
+    ranks.measure_rounds(seconds, ways, cast(Any, None), tmp_path, rounds=2)
+    assert calls == [
+        f"{operation} {name}"
+        for turn in ("cabc", "abca")
+        for operation in ("save", "load")
+        for name in turn
+    ]
+    assert {len(values) for values in seconds["save"].values()} == {2}
+
+
+def test_a_way_that_does_not_bring_the_streams_back_is_noticed(
     tmp_path: Path, fake_group: Callable[[int, int], None]
 ) -> None:
     fake_group(0, 1)
-    calls: list[str] = []
-    seconds: bench_worker.Seconds = {}
-    ways: dict[str, Way] = {name: Recorder(name, calls) for name in "abc"}
-    bench_worker.measure_rounds(seconds, ways, cast(Any, None), tmp_path, rounds=2)
-    expected = ["save a", "load a", "save b", "load b", "save c", "load c"]
-    for turn in ("cabc", "abca"):
-        expected += [f"{operation} {name}" for operation in ("save", "load") for name in turn]
-    assert calls == expected
-    assert {len(values) for values in seconds["wall"]["save"].values()} == {2}
+    with pytest.raises(RuntimeError, match="idle did not bring back the streams of rank 0"):
+        ranks.check("idle", Recorder("idle", []), cast(Any, None), tmp_path)
 
 
 def test_the_plain_way_brings_the_streams_back() -> None:
@@ -161,43 +164,40 @@ def test_the_plain_way_brings_the_streams_back() -> None:
 
 
 def test_a_wrongly_derived_plan_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_planning, "plan_of_rank", lambda own, rank: own)
+    monkeypatch.setattr(planning, "plan_of_rank", lambda own, rank: own)
     try:
         with pytest.raises(RuntimeError, match="rank 1 is not what DCP makes"):
-            bench_planning.plan(4, bench_planning.tables)
+            planning.plan(4, planning.records)
     finally:
         torch.distributed.destroy_process_group()
-
-
-def test_median_and_quartiles() -> None:
-    assert Spread.of([5.0, 1.0, 2.0, 3.0, 4.0]) == Spread(3.0, 2.0, 4.0)
-    assert Spread.of([7.0]) == Spread(7.0, 7.0, 7.0)
-    assert Spread(2e-3, 1e-3, 3e-3).text(1e-3, sign="+") == "+2.0 [+1.0, +3.0]"
 
 
 @pytest.mark.parametrize(
     ("limit", "verdict"), [(100.0, "met"), (50.0, "too noisy to say"), (10.0, "MISSED")]
 )
-def test_a_target_is_judged_by_the_confidence_in_the_median(limit: float, verdict: str) -> None:
-    assert Target.at_most(limit, "", [float(value) for value in range(101)]).verdict == verdict
+def test_a_ratio_is_judged_by_the_confidence_in_the_median(limit: float, verdict: str) -> None:
+    target = Target.ratio(limit, [float(value) for value in range(101)], [1.0] * 101)
+    assert (target.found, target.verdict) == ("50.00x", verdict)
+
+
+def test_a_number_is_judged_by_its_limit() -> None:
+    assert Target.at_most(2, 2.0).verdict == Target.at_least(2, 2.0).verdict == "met"
+    assert Target.at_most(2, 2.1).verdict == Target.at_least(2, 1.9).verdict == "MISSED"
 
 
 def test_growth_is_fitted() -> None:
     assert growth([1, 10, 100], [3, 300, 30000]) == pytest.approx(2)
 
 
-def plannings(*seconds: float) -> list[bench_planning.Planning]:
-    return [
-        bench_planning.Planning(2**number, 0, value, 0, 0)
-        for number, value in enumerate(seconds, start=1)
-    ]
-
-
-def test_seconds_beyond_what_was_measured_follow_the_growth_of_the_largest() -> None:
-    measured = plannings(5, 5, 4, 16, 64)  # flat among few ranks, quadratic then
-    assert bench_planning.seconds_at(measured, 32) == (64, True)
-    assert bench_planning.seconds_at(measured, 64) == (pytest.approx(256), False)
+def test_seconds_are_printed_in_a_unit_that_suits_them() -> None:
+    assert text([0.5e-3, 1.26e-3, 9.0]) == "1.3 ms"
+    assert [text(42.0), text(73e-6), text(5.8e-6)] == ["42 s", "73 us", "5.8 us"]
 
 
 def test_columns_line_up() -> None:
-    assert columns([("a", "bb"), ("ccc", "d")]) == ["a    bb", "ccc   d"]
+    rows = [Row("capture", "75 us", "30 us", Target.at_most(3, 2.5, "x")), Row("scope", "8 us")]
+    assert lines([Section("one call", "plain", rows)]) == [
+        "one call  StatefulRNG  plain  found      target",
+        "capture         75 us  30 us   2.5x  at most 3x  met",
+        "scope            8 us",
+    ]

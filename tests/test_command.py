@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 import nemo_rng_dcp
-from asking import INSTALLED, Capture, ask, run
+from asking import INSTALLED, Capture, ask, ask_json, run
 from nemo_rng_dcp.cli.main import main
-from records import records, save
+from records import drawn_streams, records, save
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -140,3 +140,32 @@ def test_a_reader_that_leaves_early_is_no_error(checkpoint: Path) -> None:
     done = run("inspect", checkpoint, stdout=write)
     os.close(write)
     assert (done.returncode, done.stderr) == (2, "")
+
+
+# What --json prints is described.
+
+
+def keys_in(content: object) -> set[str]:
+    if isinstance(content, list):
+        return {key for each in content for key in keys_in(each)}
+    if not isinstance(content, dict):
+        return set()
+    return content.keys() | keys_in([*content.values()])
+
+
+def test_every_field_of_the_json_is_documented(
+    checkpoint: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    other = save(records(3, lambda row: drawn_streams(row // 2)), tmp_path / "other")
+    answers = [
+        ask_json(capsys, "inspect", other),
+        ask_json(capsys, "diff", checkpoint, other),
+        ask_json(capsys, "explain", other, "--world-size", 4),
+    ]
+    assert answers[0]["findings"]
+    assert answers[1]["entries"][0]["differences"]
+    assert all(answer["schema"] == 1 for answer in answers)
+    text = (Path(__file__).parent.parent / "docs" / "command.md").read_text()
+    named = set(re.findall(r"`(\w+)`", text)) | {"A", "B"}
+    missing = keys_in(answers) - named - set(drawn_streams(0))
+    assert not missing

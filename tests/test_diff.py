@@ -14,7 +14,10 @@ from asking import Capture, ask, ask_json
 from jobs import job
 from nemo_rng_dcp import StatefulRNG
 from nemo_rng_dcp.cli.distance import distance
-from nemo_rng_dcp.generators import registered_generators
+from nemo_rng_dcp.generators import GeneratorAdapter
+from nemo_rng_dcp.generators.numpy_random import NumPyAdapter, NumPyGeneratorAdapter
+from nemo_rng_dcp.generators.python_random import PythonAdapter
+from nemo_rng_dcp.generators.torch_random import TorchAdapter
 from nemo_rng_dcp.record import Stream
 from records import drawn_streams, records, save
 from streams import draw
@@ -78,21 +81,28 @@ def test_the_first_stream_that_left_is_named(tmp_path: Path, capsys: Capture) ->
 
 def drawn(name: str, words: int) -> Stream:
     """Return the state of a generator after some words."""
-    python, legacy = random.Random(1), np.random.RandomState(1)
-    torch_, new = torch.Generator(), np.random.Generator(np.random.MT19937(1))
-    torch_.manual_seed(1)
-    python.getrandbits(32 * words or 1) if words else None
-    legacy.randint(2**32, size=words, dtype=np.uint32)
-    new.bit_generator.random_raw(words) if words else None
-    torch.empty(words, dtype=torch.int64).random_(0, 2**28 - 1, generator=torch_)
-    adapters = registered_generators(
-        {"of_python": python, "of_numpy": legacy, "of_torch": torch_, "new": new}, {}, None
-    )
-    adapter = adapters[name]
+    adapter: GeneratorAdapter
+    if name == "python":
+        python = random.Random(1)
+        for _ in range(words):
+            python.getrandbits(32)
+        adapter = PythonAdapter(python)
+    elif name == "numpy":
+        legacy = np.random.RandomState(1)
+        legacy.randint(2**32, size=words, dtype=np.uint32)
+        adapter = NumPyAdapter(legacy)
+    elif name == "torch":
+        generator = torch.Generator().manual_seed(1)
+        torch.empty(words, dtype=torch.int64).random_(0, 2**28 - 1, generator=generator)
+        adapter = TorchAdapter(generator)
+    else:
+        new = np.random.Generator(np.random.MT19937(1))
+        new.integers(2**32, size=words, dtype=np.uint32)
+        adapter = NumPyGeneratorAdapter(new)
     return Stream(adapter.kind, False, adapter.pack(adapter.get()))
 
 
-@pytest.mark.parametrize("name", ["of_python", "of_numpy", "of_torch", "new"])
+@pytest.mark.parametrize("name", ["python", "numpy", "torch", "numpy.random.Generator"])
 @pytest.mark.parametrize(
     ("a", "b", "expected"),
     [
@@ -112,7 +122,7 @@ def test_the_distance_is_counted_across_blocks(
 
 
 def test_other_streams_have_no_distance() -> None:
-    python, legacy = drawn("of_python", 3), drawn("of_numpy", 3)
+    python, legacy = drawn("python", 3), drawn("numpy", 3)
     assert distance(python, legacy) is None, "another kind"
     other = Stream("torch.cuda", False, bytes(16))
     assert distance(other, other) is None, "no MT19937"
@@ -125,7 +135,7 @@ def with_gauss(row: int) -> Mapping[str, Stream]:
     state = generator.get_state(legacy=False)
     state["has_gauss"], state["gauss"] = 1, 0.5
     generator.set_state(state)
-    adapter = registered_generators({"n": generator}, {}, None)["n"]
+    adapter = NumPyAdapter(generator)
     return {"numpy": Stream("numpy", False, adapter.pack(adapter.get()))}
 
 

@@ -18,8 +18,8 @@ from asking import Capture, ask, ask_json
 from jobs import job
 from nemo_rng_dcp import StatefulRNG
 from nemo_rng_dcp.record import Record, Stream
-from rankless import RanklessRNG
 from records import change_metadata, drawn_streams, place_of, records, save, stream
+from scripts.demo.rankless import RanklessRNG
 from streams import draw, unmoved
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -129,6 +129,7 @@ def test_other_integers_beside_the_records_are_no_finding(tmp_path: Path, capsys
     [
         {"generator_state_dict": {"conv.weight": torch.ones(2, 2), "step": torch.tensor(3)}},
         {"generator_state_dict": {"epoch": 3}},
+        {"generator_state": {"mask": torch.zeros(5, dtype=torch.uint8)}},
         {"rng": {"rng_streams": torch.ones(2, 3)}},
         {"rng_head.weight": torch.ones(624)},
         {"random_state_embedding": torch.ones(5056)},

@@ -3,6 +3,7 @@
 import io
 import os
 import pickle
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 
 from nemo_rng_dcp import RNGStateError
 from nemo_rng_dcp.cli.checkpoint import open_checkpoint
+from nemo_rng_dcp.cli.numbers import from_archive
 from nemo_rng_dcp.cli.tables import Table, find_tables
 from nemo_rng_dcp.record import Record
 from records import change_metadata, place_of, records, save
@@ -355,10 +357,30 @@ def test_parts_that_lie_over_each_other_are_read_once(path: Path) -> None:
     assert sum("fewer bytes than the parts" in reason for reason in reasons) > 990
 
 
-def test_two_tensors_with_one_list_of_chunks_are_refused(path: Path) -> None:
+def test_chunks_without_dimensions_are_damage(path: Path) -> None:
+    def flatten(metadata: Any) -> None:
+        for chunk in metadata.state_dict_metadata[KEY].chunks:
+            chunk.sizes = chunk.offsets = torch.Size([])
+
+    change_metadata(path, flatten)
+    assert read(path).read(0) == "damaged: it has no chunk of its own"
+
+
+def test_a_chunk_in_two_places_is_refused(path: Path) -> None:
     def share(metadata: Any) -> None:
         metadata.state_dict_metadata[f"other.{KEY}"] = metadata.state_dict_metadata[KEY]
 
     change_metadata(path, share)
-    with pytest.raises(RNGStateError, match="two tensors have one list of chunks"):
+    with pytest.raises(RNGStateError, match="one chunk is in two places"):
         find_tables(open_checkpoint(str(path)))
+
+
+def test_a_compressed_archive_is_refused(path: Path) -> None:
+    """torch.save never compresses, and a few bytes could stand for all of the memory."""
+    plain, packed = io.BytesIO(), io.BytesIO()
+    torch.save(torch.randint(2**62, (LENGTH,)), plain)
+    with zipfile.ZipFile(plain) as old, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+    with pytest.raises(ValueError, match="refused: it holds something compressed"):
+        from_archive(packed.getvalue(), LENGTH)

@@ -22,7 +22,7 @@ from streams import draw
 
 TESTS = Path(__file__).parent
 FOLDER = TESTS / "simulated_device"
-LIMIT_SECONDS = 300
+LIMIT_SECONDS = 600
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="g++ compiles the simulated device"),

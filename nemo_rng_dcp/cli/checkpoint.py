@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 
 from nemo_rng_dcp.cli.metadata import Metadata
 from nemo_rng_dcp.cli.numbers import ARCHIVE_BYTES, from_archive, from_raw
+from nemo_rng_dcp.cli.per_rank import find_files
 from nemo_rng_dcp.cli.safetensors import Safetensors
 from nemo_rng_dcp.cli.storage import Folder, open_folder
 from nemo_rng_dcp.cli.stored import Chunk, Index, Stored
@@ -51,7 +53,8 @@ class Checkpoint:
             for key, stored in sorted(self.keys.items())
             if key.rpartition(".")[2] == KEY and stored.dtype == "int64" and len(stored.size) == 1
         ]
-        self._read: Counter[str] = Counter()
+        self._known: set[Chunk] = set()
+        self._bytes: Counter[str] = Counter()
 
     def chunks(self, key: str) -> dict[Chunk, set[int | None]]:
         """Return the parts of what is stored under a key, and the ranks that find each.
@@ -92,9 +95,11 @@ class Checkpoint:
         beside = 0 if chunk.form == "raw" else ARCHIVE_BYTES
         if not 8 * count <= chunk.length <= 8 * count + beside:
             raise ValueError(f"{name} has {chunk.length} bytes for {count} numbers of 8 bytes")
-        self._read[name] += chunk.length
-        if self._read[name] > 2 * present:
-            raise ValueError(f"refused: {name} holds fewer bytes than the parts that are in it")
+        if chunk not in self._known:
+            self._bytes[name] += chunk.length
+            if self._bytes[name] > present:
+                raise ValueError(f"refused: {name} has fewer bytes than the parts that are in it")
+            self._known.add(chunk)
         content = self._folder.read(name, chunk.start, chunk.length)
         try:
             return from_raw(content) if chunk.form == "raw" else from_archive(content, count)
@@ -121,13 +126,26 @@ def open_checkpoint(where: str) -> Checkpoint:
         return chosen[0]
     if chosen:
         names = ", ".join(found.where for found in chosen[:6])
-        raise RNGStateError(f"{where}: it holds {len(chosen)} checkpoints, name one: {names}")
+        text = f"{where}: it holds {len(chosen)} checkpoints, name one: {names}"
+        raise RNGStateError(text + _known_files(folder))
     inside = [*folder.sizes, *folder.folders]
     shown = f"only {', '.join(inside[:3])}{', ...' * (len(inside) > 3)}" if inside else "nothing"
     raise RNGStateError(
         f"{where}: no {_METADATA} in it, {shown}. It is no DCP checkpoint, or its save did not "
-        "finish."
+        f"finish.{_known_files(folder)}"
     )
+
+
+def _known_files(folder: Folder) -> str:
+    """Say whose RNG files are in a folder or below it, one for each rank."""
+    for place in (folder, *map(folder.inner, folder.folders)):
+        try:
+            found = find_files(Path(place.where), place.sizes)
+        except OSError:  # a folder of somebody else's
+            continue
+        if found:
+            return f" {place.where}: RNG files of {found[0].layout.framework}, `import` reads these"
+    return ""
 
 
 def _below(folder: Folder, name: str) -> Checkpoint | None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from nemo_rng_dcp.cli.own import own_generator
 from nemo_rng_dcp.generators.mt19937 import WORDS, MT19937State
 from nemo_rng_dcp.record import Stream
 
@@ -26,7 +26,7 @@ def distance(a: Stream, b: Stream) -> str | None:
         return None
     try:
         first, second = read(a.state), read(b.state)
-    except (ValueError, struct.error):
+    except ValueError:
         return None
     words = _words_ahead(first, second)
     if words is None and (back := _words_ahead(second, first)) is not None:
@@ -59,11 +59,9 @@ def _next_block(words: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint32]:
 
 
 def _of_generator(state: bytes) -> MT19937State:
-    """Read how ``NumPyGeneratorAdapter`` packs MT19937: its name, the words, the position."""
-    name = b"MT19937"
-    words = np.frombuffer(state, np.uint32, WORDS, offset=len(name))
-    position = state[len(name) + words.nbytes :]
-    return MT19937State(words, int.from_bytes(position, "little"))
+    generator = own_generator("numpy.MT19937")
+    assert generator is not None
+    return MT19937State.from_numpy(generator.unpack(state))
 
 
 def _of_torch(state: bytes) -> MT19937State:

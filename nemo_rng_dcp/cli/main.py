@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import sys
@@ -35,12 +36,18 @@ class Answer(NamedTuple):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     options = _parser().parse_args(arguments)
+    collecting = gc.isenabled()
+    # Going through torch's objects again and again would take a fifth of the time.
+    gc.disable()
     try:
         if sys.stdout is None:
             raise OSError("stdout is closed, so there is nowhere to print to")
         answer: Answer = options.command(options)
     except (RuntimeError, OSError, ValueError) as error:
         answer = Answer([], TROUBLE, str(error) or type(error).__name__)
+    finally:
+        if collecting:
+            gc.enable()
     try:
         if answer.lines:
             sys.stdout.write("\n".join(answer.lines) + "\n")
@@ -114,6 +121,36 @@ def explain(options: argparse.Namespace) -> Answer:
         return Answer(_json({"checkpoint": options.checkpoint, "entries": entries}), code)
     style = Style(sys.stdout)
     return Answer([line for each in explanations for line in each.lines(options.rows, style)], code)
+
+
+def import_(options: argparse.Namespace) -> Answer:
+    """Make a checkpoint of frameworks' RNG files."""
+    from pathlib import Path
+
+    from nemo_rng_dcp.cli.per_rank import read_records, save_records
+    from nemo_rng_dcp.cli.terminal import Style, plural, table, within
+    from nemo_rng_dcp.record import fingerprint
+
+    files, records = read_records(Path(options.folder))
+    save_records(records, Path(options.out))
+    shown = [record for record in records if within(record.row, options.rows)]
+    digits = [{n: fingerprint(its.state) for n, its in each.streams.items()} for each in shown]
+    if options.json:
+        rows = [
+            {"row": each.row, "file": files.names[each.row], "streams": its}
+            for each, its in zip(shown, digits, strict=True)
+        ]
+        content = {"framework": files.layout.framework, "folder": str(files.folder)}
+        return Answer(_json({**content, "out": options.out, "rows": rows}), CLEAN)
+    header = ["row", "file", *records[0].streams]
+    cells = [
+        [str(each.row), files.names[each.row], *its.values()]
+        for each, its in zip(shown, digits, strict=True)
+    ]
+    lines = [f"{files.folder}: {files.layout.framework}, {plural(len(records), 'rank')}"]
+    lines += table(header, cells, Style(sys.stdout))
+    lines += ["", f"saved to {options.out}: load it with StatefulRNG.load()"]
+    return Answer(lines, CLEAN)
 
 
 def _json(content: dict[str, Any]) -> list[str]:
@@ -196,6 +233,17 @@ def _parser() -> argparse.ArgumentParser:
         help="which of them are its shared_generators (default: as saved)",
     )
     three.set_defaults(command=explain)
+
+    four = _command(
+        commands,
+        "import",
+        "what a checkpoint of frameworks' RNG files holds, one file a rank, and write it",
+        "0 written, 2 the files cannot be read or the checkpoint not written",
+        ["nemo-rng-dcp import runs/checkpoint-1000 runs/checkpoint-1000-rng"],
+    )
+    four.add_argument("folder", help="NeMo Automodel's, Accelerate's or Transformers' checkpoint")
+    four.add_argument("out", help="the folder to write to")
+    four.set_defaults(command=import_)
     return parser
 
 

@@ -65,11 +65,12 @@ class Metadata:
             if self.keys[key].dtype is None:
                 return [_chunk((), (), places.get(None))]
             parts = typed(_its(self._saved[key], "chunks"), list)
-            # Tensors that share one list would take more time than the file has bytes.
-            if id(parts) in self._given:
-                raise ValueError("two tensors have one list of chunks")
-            self._given.add(id(parts))
             chunks = []
+            for thing in (parts, *parts):
+                # What is named again and again would take more time than the file has bytes.
+                if id(thing) in self._given:
+                    raise ValueError("one chunk is in two places")
+                self._given.add(id(thing))
             for part in parts:
                 offsets, sizes = _size(_its(part, "offsets")), _size(_its(part, "sizes"))
                 chunks.append(_chunk(offsets, sizes, places.get(offsets)))

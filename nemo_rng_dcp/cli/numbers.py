@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 import zipfile
 from functools import lru_cache
 
@@ -13,6 +14,17 @@ from nemo_rng_dcp.cli.pickles import ForbiddenError, Global, Made, parse
 ARCHIVE_BYTES = 2**16
 """More than ``torch.save`` adds to a tensor's numbers."""
 
+# What zipfile runs into in damaged bytes.
+_DAMAGE = (
+    zipfile.BadZipFile,
+    NotImplementedError,
+    RuntimeError,
+    LookupError,
+    ValueError,
+    EOFError,
+    OSError,
+    struct.error,
+)
 _KNOWN = {"torch._utils _rebuild_tensor_v2", "torch LongStorage", "collections OrderedDict"}
 
 
@@ -41,7 +53,7 @@ def from_archive(content: bytes, count: int) -> torch.Tensor:
             numbers = archive.read(f"{folder}/data/0")
     except ForbiddenError as error:
         raise ValueError(f"refused: it holds {error}, expected a tensor") from error
-    except Exception as error:  # damaged bytes raise whatever zipfile runs into
+    except _DAMAGE as error:
         raise ValueError(f"no tensor that torch.save wrote ({error})") from error
     if len(numbers) != 8 * count:
         raise ValueError(f"{len(numbers)} bytes for {count} numbers")

@@ -14,16 +14,7 @@ from nemo_rng_dcp.generators.python_random import PythonAdapter
 from nemo_rng_dcp.generators.torch_random import TorchAdapter
 from nemo_rng_dcp.record import Record
 
-_BIT_GENERATORS: dict[str, type[np.random.BitGenerator]] = {
-    f"numpy.{algorithm.__name__}": algorithm
-    for algorithm in (
-        np.random.MT19937,
-        np.random.PCG64,
-        np.random.PCG64DXSM,
-        np.random.Philox,
-        np.random.SFC64,
-    )
-}
+_BIT_GENERATORS = {"MT19937", "PCG64", "PCG64DXSM", "Philox", "SFC64"}
 
 
 @cache
@@ -35,8 +26,10 @@ def own_generator(kind: str) -> GeneratorAdapter | None:
         return NumPyAdapter(np.random.RandomState())
     if kind == "torch.cpu":
         return TorchAdapter(torch.Generator())
-    algorithm = _BIT_GENERATORS.get(kind)
-    return None if algorithm is None else NumPyGeneratorAdapter(np.random.Generator(algorithm()))
+    library, _, algorithm = kind.partition(".")
+    if library == "numpy" and algorithm in _BIT_GENERATORS:
+        return NumPyGeneratorAdapter(np.random.Generator(getattr(np.random, algorithm)()))
+    return None
 
 
 def packed_after_seed(kind: str, seed: int) -> bytes | None:

@@ -51,7 +51,7 @@ class Table:
             self._readers = dict.fromkeys(self._places, chunks.get(first, set()))
             self.count = len(self._places)
         else:
-            length = max(1, *first.sizes)
+            length = max([1, *first.sizes])
             self.count = max(1, size // length)
             for chunk, readers in chunks.items():
                 row, rest = divmod(chunk.offsets[0], length) if len(chunk.offsets) == 1 else (0, 1)

@@ -235,8 +235,9 @@ def to_words(numbers: npt.NDArray[Any]) -> npt.NDArray[np.uint32]:
     if numbers.dtype != np.uint32:
         if numbers.dtype.kind not in "iu" or numbers.size == 0:
             raise ValueError(f"the words are {numbers.dtype} {numbers.shape}, expected integers")
-        low, high = int(numbers.min()), int(numbers.max())
-        if low < 0 or high >= 2**32:
+        # What is negative keeps its sign, what is too large its upper bits.
+        if int(np.bitwise_or.reduce(numbers)) >> 32:
+            low, high = int(numbers.min()), int(numbers.max())
             bad = low if low < 0 else high
             raise ValueError(f"a word is {bad}, expected 0 to 2**32 - 1")
     words: npt.NDArray[np.uint32] = numbers.astype(np.uint32)

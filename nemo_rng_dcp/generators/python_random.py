@@ -37,7 +37,9 @@ class PythonAdapter:
             raise ValueError(f"not a state of Python's random: {error}") from error
 
     def unpack(self, packed: bytes) -> tuple[Any, ...]:
-        return MT19937State.from_bytes(packed).to_python()
+        state = MT19937State.from_bytes(packed)
+        # Faster than state.to_python(), and the same.
+        return 3, INT64_WORDS.unpack_from(packed), state.gauss
 
     def seed(self, value: int) -> None:
         self._generator.seed(value)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
 from nemo_rng_dcp.generators.mt19937 import SEED_LIMIT, MT19937State, check_length
@@ -179,7 +178,7 @@ def to_bytes(state: torch.Tensor) -> bytes:
 def _accepted(packed: bytes, length: int, device: torch.device) -> torch.Tensor:
     """Return a packed state as uint8, after making sure that a generator on ``device`` takes it."""
     check_length(packed, length)
-    state = torch.from_numpy(np.frombuffer(bytearray(packed), dtype=np.uint8))
+    state = torch.frombuffer(bytearray(packed), dtype=torch.uint8)
     # The format differs between devices, and so does what is valid in it. Some of what is not valid
     # raises here; the rest, such as a word that is too large, is cut off.
     trial = torch.Generator(device)
@@ -187,6 +186,6 @@ def _accepted(packed: bytes, length: int, device: torch.device) -> torch.Tensor:
         trial.set_state(state)
     except RuntimeError as error:
         raise ValueError(f"torch refuses the state: {error}") from error
-    if not torch.equal(trial.get_state(), state):
+    if to_bytes(trial.get_state()) != packed:
         raise ValueError("torch takes the state only in part: some of its numbers are out of range")
     return state

@@ -1,0 +1,122 @@
+"""Measure what RNG state in a checkpoint costs, side by side with other ways, in one run.
+
+    python -m scripts.bench [--quick] [--json FILE]
+
+Prints medians and whether the targets were met. Takes under 5 minutes on 2 cores; ``--quick`` takes
+seconds and shows only that it works.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from scripts.bench import calls, checkpoint, planning, processes, table
+from scripts.bench.ranks import Size
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How much to measure.
+
+    Attributes:
+        call_rounds, call_repeat: Rounds of the single calls, and calls in each.
+        ranks: Numbers of ranks to launch.
+        models: The models that are saved.
+        planning_sizes: Numbers of ranks to plan for.
+        rank_named_sizes: Those of them to plan for with rank-named keys too.
+        model_sizes: Those of them to plan for together with a model.
+        import_rounds: Fresh processes for each module.
+    """
+
+    call_rounds: int
+    call_repeat: int
+    ranks: tuple[int, ...]
+    models: tuple[Size, ...]
+    planning_sizes: tuple[int, ...]
+    rank_named_sizes: tuple[int, ...]
+    model_sizes: tuple[int, ...]
+    import_rounds: int
+
+
+FULL = Settings(
+    call_rounds=25,
+    call_repeat=100,
+    ranks=(1, 2, 4),
+    models=(Size(width=16, layers=1, rounds=60), Size(width=1024, layers=16, rounds=5)),
+    planning_sizes=(16, 64, 256, 512, 1024, 4096, 8192, 16384),
+    rank_named_sizes=(1024, 16384),
+    model_sizes=(256, 512, 1024),
+    import_rounds=5,
+)
+QUICK = Settings(
+    call_rounds=2,
+    call_repeat=2,
+    ranks=(2,),
+    models=(Size(width=16, layers=1, rounds=2),),
+    planning_sizes=(4, 8),
+    rank_named_sizes=(4, 8),
+    model_sizes=(4,),
+    import_rounds=1,
+)
+
+
+def machine() -> str:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return (
+        f"{cores} cores, CPU, gloo; Python {platform.python_version()}, "
+        f"torch {torch.__version__}, NumPy {np.__version__}"
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.bench", description=__doc__.splitlines()[0] if __doc__ else None
+    )
+    parser.add_argument("--json", type=Path, help="also write every round to this file")
+    parser.add_argument("--quick", action="store_true", help="the smallest setting, in seconds")
+    options = parser.parse_args(arguments)
+    settings = QUICK if options.quick else FULL
+    started = time.monotonic()
+    # What a call costs is not a question of threads, and ranks have one each.
+    torch.set_num_threads(1)
+
+    called = calls.measure(settings.call_rounds, settings.call_repeat)
+    saved = checkpoint.measure(settings.ranks, settings.models)
+    planned = planning.measure(
+        settings.planning_sizes, settings.rank_named_sizes, settings.model_sizes
+    )
+    imported = processes.measure(settings.import_rounds)
+    sections = [
+        calls.section(called),
+        *checkpoint.sections(saved),
+        planning.section(planned),
+        processes.section(imported),
+    ]
+    print(f"{machine()}; {time.monotonic() - started:.0f} s\n")
+    print("\n".join(table.lines(sections)))
+
+    if options.json:
+        result = {
+            "machine": machine(),
+            "settings": asdict(settings),
+            "calls": called,
+            "checkpoints": [asdict(its) for its in saved],
+            "planning": asdict(planned),
+            "imports": imported,
+            "table": [asdict(its) for its in sections],
+        }
+        options.json.write_text(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""What one call costs in one process without a process group."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from nemo_rng_dcp import ScopedRNG, StatefulRNG, derive_seed
+from scripts.bench.table import Row, Section, text
+from scripts.bench.timing import Target, interleaved
+from scripts.bench.ways import plain_capture, plain_restore
+
+Seconds = dict[str, list[float]]
+"""By call: the seconds of every round."""
+
+
+def measure(rounds: int, repeat: int) -> Seconds:
+    """Time every call in turns.
+
+    Args:
+        rounds: How many values to return for each.
+        repeat: Calls that one value is the mean of.
+    """
+    rng = StatefulRNG(seed=0)
+    # A copy, as a load gives it: the table that state_dict() handed out is looked at once more.
+    state = {key: table.clone() for key, table in rng.state_dict().items()}
+    plain = plain_capture()
+    calls: dict[str, Callable[[], object]] = {
+        "plain_capture": plain_capture,
+        "state_dict": rng.state_dict,
+        "plain_restore": lambda: plain_restore(plain),
+        "load_state_dict": lambda: rng.load_state_dict(state),
+        "fingerprint": rng.fingerprint,
+        "scope": enter_scope,
+        "derived_generator": lambda: torch.Generator().manual_seed(sample_seed()),
+    }
+    return interleaved(calls, rounds, repeat)
+
+
+def sample_seed() -> int:
+    return derive_seed(42, "augment", 3, 1234)
+
+
+def enter_scope() -> None:
+    with ScopedRNG(sample_seed()):
+        pass
+
+
+def section(seconds: Seconds) -> Section:
+    capture, restore = seconds["state_dict"], seconds["load_state_dict"]
+    plain = seconds["plain_capture"], seconds["plain_restore"]
+    rows = [
+        Row("capture", text(capture), text(plain[0]), Target.ratio(2.5, capture, plain[0])),
+        Row("check + restore", text(restore), text(plain[1]), Target.ratio(4, restore, plain[1])),
+        Row("fingerprint()", text(seconds["fingerprint"])),
+        Row("with ScopedRNG(derive_seed(...))", text(seconds["scope"])),
+        Row("Generator().manual_seed(derive_seed(...))", text(seconds["derived_generator"])),
+    ]
+    return Section("one call", "plain way", rows)

@@ -1,0 +1,121 @@
+"""What RNG state adds to a checkpoint, measured on real ranks."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from scripts.bench.ranks import Seconds, Size, launch
+from scripts.bench.table import Row, Section, text
+from scripts.bench.timing import Target, differences
+
+IN_MEMORY = Path("/dev/shm")
+NEEDED_BYTES = 2 * 2**30
+
+LIMITS = {"save": 1.5, "load": 2.0}
+"""How many times as much as one more tensor the record may add."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What one number of ranks measured beside one model.
+
+    Attributes:
+        ranks: Number of ranks.
+        parameters: Of the model, on all ranks together.
+        seconds: The CPU seconds of the slowest rank, by operation and way, of every round.
+        on_disk: By way: the ``files`` and ``bytes`` of its checkpoint.
+    """
+
+    ranks: int
+    parameters: int
+    seconds: Seconds
+    on_disk: dict[str, dict[str, int]]
+
+    def adds(self, operation: str, way: str) -> list[float]:
+        """Return for every round the seconds by which a way is above no streams."""
+        return differences(self.seconds[operation][way], self.seconds[operation]["alone"])
+
+    def adds_on_disk(self, what: str, way: str) -> int:
+        return self.on_disk[way][what] - self.on_disk["alone"][what]
+
+
+def measure(ranks: Sequence[int], sizes: Sequence[Size]) -> list[Checkpoint]:
+    """Measure every number of ranks with every model."""
+    checkpoints = []
+    for number in ranks:
+        with tempfile.TemporaryDirectory(prefix="bench-", dir=memory_folder()) as folder:
+            checkpoints += [Checkpoint(**raw) for raw in launch(number, [*sizes], Path(folder))]
+    return checkpoints
+
+
+def memory_folder() -> Path | None:
+    """Return a folder in memory with room for a checkpoint of every way, if there is one.
+
+    A disk's noise is larger than what is measured.
+    """
+    if IN_MEMORY.is_dir() and shutil.disk_usage(IN_MEMORY).free > NEEDED_BYTES:
+        return IN_MEMORY
+    return None
+
+
+def sections(checkpoints: Sequence[Checkpoint]) -> list[Section]:
+    """Return what is added beside the smallest model, and what the largest takes by itself.
+
+    What RNG state adds does not depend on the model, but how well it can be seen does.
+    """
+    small, large = (
+        [c for c in checkpoints if c.parameters == choose(c.parameters for c in checkpoints)]
+        for choose in (min, max)
+    )
+    return [
+        *(added(its) for its in small),
+        Section(
+            f"beside a model of {large[-1].parameters / 1e6:.1f} M parameters, CPU time",
+            "without",
+            [
+                Row(
+                    f"dcp.{operation}, {of_ranks(checkpoint.ranks)}",
+                    text(checkpoint.seconds[operation]["record"]),
+                    text(checkpoint.seconds[operation]["alone"]),
+                )
+                for checkpoint in large
+                for operation in LIMITS
+            ],
+        ),
+        stored(small[-1]),
+    ]
+
+
+def added(checkpoint: Checkpoint) -> Section:
+    rows = []
+    for operation, limit in LIMITS.items():
+        ours, number, tensor = (
+            checkpoint.adds(operation, way) for way in ("record", "one_number", "one_tensor")
+        )
+        target = Target.ratio(limit, ours, number)
+        rows.append(Row(f"dcp.{operation}", text(ours), text(number), target))
+        rows.append(Row("  of which any sharded tensor", text(tensor)))
+    blocked = text(checkpoint.adds("async_save", "record"))
+    rows.append(Row("dcp.async_save, until it returns", blocked))
+    title = f"added to a checkpoint of {of_ranks(checkpoint.ranks)}, CPU time"
+    return Section(title, "one number", rows)
+
+
+def stored(checkpoint: Checkpoint) -> Section:
+    """Return what is on disk, which is the same in every run."""
+    ranks = checkpoint.ranks
+
+    def row(title: str, what: str, share: int) -> Row:
+        ours, theirs = (checkpoint.adds_on_disk(what, way) for way in ("record", "file_per_rank"))
+        return Row(title, f"{ours / share:,.0f}", f"{theirs / share:,.0f}")
+
+    rows = [row("files", "files", 1), row("bytes a rank", "bytes", ranks)]
+    return Section(f"added to the files of a checkpoint of {of_ranks(ranks)}", "file a rank", rows)
+
+
+def of_ranks(ranks: int) -> str:
+    return f"{ranks} rank{'s' if ranks > 1 else ''}"
