@@ -66,7 +66,7 @@ def read_streams(folder: Path, generators: Collection[str] = GENERATORS) -> Stre
     command = [sys.executable, "-m", "nemo_rng_dcp", "inspect", "--json", str(folder)]
     shown = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False).stdout
     for found in json.loads(shown)["entries"]:
-        if found["key"] == "rng":
+        if found["path"] == "rng":
             return {
                 row["row"]: {name: row["digests"][name] for name in generators}
                 for row in found["streams"]
