@@ -99,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sections = [
         calls.section(called),
         *checkpoint.sections(saved),
-        planning.section(planned),
+        *planning.sections(planned),
         processes.section(imported),
     ]
     print(f"{machine()}; {time.monotonic() - started:.0f} s\n")
