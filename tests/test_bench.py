@@ -77,7 +77,7 @@ def numbers(value: Any) -> list[float]:
 def test_every_row_is_printed(results: Results, row: str) -> None:
     printed, _, _ = results
     assert "cores, CPU, gloo; Python" in printed
-    assert re.search(rf"^{re.escape(row)}.*\s\d", printed, re.MULTILINE)
+    assert re.search(rf"^{re.escape(row)}.*\s-?\d", printed, re.MULTILINE)
 
 
 def test_the_json_has_every_measurement(results: Results) -> None:
@@ -170,7 +170,7 @@ def test_a_wrongly_derived_plan_is_noticed(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(planning, "plan_of_rank", lambda own, rank: own)
     try:
         with pytest.raises(RuntimeError, match="rank 1 is not what DCP makes"):
-            planning.plan(4, planning.records)
+            planning.plan(4, planning.records, {})
     finally:
         torch.distributed.destroy_process_group()
 

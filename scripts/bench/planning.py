@@ -34,6 +34,9 @@ ROUNDS = 5
 LOADING_RANKS = 8192
 """The job whose load plans are judged."""
 
+Planners = Mapping[str, Callable[[], LoadPlanner]]
+PLANNERS: Planners = {"default": DefaultLoadPlanner, "rng": RNGLoadPlanner}
+
 # The weights of Llama 3 8B, the vocabulary rounded up from 128,256 so that 1,024 ranks divide it.
 MODEL = "Llama 3 8B"
 _LAYER = [
@@ -54,8 +57,7 @@ class Planning:
         ranks: Number of ranks.
         local_plan: One rank's plan of a save. All ranks make theirs at once.
         global_plan: The coordinator's.
-        load_plan: One rank's plan of a load, by planner: ``default`` and, where there are records,
-            ``rng``.
+        load_plan: One rank's plan of a load, by planner; of records alone.
         metadata_bytes: What the checkpoint's ``.metadata`` takes.
     """
 
@@ -100,9 +102,9 @@ def measure(
     # DCP asks the fake group for its device, which it has more than one of.
     warnings.filterwarnings("ignore", message=".*_get_pg_default_device|Multiple backends")
     return Scale(
-        records=[plan(size, records) for size in sizes],
+        records=[plan(size, records, PLANNERS) for size in sizes],
         rank_named=[plan_rank_named(size) for size in rank_named_sizes],
-        model_and_records=[plan(size, model_and_records) for size in model_sizes],
+        model_and_records=[plan(size, model_and_records, {}) for size in model_sizes],
     )
 
 
@@ -121,12 +123,11 @@ def model_and_records() -> dict[str, Any]:
     return {"model": model, **records()}
 
 
-def plan(ranks: int, state_of: Callable[[], dict[str, Any]]) -> Planning:
+def plan(ranks: int, state_of: Callable[[], dict[str, Any]], planners: Planners) -> Planning:
     """Plan a checkpoint of what every rank passes."""
     plans = plans_of_all_ranks(ranks, state_of)
     # The last rank's chunks are the last ones that a planner comes to.
     create_fake_group(ranks - 1, ranks)
-    planners = {"default": DefaultLoadPlanner, "rng": RNGLoadPlanner}
     planning = time_planning(state_of, plans, planners)
     dist.destroy_process_group()
     return planning
@@ -138,7 +139,7 @@ def plan_rank_named(ranks: int) -> Planning:
     values = state["rng"]["rank_0"]
     states = ({"rng": {f"rank_{rank}": values}} for rank in range(ranks))
     plans = [as_received(local_plan(state)) for state in states]
-    return time_planning(lambda: state, plans, {"default": DefaultLoadPlanner})
+    return time_planning(lambda: state, plans, {})
 
 
 def plans_of_all_ranks(ranks: int, state_of: Callable[[], dict[str, Any]]) -> list[SavePlan]:
@@ -189,7 +190,7 @@ def as_received(plan: SavePlan) -> SavePlan:
 def time_planning(
     state_of: Callable[[], dict[str, Any]],
     plans: list[SavePlan],
-    planners: Mapping[str, Callable[[], LoadPlanner]],
+    planners: Planners,
 ) -> Planning:
     """Time one rank's local plan, the coordinator's global plan and one rank's load plans.
 
