@@ -70,6 +70,8 @@ def numbers(value: Any) -> list[float]:
         "plain dcp.load",
         "RNGLoadPlanner",
         "import, CPU time",
+        "CPU time",
+        "memory",
     ],
 )
 def test_every_row_is_printed(results: Results, row: str) -> None:
@@ -95,6 +97,7 @@ def test_the_json_has_every_measurement(results: Results) -> None:
     assert [its["ranks"] for its in planned["model_and_records"]] == [4]
     assert min(numbers(planned)) > 0
     assert {len(rounds) for rounds in result["imports"].values()} == {1}
+    assert result["inspect"]["rows"] == 4
 
 
 def test_what_is_left_on_disk(results: Results) -> None:
