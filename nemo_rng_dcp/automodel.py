@@ -2,22 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from nemo_rng_dcp import snapshot
-from nemo_rng_dcp.errors import RNGStateError
-from nemo_rng_dcp.generators import global_generators
+from nemo_rng_dcp.errors import RNGStateError, RNGStateWarning
+from nemo_rng_dcp.generators import global_generators, own_device
 from nemo_rng_dcp.generators.mt19937 import MT19937State
-from nemo_rng_dcp.generators.torch_random import current_accelerator, to_bytes
+from nemo_rng_dcp.generators.torch_random import to_bytes
+
+_NUMPY_KEYS = (
+    "np_bit_generator",
+    "np_keys",
+    "np_position",
+    "np_has_gauss",
+    "np_cached_gaussian",
+)
+"""NeMo Automodel's present names for what ``numpy.random.get_state()`` gives, in its order."""
+_KEYS = ("random_rng_state", *_NUMPY_KEYS, "torch_rng_state", "cuda_rng_state")
 
 
-@dataclass
-class RNGState:
+@dataclass(eq=False)
+class RNGState(Mapping[str, Any]):
     """The global streams of one process, in each library's own format (NeMo Automodel's names).
+
+    It is NeMo Automodel's older dataclass by its attributes and its present dict by its keys, in
+    which NumPy's state is spread over ``np_bit_generator``, ``np_keys`` (uint32, shape ``(624,)``),
+    ``np_position``, ``np_has_gauss`` and ``np_cached_gaussian``. Copied or pickled it is a plain
+    dict of that kind, which ``torch.load(weights_only=True)`` takes.
 
     Attributes:
         random_rng_state: As ``random.getstate()`` gives it.
@@ -33,17 +50,35 @@ class RNGState:
     torch_rng_state: torch.Tensor
     cuda_rng_state: list[torch.Tensor]
 
+    def __getitem__(self, key: str) -> Any:
+        if key in _NUMPY_KEYS:
+            part = self.np_rng_state[_NUMPY_KEYS.index(key)]
+            return torch.from_numpy(part.copy()) if key == "np_keys" else part
+        if key in _KEYS:
+            return getattr(self, key)
+        raise KeyError(key)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(_KEYS)
+
+    def __len__(self) -> int:
+        return len(_KEYS)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return OrderedDict, (list(self.items()),)
+
 
 def _get_rng_state() -> RNGState:
     """Return the global streams of this process; moves none and does not communicate.
 
     Returns:
-        The state; its ``cuda_rng_state`` holds the current accelerator device's alone.
+        The state, to be read by attribute or by key; its ``cuda_rng_state`` holds the current
+        accelerator device's alone.
 
     Raises:
         RNGStateError: NumPy's global generator does not run MT19937.
     """
-    states = snapshot.take(global_generators())
+    states = snapshot.take(global_generators(own_device()))
     return RNGState(
         random_rng_state=states.pop("python"),
         np_rng_state=MT19937State.from_numpy(states.pop("numpy")).to_numpy(),
@@ -52,41 +87,58 @@ def _get_rng_state() -> RNGState:
     )
 
 
-def _restore_rng_state(state: RNGState) -> None:
+def _restore_rng_state(state: Mapping[str, Any] | RNGState) -> None:
     """Put the global streams of this process into a state; does not communicate.
 
     Args:
-        state: What :func:`_get_rng_state` gave, or an ``RNGState`` of NeMo Automodel.
+        state: What :func:`_get_rng_state` gave, or NeMo Automodel's dict or older ``RNGState``.
 
     Raises:
-        RNGStateError: A field is missing or malformed, or the state and this process do not have
-            the same accelerator streams. No stream has moved.
+        RNGStateError: A field is missing or malformed. No stream has moved.
     """
-    generators = global_generators()
-    snapshot.restore(generators, snapshot.unpack(generators, packed_states(state)))
+    device = own_device()
+    generators = global_generators(device)
+    snapshot.restore(generators, snapshot.unpack(generators, packed_states(state, device)))
 
 
-def packed_states(state: RNGState) -> dict[str, bytes]:
-    """Return the states in an ``RNGState`` as the global generators pack them, by name.
+def is_automodel_state(state: object) -> bool:
+    """Return whether something has the shape of NeMo Automodel's dict or older dataclass."""
+    if isinstance(state, Mapping):
+        return any(key in state for key in _KEYS)
+    return hasattr(state, "random_rng_state") and hasattr(state, "torch_rng_state")
 
-    Moves no stream.
+
+def packed_states(state: Any, device: torch.device | None) -> dict[str, bytes]:
+    """Return the states in NeMo Automodel's dict or dataclass as the global generators pack them.
+
+    Moves no stream. Warns (``RNGStateWarning``) if the state has an accelerator's stream and the
+    process has no accelerator, or the other way round: that stream is left out.
+
+    Args:
+        state: As for :func:`_restore_rng_state`.
+        device: The accelerator device whose stream is restored.
 
     Raises:
-        RNGStateError: A field is missing or malformed, or there is no state for the accelerator.
+        RNGStateError: A field is missing or malformed.
     """
-    device = current_accelerator()
-    fields: list[tuple[str, str, Callable[[Any], bytes]]] = [
-        ("python", "random_rng_state", lambda field: MT19937State.from_python(field).to_bytes()),
-        ("numpy", "np_rng_state", lambda field: MT19937State.from_numpy(field).to_bytes()),
+    readers: list[tuple[str, str, Callable[[Any], bytes]]] = [
+        ("python", "random_rng_state", lambda value: MT19937State.from_python(value).to_bytes()),
+        ("numpy", "np_rng_state", lambda value: MT19937State.from_numpy(value).to_bytes()),
         ("torch", "torch_rng_state", to_bytes),
-        ("cuda" if device is None else device.type, "cuda_rng_state", _own_device_state),
+        (
+            "cuda" if device is None else device.type,
+            "cuda_rng_state",
+            lambda field: _own_device_state(field, device),
+        ),
     ]
     states = {}
-    for name, field, convert in fields:
-        value = getattr(state, field, None)
-        if value is None:
-            raise RNGStateError(f"{name}: the RNGState has no {field}")
-        if field == "cuda_rng_state" and device is None and isinstance(value, list) and not value:
+    for name, field, convert in readers:
+        value = _field(state, name, field)
+        if field == "cuda_rng_state" and isinstance(value, list) and not (value and device):
+            if value:
+                _warn("an accelerator's stream, which this rank has not: dropped")
+            elif device:
+                _warn(f"no accelerator's stream: that of {device} stays as it is")
             continue
         try:
             states[name] = convert(value)
@@ -95,15 +147,33 @@ def packed_states(state: RNGState) -> dict[str, bytes]:
     return states
 
 
-def _own_device_state(states: Sequence[torch.Tensor]) -> bytes:
-    """Return the current device's state out of one, or out of one for each visible device."""
-    device = current_accelerator()
-    if device is None:
-        raise ValueError(f"{len(states)} accelerator states, but no accelerator here")
+def _field(state: Any, name: str, field: str) -> Any:
+    """Return a field of the older dataclass, also out of the present dict."""
+    if not isinstance(state, Mapping) or isinstance(state, RNGState):
+        keys, values = [field], [getattr(state, field, None)]
+    else:
+        keys = list(_NUMPY_KEYS) if field == "np_rng_state" else [field]
+        values = [state.get(key) for key in keys]
+    for key, value in zip(keys, values, strict=True):
+        if value is None:
+            raise RNGStateError(f"{name}: the RNGState has no {key}")
+    if len(values) == 1:
+        return values[0]
+    return tuple(v.cpu().numpy() if isinstance(v, torch.Tensor) else v for v in values)
+
+
+def _warn(has: str) -> None:
+    # For the caller of load_state_dict() or _restore_rng_state().
+    warnings.warn(f"the RNGState has {has}", RNGStateWarning, stacklevel=4)
+
+
+def _own_device_state(states: Sequence[torch.Tensor], device: torch.device | None) -> bytes:
+    """Return the device's state out of one, or out of one for each visible device."""
     if len(states) == 1:
         return to_bytes(states[0])
-    if device.index is None or len(states) != torch.accelerator.device_count():
+    if device is None or device.index is None or len(states) != torch.accelerator.device_count():
         raise ValueError(
-            f"{len(states)} accelerator states, expected 1 or one for each visible device"
+            f"{len(states)} accelerator states, expected 1 or one for each visible device. Keep "
+            "the one of this rank's device in the list"
         )
     return to_bytes(states[device.index])

@@ -97,7 +97,7 @@ class Layout:
         """
         if self.mesh is None and not has_process_group():
             return record
-        mesh = self.mesh or _mesh_of_all_ranks()
+        mesh = _mesh_of_all_ranks() if self.mesh is None else _on_cpu(self.mesh)
         return DTensor.from_local(
             record,
             mesh,
@@ -128,8 +128,9 @@ class Layout:
         if record.row != source:
             raise RNGStateError(
                 f"{KEY}: row {self.row} of {self.rows} was given row {record.row} of "
-                f"{record.rows}, expected row {source}. Give each rank its own row: load with "
-                "dcp.load, not from another rank's state_dict()."
+                f"{record.rows}, expected row {source}. A state_dict() holds its own rank's row "
+                "alone, also when one rank passes it to torch.save: save on all ranks with "
+                "dcp.save or StatefulRNG.save(), and load with dcp.load or StatefulRNG.load()."
             )
         return record
 
@@ -153,3 +154,12 @@ def _mesh_of_all_ranks() -> DeviceMesh:
     # the group has. init_device_mesh() would create a group of its own for some.
     assert dist.group.WORLD is not None
     return DeviceMesh.from_group(dist.group.WORLD, "cpu")
+
+
+def _on_cpu(mesh: DeviceMesh) -> DeviceMesh:
+    """Return a CPU mesh of the same ranks over the same groups; creates no process group."""
+    if mesh.device_type == "cpu":
+        return mesh
+    # DTensor would move a record to the mesh's device, and DCP back to write it.
+    names = mesh.mesh_dim_names or tuple(str(number) for number in range(mesh.ndim))
+    return DeviceMesh.from_group(mesh.get_all_groups(), "cpu", mesh.mesh, mesh_dim_names=names)

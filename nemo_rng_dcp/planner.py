@@ -115,7 +115,9 @@ class RNGLoadPlanner(LoadPlanner):
         tables = {fqn: _table(path) for fqn, path in entries.items()}
         self._tables = {fqn: table for fqn, table in tables.items() if table is not None}
         self._reads = [
-            _read(fqn, table.row, saved[fqn]) for fqn, table in self._tables.items() if fqn in saved
+            read_of_row(fqn, table.row, saved[fqn])
+            for fqn, table in self._tables.items()
+            if fqn in saved
         ]
         others = {fqn: its for fqn, its in saved.items() if fqn not in self._tables}
         with self._taken_out():
@@ -201,8 +203,28 @@ def _table(path: _Path) -> _Table | None:
     return _Table(path, value, record.row)
 
 
-def _read(fqn: str, row: int, saved: Any) -> ReadItem:
-    """Return the read of the saved record that is loaded into a row."""
+def record_keys(saved: Mapping[str, Any]) -> list[str]:
+    """Return the keys under which a checkpoint's metadata lists what may be records."""
+    return [
+        fqn
+        for fqn, its in saved.items()
+        if fqn.rpartition(".")[2] == KEY
+        and isinstance(its, TensorStorageMetadata)
+        and its.properties.dtype == torch.int64
+    ]
+
+
+def read_of_row(fqn: str, row: int, saved: Any) -> ReadItem:
+    """Return the read of the saved record that is loaded into a row.
+
+    Args:
+        fqn: The record's key in the checkpoint.
+        row: The row of the job that loads.
+        saved: What the checkpoint's metadata has under that key.
+
+    Raises:
+        RNGStateError: No record is there, or none for the row.
+    """
     if not isinstance(saved, TensorStorageMetadata):
         raise RNGStateError(
             f"{fqn}: the checkpoint holds bytes (a pickle) here, expected a tensor. No StatefulRNG "
@@ -236,14 +258,7 @@ def _read(fqn: str, row: int, saved: Any) -> ReadItem:
 
 def _warn_of_left_over(saved: Mapping[str, Any], asked_for: Collection[str]) -> None:
     """Name the RNG entries of the checkpoint for which the state dict has no place."""
-    left_over = [
-        fqn
-        for fqn, its in saved.items()
-        if fqn.rpartition(".")[2] == KEY
-        and fqn not in asked_for
-        and isinstance(its, TensorStorageMetadata)
-        and its.properties.dtype == torch.int64
-    ]
+    left_over = [fqn for fqn in record_keys(saved) if fqn not in asked_for]
     if left_over:
         warnings.warn(
             f"the checkpoint has RNG state at {', '.join(left_over)}, for which this job has no "

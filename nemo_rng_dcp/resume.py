@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from typing import NamedTuple
 
 from nemo_rng_dcp.errors import RNGStateError
@@ -53,6 +54,29 @@ class Resume:
     seeds: Mapping[str, int]
     resizes: int
     remarks: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Where streams that were restored come from.
+
+    All are ``None`` for a state that does not say, such as NeMo Automodel's.
+
+    Attributes:
+        rows: Rows of the table that was saved.
+        world_size: Ranks of the job that saved it.
+        saved_at: When the streams were taken, UTC.
+    """
+
+    rows: int | None = None
+    world_size: int | None = None
+    saved_at: datetime | None = None
+
+    @classmethod
+    def from_record(cls, record: Record) -> Loaded:
+        """Return what a record says of itself."""
+        saved_at = datetime.fromtimestamp(record.taken_at / 10**9, timezone.utc)
+        return cls(record.rows, record.world_size, saved_at)
 
 
 def resume(record: Record, job: Job) -> Resume:

@@ -5,28 +5,37 @@ from __future__ import annotations
 import time
 import warnings
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NoReturn, SupportsIndex, overload
 
 import torch
+from torch.distributed.checkpoint import StorageReader, StorageWriter
 from torch.distributed.device_mesh import DeviceMesh
 
-from nemo_rng_dcp import peers, snapshot
-from nemo_rng_dcp.automodel import RNGState, packed_states
+from nemo_rng_dcp import peers, snapshot, standalone
+from nemo_rng_dcp.automodel import RNGState, is_automodel_state, packed_states
+from nemo_rng_dcp.device import DeviceWatch
 from nemo_rng_dcp.errors import RNGStateError, RNGStateWarning
-from nemo_rng_dcp.generators import GeneratorAdapter, global_generators, registered_generators
+from nemo_rng_dcp.first_forward import rewind_at_first_forward
+from nemo_rng_dcp.generators import (
+    GeneratorAdapter,
+    global_generators,
+    own_device,
+    registered_generators,
+)
 from nemo_rng_dcp.layout import Layout, global_rank, world_size
 from nemo_rng_dcp.record import KEY, Record, Stream, fingerprint
-from nemo_rng_dcp.resume import Job, Kind, resume
+from nemo_rng_dcp.resume import Job, Kind, Loaded, resume
 from nemo_rng_dcp.seeding import check_ranked, check_seed, seed_all
 
 
 class StatefulRNG:
     """The random streams of every rank, as one entry of a DCP checkpoint.
 
-    Construction seeds the global generators: Python's ``random``, NumPy's, torch CPU's and the
-    accelerator's. Pass the object to ``dcp.save`` and ``dcp.load`` beside model and optimizer; each
-    rank then gets its own streams back, bit for bit, in the process that saved or in a new one.
+    Construction seeds the global generators: Python's ``random``, NumPy's, torch CPU's and those
+    of all accelerator devices, of which one is this rank's own (``device``). Pass the object to
+    ``dcp.save`` and ``dcp.load`` beside model and optimizer; each rank then gets its own streams
+    back, bit for bit, in the process that saved or in a new one.
 
     What is promised about the moment: a checkpoint holds the streams as they are when DCP calls
     :meth:`state_dict`, and after a load they are as they were then when DCP calls
@@ -61,11 +70,15 @@ class StatefulRNG:
         global_generators: ``False`` leaves the global generators alone: nothing is seeded, and only
             the registered ones are stored. A job whose streams differ along several meshes has one
             ``StatefulRNG`` for each, all but one with ``False``.
+        device: The accelerator device whose global generator is this rank's: stored, restored and
+            used from every thread. Also its index. ``None``: the one that is current now, in this
+            thread, so choose it before (``torch.cuda.set_device``). ``"cpu"``: this rank uses none.
+            A rank that draws on more devices registers the generators of the others.
 
     Raises:
-        ValueError: The seed is no integer or out of range; this rank is not in ``mesh``; or a
-            generator's name is no identifier or taken, or it is registered twice. Nothing was
-            seeded.
+        ValueError: The seed is no integer or out of range; this rank is not in ``mesh``; this
+            process has no such ``device``; or a generator's name is no identifier or taken, or it
+            is registered twice. Nothing was seeded.
         TypeError: ``ranked`` or ``global_generators`` is no bool, ``mesh`` no DeviceMesh, the
             generators no mapping, or a generator is of another kind. Nothing was seeded.
 
@@ -93,15 +106,18 @@ class StatefulRNG:
         generators: Mapping[str, Any] | None = None,
         shared_generators: Mapping[str, Any] | None = None,
         global_generators: bool = True,
+        device: torch.device | str | int | None = None,
     ) -> None:
         self.ranked = check_ranked(ranked)
         if not isinstance(global_generators, bool):
             raise TypeError(f"global_generators is {global_generators!r}, expected True or False")
         self.global_generators = global_generators
+        self.device = own_device(device)
         self._shared = frozenset({} if shared_generators is None else shared_generators)
         self._registered = registered_generators(
             {} if generators is None else generators,
             {} if shared_generators is None else shared_generators,
+            self.device,
         )
         if mesh is not None and not isinstance(mesh, DeviceMesh):
             raise TypeError(f"mesh is {mesh!r}, expected a DeviceMesh or None")
@@ -114,9 +130,12 @@ class StatefulRNG:
         self._handed_out: weakref.WeakValueDictionary[int, torch.Tensor] = (
             weakref.WeakValueDictionary()
         )
-        self._loaded: snapshot.States | None = None
+        self._loaded_states: snapshot.States | None = None
+        self.loaded: Loaded | None = None
+        """What the last load restored, with its rows, world size and time; ``None``: nothing."""
         if global_generators:
             seed_all(row_seed)
+        self._watch = DeviceWatch(self.device if global_generators else None)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Return this rank's record as its row of a table; moves no stream.
@@ -128,6 +147,10 @@ class StatefulRNG:
             0 of which each rank has its row (a plain tensor without a process group). The record is
             described in ``record.py``.
 
+        Warns:
+            RNGStateWarning: Another accelerator device is current than this object's; or other code
+                gave it another stream, as torch's DTensor does. The message has the remedy.
+
         Raises:
             RNGStateError: A generator cannot be stored, such as NumPy's global one if it does not
                 run MT19937.
@@ -135,6 +158,8 @@ class StatefulRNG:
                 process's.
         """
         layout = self._layout()
+        self._watch.warn_if_another_is_current()
+        self._watch.warn_if_reseeded(layout.row)
         generators = self._generators()
         packed = snapshot.pack(generators, snapshot.take(generators))
         record = Record(
@@ -165,19 +190,22 @@ class StatefulRNG:
 
         Args:
             state_dict: What :meth:`state_dict` gave, with the row alone or with all rows; or an
-                ``RNGState``, whose streams become this rank's.
+                ``RNGState`` or what NeMo Automodel saves, whose streams become this rank's.
 
         Raises:
             RNGStateError: The record is missing, altered, of a newer layout or of another rank, or
                 a generator would not take its state. No stream of this rank has moved.
-            TypeError: ``state_dict`` is neither a mapping nor an ``RNGState``.
+            TypeError: ``state_dict`` is none of these.
             RuntimeError: As for :meth:`state_dict`.
         """
         generators = self._generators()
-        if isinstance(state_dict, RNGState):
+        if is_automodel_state(state_dict):
             # It knows the global streams only; registered ones stay as they are.
-            states = snapshot.unpack(global_generators(), packed_states(state_dict))
-            self._loaded = snapshot.restore(generators, states)
+            packed = packed_states(state_dict, self.device)
+            states = snapshot.unpack(global_generators(self.device), packed)
+            self._watch.warn_if_another_is_current()
+            self._restore(states)
+            self.loaded = Loaded()
             return
         if not isinstance(state_dict, Mapping):
             raise TypeError(
@@ -199,6 +227,7 @@ class StatefulRNG:
                 stacklevel=2,
             )
             return
+        self._watch.warn_if_another_is_current()
         its = resume(record, self._job(layout, generators))
         if its.remarks and layout.row == 0:
             # Before the restore: where warnings are errors, nothing may have moved by then.
@@ -206,8 +235,57 @@ class StatefulRNG:
         saved = {name: record.streams[name].state for name in (*its.restored, *its.seeds)}
         states = snapshot.unpack(generators, saved)
         states = {name: states[name] for name in its.restored}
-        self._loaded = snapshot.restore(generators, states, its.seeds)
+        self._restore(states, its.seeds)
+        self.loaded = Loaded.from_record(record)
         self._resizes = its.resizes
+
+    def save(
+        self,
+        path: standalone.Checkpoint = None,
+        *,
+        storage_writer: StorageWriter | None = None,
+    ) -> None:
+        """Write the record by itself, for frameworks that own the checkpoint; moves no stream.
+
+        Every rank of the default process group must call it: it is a ``dcp.save`` of this entry
+        alone, to a folder of its own.
+
+        Args:
+            path: A folder, or what else DCP takes as ``checkpoint_id``. A record saved there
+                before is replaced.
+            storage_writer: DCP's writer for another storage; ``path`` may then be left out.
+
+        Raises:
+            RNGStateError: As for :meth:`state_dict`; or, on every rank, the folder holds a
+                checkpoint of other things, which would be lost, or the storage failed.
+            RuntimeError: As for :meth:`state_dict`.
+        """
+        standalone.save(self.state_dict(), path, storage_writer)
+
+    def load(
+        self,
+        path: standalone.Checkpoint = None,
+        *,
+        storage_reader: StorageReader | None = None,
+        key: str | None = None,
+    ) -> None:
+        """Restore the streams from any DCP checkpoint with a record in it, on any world size.
+
+        The record is found by its name, alone or beside a model, and nothing else is read. Every
+        rank of the default process group must call it: it is a ``dcp.load``. The rules and the
+        warnings are those of ``RNGLoadPlanner`` and :meth:`load_state_dict`.
+
+        Args:
+            path: A folder, or what else DCP takes as ``checkpoint_id``.
+            storage_reader: DCP's reader for another storage; ``path`` may then be left out.
+            key: Which record, if the checkpoint holds several; the error that says so lists them.
+
+        Raises:
+            RNGStateError: As for :meth:`load_state_dict`; or, on every rank, the checkpoint holds
+                no record or several, or the storage failed. No stream of this rank has moved.
+            RuntimeError: As for :meth:`state_dict`.
+        """
+        self.load_state_dict(standalone.load(self._layout().row, path, storage_reader, key))
 
     def rewind(self) -> None:
         """Put every stream back to where the last load left it; does not communicate.
@@ -219,9 +297,34 @@ class StatefulRNG:
         Raises:
             RuntimeError: Nothing has been loaded yet.
         """
-        if self._loaded is None:
+        if self._loaded_states is None:
             raise RuntimeError("rewind() goes back to the last load, and nothing was loaded yet")
-        snapshot.restore(self._generators(), self._loaded)
+        self._restore(self._loaded_states)
+
+    def rewind_at_first_forward(self, model: torch.nn.Module | Sequence[torch.nn.Module]) -> None:
+        """Rewind once, before the first forward after a load; does not communicate.
+
+        For training loops that are another's, and draw between the load and the first step, such
+        as by a fresh ``iter(dataloader)``. It may be called before or after the load, and does
+        nothing while nothing was loaded. Call it again for another load.
+
+        Wrong where the loop itself draws for a step before its forward: random augmentation with
+        ``num_workers=0``, noise or time steps of a diffusion model. The rewind would repeat these
+        numbers. There, call :meth:`rewind` once the data iterator exists.
+
+        Args:
+            model: The module that the training step calls, such as an FSDP2, DDP or compiled one,
+                or a list of such parts, as pipeline schedules have them: the one that runs first
+                rewinds. If the step itself is a compiled function, call this before its first run:
+                torch does not notice later that a module in it has got a hook.
+
+        Raises:
+            TypeError: ``model`` is neither a module nor a sequence of modules.
+            RuntimeError: In that forward: it runs inside an activation checkpoint. Checkpoints
+                inside the model are fine.
+        """
+        parts = [model] if isinstance(model, torch.nn.Module) else list(model)
+        rewind_at_first_forward(parts, lambda: self.loaded is not None, self.rewind)
 
     @overload
     def fingerprint(self, gather: Literal[False] = False) -> dict[str, str]: ...
@@ -280,7 +383,11 @@ class StatefulRNG:
     def _generators(self) -> dict[str, GeneratorAdapter]:
         if not self.global_generators:
             return self._registered
-        return {**global_generators(), **self._registered}
+        return {**global_generators(self.device), **self._registered}
+
+    def _restore(self, states: snapshot.States, seeds: Mapping[str, int] | None = None) -> None:
+        self._loaded_states = snapshot.restore(self._generators(), states, seeds)
+        self._watch.note_seeds()
 
     def _packed(self) -> dict[str, bytes]:
         generators = self._generators()

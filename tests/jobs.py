@@ -35,9 +35,8 @@ GRACE_SECONDS = 2
 _CONTEXT = multiprocessing.get_context("forkserver")
 # Not nemo_rng_dcp: the server can have another path than the test, and thus another copy of it.
 # DCP's first save and load import the last two.
-_CONTEXT.set_forkserver_preload(
-    ["pytest", "torch.distributed.checkpoint", "torch._dynamo", "fsspec"]
-)
+_PRELOADED = ["pytest", "torch.distributed.checkpoint", "torch._dynamo", "fsspec"]
+_CONTEXT.set_forkserver_preload(_PRELOADED)
 
 
 class JobError(Exception):
@@ -90,6 +89,11 @@ def job(
             return [rank.result() for rank in ranks]
         reports = "\n".join(rank.report() for rank in ranks)
     raise JobError(f"{function.__name__} failed on rank {failed.rank} of {size} first\n{reports}")
+
+
+def preload(*modules: str) -> None:
+    """Have the fork server import these as well, those that there are; before the first job."""
+    _CONTEXT.set_forkserver_preload([*_PRELOADED, *modules])
 
 
 def begin_group(limit: float = LIMIT_SECONDS) -> None:

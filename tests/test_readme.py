@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-import demo
-import leaving
-import tables
-from launch import torchrun
-from nemo_rng_dcp import __main__ as command
-from test_recipe import write_losses
+import records
+from nemo_rng_dcp.cli.main import main
+from scripts.demo import __main__ as demo
+from scripts.demo import leaving
+from scripts.demo.launch import torchrun
+from test_demo import write_losses
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -43,7 +43,7 @@ def test_the_demo_table_is_what_the_demo_prints(
             for line in file.read_text().splitlines(keepends=True)
         ]
         file.write_text("".join(changed))
-    demo.report(uninterrupted, uninterrupted, rank_less)
+    demo.report_losses(uninterrupted, uninterrupted, rank_less)
     assert capsys.readouterr().out in README
 
 
@@ -57,13 +57,13 @@ def test_the_commands_print_what_is_shown(
         text = re.sub(r"[0-9a-f]{12}", "0" * 12, text)
         return re.sub(r"saved by .*", "saved by", text)
 
-    tables.save(tables.rows_of(4), tmp_path / "step-00000020")
-    tables.save(tables.rows_of(4), tmp_path / "step-00000030")
+    records.save(records.records(4), tmp_path / "step-00000020")
+    records.save(records.records(4), tmp_path / "step-00000030")
     blocks = re.findall(r"^\$ nemo-rng-dcp (.*)\n([^$`]*)", README, re.MULTILINE)
     assert [words.split()[0] for words, _ in blocks] == ["inspect", "diff", "explain"]
     monkeypatch.chdir(tmp_path)
     for words, shown in blocks:
-        command.main(words.replace("../../uninterrupted/checkpoints/", "").split())
+        main(words.replace("../../uninterrupted/checkpoints/", "").split())
         assert masked(capsys.readouterr().out).strip() == masked(shown).strip()
 
 

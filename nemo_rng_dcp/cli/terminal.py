@@ -1,0 +1,111 @@
+"""Text for a terminal of 80 columns, or for a file: colour, tables, spans, progress."""
+
+from __future__ import annotations
+
+import os
+import sys
+import textwrap
+import time
+from collections.abc import Iterable, Sequence
+from typing import TextIO
+
+COLUMNS = 80
+MANY = 40
+"""More rows than these are summarised."""
+
+_CODES = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33"}
+
+
+class Style:
+    """Colours text if the stream is a terminal that shows colours and nobody asked for none."""
+
+    def __init__(self, stream: TextIO) -> None:
+        # https://no-color.org: any value that is not empty.
+        wanted = not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+        self.enabled = wanted and stream.isatty()
+
+    def __call__(self, text: str, *names: str) -> str:
+        if not self.enabled or not names:
+            return text
+        return f"\033[{';'.join(_CODES[name] for name in names)}m{text}\033[0m"
+
+
+class Progress:
+    """A bar on stderr, if that is a terminal and the work takes over a second."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._started = self._shown = time.monotonic()
+        self._drawn = False
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if not sys.stderr.isatty() or now - self._started < 1 or now - self._shown < 0.1:
+            return
+        self._shown, self._drawn = now, True
+        filled = 30 * done // total
+        bar = "#" * filled + "." * (30 - filled)
+        sys.stderr.write(f"\r{self._what} [{bar}] {100 * done // total:3d} %")
+        sys.stderr.flush()
+
+    def close(self) -> None:
+        """Remove the bar."""
+        if self._drawn:
+            sys.stderr.write(f"\r{'':{COLUMNS - 1}}\r")
+            sys.stderr.flush()
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], style: Style) -> list[str]:
+    """Return the lines of a table whose first column is a number.
+
+    Columns that do not fit 80 characters follow below, beside the first column again.
+    """
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    blocks: list[list[int]] = [[]]
+    for column in range(1, len(header)):
+        used = widths[0] + sum(2 + widths[other] for other in blocks[-1])
+        if blocks[-1] and used + 2 + widths[column] > COLUMNS:
+            blocks.append([])
+        blocks[-1].append(column)
+    lines = []
+    for number, block in enumerate(blocks):
+        if number:
+            lines.append("")
+        for place, row in enumerate([header, *rows]):
+            cells = [f"{row[column]:<{widths[column]}}" for column in block]
+            line = "  ".join([f"{row[0]:>{widths[0]}}", *cells]).rstrip()
+            lines.append(style(line, "bold") if place == 0 else line)
+    return lines
+
+
+def paragraph(text: str, hanging: int = 0) -> list[str]:
+    """Return text in lines of 80 characters, all but the first indented."""
+    return textwrap.wrap(
+        text, COLUMNS, subsequent_indent=" " * hanging, break_on_hyphens=False
+    ) or [""]
+
+
+def spans(numbers: Iterable[int]) -> str:
+    """Return "0-2, 5" for 0, 1, 2 and 5."""
+    found: list[list[int]] = []
+    for number in sorted(numbers):
+        if found and number == found[-1][1] + 1:
+            found[-1][1] = number
+        else:
+            found.append([number, number])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in found)
+
+
+def short_spans(numbers: Sequence[int]) -> str:
+    """Return :func:`spans`, cut after the first few if there are many."""
+    parts = spans(numbers).split(", ")
+    return ", ".join(parts if len(parts) <= 6 else [*parts[:5], f"... ({len(numbers)} in all)"])
+
+
+def plural(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def within(row: int, rows: Sequence[range] | None) -> bool:
+    """Return whether a row was asked for: ``None`` asks for all."""
+    return rows is None or any(row in span for span in rows)

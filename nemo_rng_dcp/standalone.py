@@ -1,0 +1,161 @@
+"""A record by itself: saved as a checkpoint of its own, or found in whatever checkpoint has one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import (
+    DefaultLoadPlanner,
+    DefaultSavePlanner,
+    FileSystemReader,
+    LoadPlan,
+    ReadItem,
+    StorageReader,
+    StorageWriter,
+)
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+
+from nemo_rng_dcp.errors import RNGStateError
+from nemo_rng_dcp.planner import read_of_row, record_keys
+from nemo_rng_dcp.record import KEY
+
+Checkpoint = str | os.PathLike[str] | None
+"""A folder or URL as DCP's ``checkpoint_id`` takes it; ``None``: the storage object knows it."""
+
+
+def save(
+    state_dict: dict[str, torch.Tensor], path: Checkpoint, writer: StorageWriter | None
+) -> None:
+    """Write a checkpoint with nothing but a record; a collective, as ``dcp.save`` is.
+
+    Raises:
+        RNGStateError: On every rank: ``path`` holds a checkpoint of other things, which would be
+            lost, or the storage failed.
+    """
+    try:
+        dcp.save(state_dict, checkpoint_id=path, storage_writer=writer, planner=_SavePlanner())
+    except CheckpointException as error:
+        _raise_first_cause(error, f"the record was not saved to {path or writer}")
+
+
+def load(
+    row: int, path: Checkpoint, reader: StorageReader | None, key: str | None
+) -> dict[str, torch.Tensor]:
+    """Return the saved record for a row, and read nothing else; a collective, as ``dcp.load`` is.
+
+    Args:
+        row: This process's row.
+        path: A checkpoint that holds a record, alone or beside other things, at any depth.
+        reader: DCP's reader of the checkpoint; ``None``: one for ``path``.
+        key: The record's key in the checkpoint, if there is more than one.
+
+    Returns:
+        ``{"rng_streams": record}``, not checked yet.
+
+    Raises:
+        RNGStateError: On every rank: there is no record, or several and no ``key``, or the storage
+            failed.
+    """
+    planner = _LoadPlanner(row, key)
+    try:
+        dcp.load({}, checkpoint_id=path, storage_reader=reader, planner=planner)
+    except CheckpointException as error:
+        _raise_first_cause(error, f"no record was loaded from {path or reader}")
+    return {KEY: planner.record}
+
+
+class _SavePlanner(DefaultSavePlanner):
+    """Refuses to replace a checkpoint that holds anything but records.
+
+    Here and not before ``dcp.save``, because DCP tells every rank what is raised in a planner.
+    """
+
+    def set_up_planner(
+        self,
+        state_dict: dict[str, Any],
+        storage_meta: StorageMeta | None = None,
+        is_coordinator: bool = False,
+    ) -> None:
+        if is_coordinator and storage_meta is not None and storage_meta.checkpoint_id is not None:
+            _refuse_to_replace(Path(storage_meta.checkpoint_id))
+        super().set_up_planner(state_dict, storage_meta, is_coordinator)
+
+
+class _LoadPlanner(DefaultLoadPlanner):
+    """Reads one record, wherever it lies in the checkpoint.
+
+    The record is chosen in here, because DCP tells every rank what is raised in a planner.
+    """
+
+    def __init__(self, row: int, key: str | None) -> None:
+        super().__init__()
+        self._row = row
+        self._key = key
+        self.record = torch.empty(0, dtype=torch.int64)
+
+    def set_up_planner(
+        self,
+        state_dict: dict[str, Any],
+        metadata: Metadata | None = None,
+        is_coordinator: bool = False,
+    ) -> None:
+        assert metadata is not None
+        saved = metadata.state_dict_metadata
+        key = _chosen(saved, self._key)
+        self._read = read_of_row(key, self._row, saved[key])
+        self.record = torch.zeros(self._read.lengths, dtype=torch.int64)
+
+    def create_local_plan(self) -> LoadPlan:
+        return LoadPlan([self._read])
+
+    def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
+        return self.record
+
+    def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
+        pass  # it was read into the record itself
+
+
+def _chosen(saved: Mapping[str, Any], key: str | None) -> str:
+    found = record_keys(saved)
+    if key is None and len(found) == 1:
+        return found[0]
+    if key in found:
+        return key
+    if not found:
+        raise RNGStateError(
+            f"the checkpoint holds no record ({KEY}) of a StatefulRNG, only "
+            f"{', '.join(sorted(saved)[:5]) or 'nothing'}{', ...' if len(saved) > 5 else ''}. Load "
+            "the folder to which the StatefulRNG was saved."
+        )
+    if key is None:
+        raise RNGStateError(
+            f"the checkpoint holds {len(found)} records: choose one with "
+            f"{' or '.join(f'key={its!r}' for its in found)}"
+        )
+    raise RNGStateError(f"the checkpoint holds no record {key!r}, only {', '.join(found)}")
+
+
+def _refuse_to_replace(folder: Path) -> None:
+    if not (folder / ".metadata").exists():
+        return
+    saved = FileSystemReader(folder).read_metadata().state_dict_metadata
+    others = sorted(saved.keys() - record_keys(saved))
+    if others:
+        raise RNGStateError(
+            f"{folder} holds a checkpoint of other things ({others[0]}, for one), which would be "
+            f"lost. Save the record to a folder of its own, such as {folder}/rng."
+        )
+
+
+def _raise_first_cause(error: CheckpointException, what: str) -> NoReturn:
+    """Raise DCP's exception, which ``except Exception`` misses, as this library's own."""
+    rank = min(error.failures)
+    cause, _ = error.failures[rank]
+    kind = "" if isinstance(cause, RNGStateError) else f"{type(cause).__name__} on rank {rank}: "
+    raise RNGStateError(f"{what}: {kind}{cause}") from error

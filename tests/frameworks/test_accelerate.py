@@ -1,0 +1,130 @@
+"""Accelerate's save_state and load_state, with DDP and FSDP2."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from frameworks.training import (
+    AFTER,
+    BATCH,
+    BEFORE,
+    RANKS,
+    Plan,
+    Run,
+    Verdict,
+    data,
+    distinct,
+    net,
+    run_page,
+    train_step,
+)
+from jobs import job
+from nemo_rng_dcp import RNGStateError, StatefulRNG
+from streams import draw
+
+pytestmark = pytest.mark.frameworks
+
+
+def train(plan: Plan, fsdp: bool = False, data_seed: int | None = 7) -> Run:
+    from accelerate import Accelerator, DataLoaderConfiguration
+    from accelerate.utils import set_seed
+
+    loading = DataLoaderConfiguration(use_seedable_sampler=True, data_seed=data_seed)
+    accelerator = Accelerator(cpu=True, dataloader_config=loading)
+    if fsdp:
+        use_fsdp2(accelerator)
+    path = str(plan.folder)
+    names = {"accelerator": accelerator, "path": path}
+    if plan.ours:
+        run_page("accelerate", 0, names)
+    else:
+        set_seed(42, device_specific=True)
+    model: Any = net()
+    optimizer: Any = torch.optim.AdamW(model.parameters(), lr=0.01)
+    loader: Any = DataLoader(data(), batch_size=BATCH, shuffle=True)  # type: ignore[arg-type]
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    names["model"] = model
+    batches = iter(loader)
+    if plan.resume:
+        draw(plan.elsewhere)
+        if plan.ours:
+            run_page("accelerate", 2, names)
+        else:
+            accelerator.load_state(path)
+        batches = iter(accelerator.skip_first_batches(loader, BEFORE))
+    else:
+        for _ in range(BEFORE):
+            train_step(model, optimizer, next(batches))
+        if plan.ours:
+            run_page("accelerate", 1, names)
+        else:
+            accelerator.save_state(path)
+    run = Run()
+    for _ in range(AFTER):
+        x = next(batches)
+        run.samples += x[:, 0].tolist()
+        run.note(train_step(model, optimizer, x))
+    return run
+
+
+def use_fsdp2(accelerator: Any) -> None:
+    """Shard with FSDP2, which Accelerate does not take a plugin for on the CPU."""
+    from accelerate import FullyShardedDataParallelPlugin, PartialState
+    from accelerate.utils import DistributedType
+
+    # Every AcceleratorState takes its values from there.
+    PartialState().distributed_type = DistributedType.FSDP
+    accelerator.state.distributed_type = DistributedType.FSDP
+    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="NO_WRAP", cpu_ram_efficient_loading=False
+    )
+
+
+def test_ddp(assert_adopted: Callable[..., Verdict]) -> None:
+    assert_adopted("Accelerate, DDP", train)
+
+
+def train_with_fsdp2(plan: Plan) -> Run:
+    return train(plan, fsdp=True)
+
+
+def test_fsdp2(assert_adopted: Callable[..., Verdict]) -> None:
+    assert_adopted("Accelerate, FSDP2", train_with_fsdp2)
+
+
+def test_the_trap_of_the_data_seed(tmp_path: Path) -> None:
+    """The page says that ranks see each other's samples unless data_seed is set."""
+    plan = Plan(tmp_path, resume=False, ours=True)
+    seen, of = distinct(job(RANKS, train, plan))
+    assert seen == of == RANKS * BATCH * AFTER
+    seen, of = distinct(job(RANKS, train, plan, False, None))
+    assert seen < of
+
+
+def registered(path: str, resume: bool) -> tuple[list[float], str]:
+    """Register the object for checkpointing, which pickles rank 0's row alone."""
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True)
+    rng = StatefulRNG(seed=42, ranked=True)
+    accelerator.register_for_checkpointing(rng)
+    if not resume:
+        accelerator.save_state(path)
+        return draw(), ""
+    try:
+        accelerator.load_state(path)
+    except RNGStateError as error:
+        return [], str(error)
+    return draw(), ""
+
+
+def test_the_trap_of_register_for_checkpointing(tmp_path: Path) -> None:
+    """The page says that rank 1 raises at the resume, and what to do instead."""
+    expected = job(RANKS, registered, str(tmp_path), False)
+    found = job(RANKS, registered, str(tmp_path), True)
+    assert found[0] == expected[0]
+    assert "StatefulRNG.save()" in found[1][1]

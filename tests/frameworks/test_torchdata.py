@@ -1,0 +1,99 @@
+"""torchdata's StatefulDataLoader: it keeps the order of the samples, and none of the streams."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from frameworks.training import (
+    AFTER,
+    BATCH,
+    BEFORE,
+    Plan,
+    Run,
+    Verdict,
+    data,
+    net,
+    run_page,
+    train_step,
+)
+from nemo_rng_dcp import StatefulRNG
+from streams import draw
+
+pytestmark = pytest.mark.frameworks
+
+
+class Augmented(torch.utils.data.Dataset[torch.Tensor]):
+    """Adds noise from torch's global stream: the main process's without workers."""
+
+    def __len__(self) -> int:
+        return len(data())
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return data()[index] + 0.1 * torch.randn(4)
+
+
+def train(plan: Plan) -> Run:
+    from torchdata.stateful_dataloader import StatefulDataLoader
+
+    rank, size = dist.get_rank(), dist.get_world_size()
+    torch.manual_seed(42 + rank)
+    path = str(plan.folder / "rng")
+    names: dict[str, Any] = {"path": path}
+    if plan.ours:
+        run_page("torchdata", 0, names)
+    model = DistributedDataParallel(net())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    sampler = torch.utils.data.DistributedSampler(range(48), num_replicas=size, rank=rank)  # type: ignore[arg-type]
+    loader: Any = StatefulDataLoader(Augmented(), batch_size=BATCH, sampler=sampler)
+    names["loader"] = loader
+    own = plan.folder / f"rank-{rank}.pt"
+    if plan.resume:
+        draw(plan.elsewhere)
+        if own.exists():
+            # What the loader keeps is a rank's own: a new rank starts at the beginning.
+            saved = torch.load(own, weights_only=False)
+            loader.load_state_dict(saved["loader"])
+            model.load_state_dict(saved["model"])
+            optimizer.load_state_dict(saved["optimizer"])
+        if plan.ours:
+            run_page("torchdata", 1, names)
+        batches = names["batches"] if plan.ours else iter(loader)
+    else:
+        batches = iter(loader)
+        for _ in range(BEFORE):
+            train_step(model, optimizer, next(batches))
+        plan.folder.mkdir(exist_ok=True)
+        entries = {"loader": loader, "model": model, "optimizer": optimizer}
+        torch.save({name: entry.state_dict() for name, entry in entries.items()}, own)
+        if plan.ours:
+            names["rng"].save(path)
+    run = Run()
+    for _ in range(AFTER):
+        run.note(train_step(model, optimizer, next(batches)))
+    return run
+
+
+def test_stateful_data_loader(assert_adopted: Callable[..., Verdict]) -> None:
+    assert_adopted("torchdata", train)
+
+
+def test_the_trap_of_workers(tmp_path: Any) -> None:
+    """The page says that what a worker draws is not restored."""
+    from torchdata.stateful_dataloader import StatefulDataLoader
+
+    rng = StatefulRNG(seed=42)
+    loader: Any = StatefulDataLoader(Augmented(), batch_size=BATCH, num_workers=1)
+    batches = iter(loader)
+    next(batches)
+    state = loader.state_dict()
+    rng.save(tmp_path)
+    expected = next(batches)
+    again: Any = StatefulDataLoader(Augmented(), batch_size=BATCH, num_workers=1)
+    again.load_state_dict(state)
+    batches = iter(again)
+    rng.load(tmp_path)
+    assert not torch.equal(next(batches), expected)

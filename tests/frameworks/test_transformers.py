@@ -1,0 +1,95 @@
+"""The Trainer of Transformers: its own loop, its own checkpoints, our callback."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from frameworks.training import (
+    AFTER,
+    BATCH,
+    BEFORE,
+    RANKS,
+    Plan,
+    Run,
+    Verdict,
+    data,
+    distinct,
+    net,
+    run_page,
+)
+from jobs import job
+from streams import draw
+
+pytestmark = pytest.mark.frameworks
+
+
+class Model(nn.Module):
+    """The model as the Trainer wants one: it returns its loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = net()
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"loss": self.net(x).square().mean()}
+
+
+def train(plan: Plan, data_seed: int | None = 7) -> Run:
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    arguments = TrainingArguments(
+        output_dir=str(plan.folder),
+        use_cpu=True,
+        per_device_train_batch_size=BATCH,
+        max_steps=BEFORE + AFTER,
+        save_strategy="no" if plan.resume else "steps",
+        save_steps=BEFORE,
+        logging_steps=1,
+        lr_scheduler_type="constant",
+        report_to=[],
+        disable_tqdm=True,
+        seed=42,
+        data_seed=data_seed,
+    )
+    run = Run()
+
+    class Notes(TrainerCallback):  # type: ignore[misc]
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            draw(plan.elsewhere)
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step > BEFORE:
+                run.note(losses[-1])
+
+    class Noting(Trainer):  # type: ignore[misc]
+        def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+            run.samples += args[1]["x"][:, 0].tolist()
+            loss: torch.Tensor = super().training_step(*args, **kwargs)
+            losses.append(float(loss))
+            return loss
+
+    losses: list[float] = []
+    dataset = [{"x": sample} for sample in data()]
+    trainer = Noting(model=Model(), args=arguments, train_dataset=dataset, callbacks=[Notes()])
+    if plan.ours:
+        run_page("transformers", 0, {"trainer": trainer})
+    saved = str(plan.folder / f"checkpoint-{BEFORE}")
+    trainer.train(resume_from_checkpoint=saved if plan.resume else None)
+    return run
+
+
+def test_trainer(assert_adopted: Callable[..., Verdict]) -> None:
+    assert_adopted("HF Trainer", train)
+
+
+def test_the_trap_of_the_data_seed(tmp_path: Path) -> None:
+    """The page says that ranks see each other's samples unless data_seed is set."""
+    plan = Plan(tmp_path, resume=False, ours=True)
+    seen, of = distinct(job(RANKS, train, plan))
+    assert seen == of == RANKS * BATCH * (BEFORE + AFTER)
+    seen, of = distinct(job(RANKS, train, plan, None))
+    assert seen < of

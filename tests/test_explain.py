@@ -1,0 +1,181 @@
+"""``explain`` foretells what real loads do."""
+
+import os
+import random
+import re
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.device_mesh import init_device_mesh
+
+from asking import Capture, ask, ask_json
+from jobs import job
+from nemo_rng_dcp import RNGLoadPlanner, RNGStateWarning, StatefulRNG
+from nemo_rng_dcp.layout import Layout
+from records import change_metadata, records, save
+from streams import draw
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
+EXAMPLES = max(10, int(os.environ.get("FUZZ_EXAMPLES", "0")) // 1000)
+
+
+# Against real loads.
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A job: its ranks, and what each of them gives ``StatefulRNG``."""
+
+    size: int
+    mesh: dict[str, int] | None
+    along: tuple[str, ...]
+    ranked: bool
+    own: tuple[str, ...]
+    shared: tuple[str, ...]
+
+    @classmethod
+    def any(cls, dice: random.Random) -> "Spec":
+        size = dice.randint(2, 6)
+        mesh, along = None, ()
+        if dice.random() < 0.6:
+            dp = dice.choice([n for n in range(1, size + 1) if size % n == 0])
+            mesh = {"dp": dp, "tp": size // dp}
+            along = dice.choice([("dp",), ("tp",), ("dp", "tp")])
+        kinds = {name: dice.choice(["own", "own", "shared", "none"]) for name in MAKERS}
+        own, shared = ([n for n, kind in kinds.items() if kind == k] for k in ("own", "shared"))
+        return cls(size, mesh, along, dice.random() < 0.5, tuple(own), tuple(shared))
+
+    def rng(self, seed: int) -> StatefulRNG:
+        mesh = None
+        if self.mesh is not None:
+            names = tuple(self.mesh)
+            mesh = init_device_mesh("cpu", tuple(self.mesh.values()), mesh_dim_names=names)
+            mesh = mesh[self.along]
+        row = Layout.current(mesh).row
+        return StatefulRNG(
+            seed,
+            self.ranked,
+            mesh=mesh,
+            generators={name: MAKERS[name](seed + row) for name in self.own},
+            shared_generators={name: MAKERS[name](seed) for name in self.shared},
+        )
+
+    def words(self) -> list[object]:
+        """Return the job as ``explain`` is told of it."""
+        generators = ("python", "numpy", "torch", *self.own, *self.shared)
+        words: list[object] = ["--world-size", self.size, "--generators", ",".join(generators)]
+        words += ["--shared", ",".join(self.shared), f"--{'' if self.ranked else 'no-'}ranked"]
+        if self.mesh is not None:
+            sizes = ",".join(f"{name}={size}" for name, size in self.mesh.items())
+            words += ["--mesh", sizes, "--along", ",".join(self.along)]
+        return words
+
+
+MAKERS: dict[str, Any] = {
+    "noise": lambda seed: torch.Generator().manual_seed(seed),
+    "shuffle": lambda seed: np.random.default_rng(seed),
+    "choice": lambda seed: random.Random(seed),
+}
+
+
+def save_real(path: Path, spec: Spec) -> None:
+    rng = spec.rng(42)
+    draw()
+    dcp.save({"rng": rng}, checkpoint_id=path)
+
+
+def load_real(
+    path: Path, spec: Spec, needs_planner: bool
+) -> tuple[int, dict[str, str], dict[str, str], list[str]]:
+    """Return the row, the streams before and after the load, and what was said."""
+    rng = spec.rng(1000)
+    draw()
+    before = rng.fingerprint()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        planner = RNGLoadPlanner() if needs_planner else None
+        dcp.load({"rng": rng}, checkpoint_id=path, planner=planner)
+    said = [str(w.message) for w in caught if w.category is RNGStateWarning]
+    return Layout.current(rng.mesh).row, before, rng.fingerprint(), said
+
+
+@pytest.mark.parametrize("example", range(EXAMPLES))
+def test_a_load_does_what_explain_foretells(example: int, tmp_path: Path, capsys: Capture) -> None:
+    dice = random.Random(example)
+    saved, resumed = Spec.any(dice), Spec.any(dice)
+    if example % 5 == 0:
+        resumed = saved
+    job(saved.size, save_real, tmp_path, saved)
+    (entry,) = ask_json(capsys, "explain", tmp_path, *resumed.words())["entries"]
+    fates = {fate["row"]: fate for fate in entry["fates"] if fate["ranks"]}
+    loaded = job(resumed.size, load_real, tmp_path, resumed, entry["needs_planner"])
+    for rank, (row, before, after, said) in enumerate(loaded):
+        fate = fates[row]
+        assert rank in fate["ranks"]
+        assert after == {**before, **fate["digests"]}
+        expected = ["RNG state: " + ". ".join(entry["remarks"])] if entry["remarks"] else []
+        assert said == (expected if row == 0 else [])
+        assert fate["fate"] != "refused"
+        forked = [name for name in after if name in fate["forked"]]
+        assert forked == fate["forked"]
+        assert (fate["fate"] == "continued") == (row == fate["source"])
+    dropped = [fate["row"] for fate in entry["fates"] if not fate["ranks"]]
+    assert dropped == list(range(entry["rows"], entry["rows_saved"]))
+
+
+# The rules, one by one.
+
+
+def test_many_fates_are_summarised(tmp_path: Path, capsys: Capture) -> None:
+    path = save(records(300), tmp_path)
+    code, text = ask(capsys, "explain", path, "--world-size", 400)
+    assert code == 0
+    assert "rows 0-299: continued rows 300-399: forked, from rows 0-99" in text
+    _, text = ask(capsys, "explain", path, "--world-size", 400, "--rows", "299-300")
+    assert re.search(r"299 299 continued .* 300 300 forked, from 0 ", text)
+
+
+def test_the_rules_are_those_of_a_load(tmp_path: Path, capsys: Capture) -> None:
+    alike = save(records(4, ranked=False), tmp_path)
+    code, text = ask(capsys, "explain", alike, "--world-size", 5)
+    assert (code, "copied, from 0" in text) == (0, True)
+    assert "forked, from 0" in ask(capsys, "explain", alike, "--world-size", 5, "--ranked")[1]
+    text = ask(capsys, "explain", alike, "--world-size", 4)[1]
+    assert "with plain dcp.load" in text
+    text = ask(capsys, "explain", alike, "--world-size", 4, "--generators", "numpy,cuda")[1]
+    assert "the checkpoint has no cuda: the stream stays as it is" in text
+    assert "the checkpoint has python, torch, which this job has not: dropped" in text
+    assert "planner=RNGLoadPlanner()" in text
+
+
+@pytest.mark.parametrize(
+    "bad", [["--mesh", "dp=3"], ["--mesh", "dp=4", "--along", "tp"], ["--along", "dp"]]
+)
+def test_a_mesh_that_does_not_fit_is_refused(
+    bad: list[str], tmp_path: Path, capsys: Capture
+) -> None:
+    path = save(records(1), tmp_path)
+    assert ask(capsys, "explain", path, "--world-size", 4, *bad)[0] == 2
+
+
+def test_rows_that_are_only_claimed_cost_nothing(tmp_path: Path, capsys: Capture) -> None:
+    """An entry was built for every row that .metadata claims."""
+    path = save(records(2), tmp_path)
+
+    def enlarge(metadata: Any) -> None:
+        (table,) = metadata.state_dict_metadata.values()
+        table.size = torch.Size([2**60 * table.chunks[0].sizes[0] // 2**12])
+
+    change_metadata(path, enlarge)
+    code, text = ask(capsys, "explain", path, "--world-size", 2)
+    assert (code, "a load raises" in text) == (1, True)
+    code, text = ask(capsys, "inspect", path)
+    assert code == 1
+    assert re.search(r"\d{12,} of \d{12,} rows are missing, the first is 2", text)
