@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -80,6 +81,7 @@ def write(folder: Path, rows: int) -> None:
         assert isinstance(table, DTensor)
         record = Record.from_tensor(table.to_local())
         records.append(replace(record, row=row).to_tensor())
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
     dcp.save({"rng": rng}, checkpoint_id=folder, planner=AllRows(records), no_dist=True)
     dist.destroy_process_group()
 
