@@ -63,19 +63,21 @@ def numbers(value: Any) -> list[float]:
         "dcp.async_save",
         "dcp.save, 2 ranks",
         "bytes a rank",
-        "save, 8 ranks",
-        "save: exponent",
-        "load, one of 8 ranks, plain dcp.load",
-        "load, one of 8 ranks, RNGLoadPlanner",
-        "metadata of 8 ranks",
-        "share of a save with Llama 3 8B, 4 ranks",
+        "8 ranks",
+        "exponent, 4 to 8 ranks",
+        "share beside Llama 3 8B, 4 ranks",
+        "metadata a rank, 8 ranks",
+        "plain dcp.load",
+        "RNGLoadPlanner",
         "import, CPU time",
+        "CPU time",
+        "memory",
     ],
 )
 def test_every_row_is_printed(results: Results, row: str) -> None:
     printed, _, _ = results
     assert "cores, CPU, gloo; Python" in printed
-    assert re.search(rf"^{re.escape(row)}.*\s\d", printed, re.MULTILINE)
+    assert re.search(rf"^{re.escape(row)}.*\s-?\d", printed, re.MULTILINE)
 
 
 def test_the_json_has_every_measurement(results: Results) -> None:
@@ -95,6 +97,7 @@ def test_the_json_has_every_measurement(results: Results) -> None:
     assert [its["ranks"] for its in planned["model_and_records"]] == [4]
     assert min(numbers(planned)) > 0
     assert {len(rounds) for rounds in result["imports"].values()} == {1}
+    assert result["inspect"]["rows"] == 4
 
 
 def test_what_is_left_on_disk(results: Results) -> None:
@@ -167,7 +170,7 @@ def test_a_wrongly_derived_plan_is_noticed(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(planning, "plan_of_rank", lambda own, rank: own)
     try:
         with pytest.raises(RuntimeError, match="rank 1 is not what DCP makes"):
-            planning.plan(4, planning.records)
+            planning.plan(4, planning.records, {})
     finally:
         torch.distributed.destroy_process_group()
 

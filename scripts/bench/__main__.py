@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from scripts.bench import calls, checkpoint, planning, processes, table
+from scripts.bench import calls, checkpoint, command, planning, processes, table
 from scripts.bench.ranks import Size
 
 
@@ -36,6 +36,7 @@ class Settings:
         rank_named_sizes: Those of them to plan for with rank-named keys too.
         model_sizes: Those of them to plan for together with a model.
         import_rounds: Fresh processes for each module.
+        inspected_rows: Rows of the checkpoint that the command inspects.
     """
 
     call_rounds: int
@@ -46,6 +47,7 @@ class Settings:
     rank_named_sizes: tuple[int, ...]
     model_sizes: tuple[int, ...]
     import_rounds: int
+    inspected_rows: int
 
 
 FULL = Settings(
@@ -57,6 +59,7 @@ FULL = Settings(
     rank_named_sizes=(1024, 16384),
     model_sizes=(256, 512, 1024),
     import_rounds=5,
+    inspected_rows=4096,
 )
 QUICK = Settings(
     call_rounds=2,
@@ -67,6 +70,7 @@ QUICK = Settings(
     rank_named_sizes=(4, 8),
     model_sizes=(4,),
     import_rounds=1,
+    inspected_rows=4,
 )
 
 
@@ -96,11 +100,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         settings.planning_sizes, settings.rank_named_sizes, settings.model_sizes
     )
     imported = processes.measure(settings.import_rounds)
+    inspected = command.measure(settings.inspected_rows)
     sections = [
         calls.section(called),
         *checkpoint.sections(saved),
-        planning.section(planned),
+        *planning.sections(planned),
         processes.section(imported),
+        command.section(inspected),
     ]
     print(f"{machine()}; {time.monotonic() - started:.0f} s\n")
     print("\n".join(table.lines(sections)))
@@ -113,6 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "checkpoints": [asdict(its) for its in saved],
             "planning": asdict(planned),
             "imports": imported,
+            "inspect": asdict(inspected),
             "table": [asdict(its) for its in sections],
         }
         options.json.write_text(json.dumps(result, indent=1))

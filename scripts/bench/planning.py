@@ -28,11 +28,14 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from nemo_rng_dcp import RNGLoadPlanner, StatefulRNG
 from scripts.bench.table import Row, Section, text
 from scripts.bench.timing import Target, cpu_seconds, growth
-from scripts.bench.ways import rank_named
+from scripts.bench.ways import OneNumber, rank_named
 
 ROUNDS = 5
 LOADING_RANKS = 8192
 """The job whose load plans are judged."""
+
+Planners = Mapping[str, Callable[[], LoadPlanner]]
+PLANNERS: Planners = {"default": DefaultLoadPlanner, "rng": RNGLoadPlanner}
 
 # The weights of Llama 3 8B, the vocabulary rounded up from 128,256 so that 1,024 ranks divide it.
 MODEL = "Llama 3 8B"
@@ -54,8 +57,7 @@ class Planning:
         ranks: Number of ranks.
         local_plan: One rank's plan of a save. All ranks make theirs at once.
         global_plan: The coordinator's.
-        load_plan: One rank's plan of a load, by planner: ``default`` and, where there are records,
-            ``rng``.
+        load_plan: One rank's plan of a load, by planner; of records alone.
         metadata_bytes: What the checkpoint's ``.metadata`` takes.
     """
 
@@ -72,9 +74,13 @@ class Planning:
 
 @dataclass(frozen=True)
 class Scale:
-    """Plans by what is in the checkpoint, each list by number of ranks."""
+    """Plans by what is in the checkpoint, each list by number of ranks.
+
+    ``one_number`` is the plan of the ranks whose loads are judged, with one number a rank.
+    """
 
     records: list[Planning]
+    one_number: Planning
     rank_named: list[Planning]
     model_and_records: list[Planning]
 
@@ -100,10 +106,19 @@ def measure(
     # DCP asks the fake group for its device, which it has more than one of.
     warnings.filterwarnings("ignore", message=".*_get_pg_default_device|Multiple backends")
     return Scale(
-        records=[plan(size, records) for size in sizes],
+        records=[plan(size, records, PLANNERS) for size in sizes],
+        one_number=plan(loading_ranks(sizes), one_number, {"default": DefaultLoadPlanner}),
         rank_named=[plan_rank_named(size) for size in rank_named_sizes],
-        model_and_records=[plan(size, model_and_records) for size in model_sizes],
+        model_and_records=[plan(size, model_and_records, {}) for size in model_sizes],
     )
+
+
+def loading_ranks(sizes: Sequence[int]) -> int:
+    return LOADING_RANKS if LOADING_RANKS in sizes else sizes[-1]
+
+
+def one_number() -> dict[str, Any]:
+    return OneNumber().state_dict()
 
 
 def records() -> dict[str, Any]:
@@ -121,12 +136,11 @@ def model_and_records() -> dict[str, Any]:
     return {"model": model, **records()}
 
 
-def plan(ranks: int, state_of: Callable[[], dict[str, Any]]) -> Planning:
+def plan(ranks: int, state_of: Callable[[], dict[str, Any]], planners: Planners) -> Planning:
     """Plan a checkpoint of what every rank passes."""
     plans = plans_of_all_ranks(ranks, state_of)
     # The last rank's chunks are the last ones that a planner comes to.
     create_fake_group(ranks - 1, ranks)
-    planners = {"default": DefaultLoadPlanner, "rng": RNGLoadPlanner}
     planning = time_planning(state_of, plans, planners)
     dist.destroy_process_group()
     return planning
@@ -138,7 +152,7 @@ def plan_rank_named(ranks: int) -> Planning:
     values = state["rng"]["rank_0"]
     states = ({"rng": {f"rank_{rank}": values}} for rank in range(ranks))
     plans = [as_received(local_plan(state)) for state in states]
-    return time_planning(lambda: state, plans, {"default": DefaultLoadPlanner})
+    return time_planning(lambda: state, plans, {})
 
 
 def plans_of_all_ranks(ranks: int, state_of: Callable[[], dict[str, Any]]) -> list[SavePlan]:
@@ -189,7 +203,7 @@ def as_received(plan: SavePlan) -> SavePlan:
 def time_planning(
     state_of: Callable[[], dict[str, Any]],
     plans: list[SavePlan],
-    planners: Mapping[str, Callable[[], LoadPlanner]],
+    planners: Planners,
 ) -> Planning:
     """Time one rank's local plan, the coordinator's global plan and one rank's load plans.
 
@@ -228,35 +242,40 @@ def exponent(plannings: Iterable[Planning]) -> float:
     return growth(sizes, seconds)
 
 
-def section(scale: Scale) -> Section:
+def sections(scale: Scale) -> list[Section]:
+    return [of_saves(scale), of_loads(scale)]
+
+
+def of_saves(scale: Scale) -> Section:
     ours = {its.ranks: its for its in scale.records}
     rows = []
     for named in scale.rank_named:
         its = ours[named.ranks]
         times = Target.at_least(200, named.save_seconds / its.save_seconds, "x less")
-        rows.append(
-            Row(
-                f"save, {its.ranks:,} ranks",
-                text(its.save_seconds),
-                text(named.save_seconds),
-                times if named is scale.rank_named[-1] else None,
-            )
-        )
+        target = times if named is scale.rank_named[-1] else None
+        cells = text(its.save_seconds), text(named.save_seconds)
+        rows.append(Row(f"{its.ranks:,} ranks", *cells, target))
     first, last = scale.records[0], scale.records[-1]
     # Linear but for DCP's sorting of chunks: n log n has an exponent of 1.1 here.
-    power = Target.at_most(1.2, exponent(scale.records), "")
-    rows.append(Row(f"save: exponent, {first.ranks} to {last.ranks:,} ranks", "", "", power))
-    loading = ours.get(LOADING_RANKS, last)
-    for name, title in (("default", "plain dcp.load"), ("rng", "RNGLoadPlanner")):
-        seconds = loading.load_plan[name]
-        limit = Target.at_most(10, seconds * 1e3, " ms")
-        rows.append(Row(f"load, one of {loading.ranks:,} ranks, {title}", text(seconds), "", limit))
-    metadata = last.metadata_bytes / last.ranks
-    limit = Target.at_most(45, metadata, " bytes")
-    rows.append(
-        Row(f"metadata of {last.ranks:,} ranks, a rank", f"{metadata:.0f} bytes", "", limit)
-    )
+    power = Target.at_most(1.2, exponent(scale.records))
+    rows.append(Row(f"exponent, {first.ranks} to {last.ranks:,} ranks", "", "", power))
     for ranks, share in scale.shares().items():
-        limit = Target.at_most(1, 100 * share, "%")
-        rows.append(Row(f"share of a save with {MODEL}, {ranks:,} ranks", "", "", limit))
-    return Section("planning, CPU time", "rank-named keys", rows)
+        target = Target.at_most(1, 100 * share, "%")
+        rows.append(Row(f"share beside {MODEL}, {ranks:,} ranks", "", "", target))
+    bytes_each = last.metadata_bytes / last.ranks
+    target = Target.at_most(45, bytes_each, " bytes")
+    rows.append(Row(f"metadata a rank, {last.ranks:,} ranks", "", "", target))
+    return Section("planning a save, CPU time", "rank-named keys", rows)
+
+
+def of_loads(scale: Scale) -> Section:
+    ranks, floor = scale.one_number.ranks, scale.one_number.load_plan["default"]
+    ours = next(its.load_plan for its in scale.records if its.ranks == ranks)
+    rows = [
+        Row(title, text(ours[name]), beside, Target.at_most(10, 1e3 * ours[name], " ms"))
+        for title, name, beside in (
+            ("plain dcp.load", "default", text(floor)),
+            ("RNGLoadPlanner", "rng", ""),
+        )
+    ]
+    return Section(f"planning a load, one of {ranks:,} ranks, CPU time", "one number", rows)

@@ -1,0 +1,95 @@
+"""What ``nemo-rng-dcp inspect`` takes for a checkpoint of thousands of rows."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import warnings
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import DefaultSavePlanner
+from torch.distributed.checkpoint.planner import SavePlan, WriteItem
+from torch.distributed.tensor import DTensor
+
+from nemo_rng_dcp import StatefulRNG, init_all_rng
+from nemo_rng_dcp.record import KEY, Record
+from scripts.bench.checkpoint import memory_folder
+from scripts.bench.planning import create_fake_group, plan_of_rank
+from scripts.bench.table import Row, Section, text
+from scripts.bench.timing import Target
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """One run of the command on so many rows: CPU seconds and the most bytes in memory at once."""
+
+    rows: int
+    seconds: float
+    memory: int
+
+
+class AllRows(DefaultSavePlanner):
+    """Lets one process write every rank's record.
+
+    Args:
+        records: By row, int64, all of one length.
+    """
+
+    def __init__(self, records: list[torch.Tensor]) -> None:
+        super().__init__()
+        self._records = records
+
+    def create_local_plan(self) -> SavePlan:
+        own = super().create_local_plan()
+        items = [plan_of_rank(own, rank).items[0] for rank in range(len(self._records))]
+        self.plan = replace(own, items=items)
+        return self.plan
+
+    def resolve_data(self, write_item: WriteItem) -> torch.Tensor:
+        assert write_item.index.offset is not None
+        return self._records[write_item.index.offset[0] // len(self._records[0])]
+
+
+def measure(rows: int) -> Inspection:
+    """Write a checkpoint of so many rows and let a fresh process inspect it."""
+    with tempfile.TemporaryDirectory(prefix="bench-", dir=memory_folder()) as folder:
+        write(Path(folder), rows)
+        command = [sys.executable, "-m", "nemo_rng_dcp", "inspect", folder]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode not in (0, 1):  # 1: it found streams that never drew
+        raise RuntimeError(f"inspect ended with {process.returncode}, see above")
+    unit = 1 if sys.platform == "darwin" else 1024
+    return Inspection(rows, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * unit)
+
+
+def write(folder: Path, rows: int) -> None:
+    """Save what a job of so many ranks would."""
+    create_fake_group(0, rows)
+    rng = StatefulRNG(seed=0, ranked=True)
+    records = []
+    for row in range(rows):
+        init_all_rng(row)
+        table = rng.state_dict()[KEY]
+        assert isinstance(table, DTensor)
+        record = Record.from_tensor(table.to_local())
+        records.append(replace(record, row=row).to_tensor())
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+    dcp.save({"rng": rng}, checkpoint_id=folder, planner=AllRows(records), no_dist=True)
+    dist.destroy_process_group()
+
+
+def section(its: Inspection) -> Section:
+    memory = its.memory / 1e6
+    rows = [
+        Row("CPU time", text(its.seconds), "", Target.at_most(2, its.seconds, " s")),
+        Row("memory", f"{memory:.0f} MB", "", Target.at_most(300, memory, " MB")),
+    ]
+    return Section(f"nemo-rng-dcp inspect, {its.rows:,} rows", "", rows)
