@@ -22,7 +22,7 @@ test: setup
 fuzz: setup
 	FUZZ_EXAMPLES=$${FUZZ_EXAMPLES:-26000} $(BIN)/python -m pytest -n 2 --dist=load tests/test_fuzz.py
 
-# The frameworks' real packages, in environments of their own: about 4 GB, and 15 minutes on 2 cores.
+# The frameworks' real packages on the CPU, in environments of their own: 3 GB, 5 minutes after that.
 test-frameworks: $(FRAMEWORKS)/ready $(AUTOMODEL)/ready
 	PYTHONPATH=. $(FRAMEWORKS)/bin/python -m pytest -m frameworks --ignore=tests/frameworks/automodel tests/frameworks
 	PYTHONPATH=. $(AUTOMODEL)/bin/python -m pytest -m frameworks tests/frameworks/automodel
