@@ -33,9 +33,9 @@ def with_stream(state: State, name: str, content: bytes, **fields: Any) -> dict[
 
 
 def with_number(state: State, name: str, index: int, value: int) -> dict[str, torch.Tensor]:
-    """Return a state in which one number of 8 bytes of a generator's state is another one."""
+    """Return a state in which one number of 4 bytes of a generator's state is another one."""
     content = bytearray(record_of(state).streams[name].state)
-    content[8 * index : 8 * index + 8] = value.to_bytes(8, "little", signed=value < 0)
+    content[4 * index : 4 * index + 4] = value.to_bytes(4, "little", signed=value < 0)
     return with_stream(state, name, bytes(content))
 
 

@@ -108,7 +108,7 @@ def test_what_is_left_on_disk(results: Results) -> None:
     files = {way: on_disk[way]["files"] - on_disk["alone"]["files"] for way in WAYS}
     assert files == {**dict.fromkeys(WAYS, 0), "file_per_rank": 2}
     ours = (on_disk["record"]["bytes"] - on_disk["alone"]["bytes"]) / 2
-    states = 5016 + 5016 + 5056
+    states = 2512 + 2512 + 5056
     assert states < ours < 1.5 * states
 
 

@@ -141,7 +141,7 @@ def with_gauss(row: int) -> Mapping[str, Stream]:
 
 def without_gauss(row: int) -> Mapping[str, Stream]:
     state = bytearray(with_gauss(row)["numpy"].state)
-    state[-16:] = bytes(16)
+    state[-12:] = bytes(12)
     return {"numpy": Stream("numpy", False, bytes(state))}
 
 

@@ -67,7 +67,7 @@ def test_a_record_is_read_with_numpy_and_json_alone() -> None:
     assert (head[0], head[2], head[3:5], head[6]) == (1, len(table), [0, 1], 5)
     assert place == len(table) - 1
     assert (contents["mesh"], contents["generators"][0]["kind"]) == (None, "python")
-    numbers = np.frombuffer(states["python"], dtype=np.int64)
+    numbers = np.frombuffer(states["python"], dtype=np.uint32)
     assert (3, tuple(numbers[:625].tolist()), None) == expected
     assert states["torch"] == torch.get_rng_state().numpy().tobytes()
 

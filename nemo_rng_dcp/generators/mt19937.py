@@ -22,10 +22,8 @@ SEED_LIMIT = 2**32
 """The libraries' own seeding functions use seeds below this whole; ``numpy.random.seed`` takes no
 larger ones."""
 
-INT64_WORDS = struct.Struct(f"={WORDS + 1}q")
-"""How :meth:`MT19937State.to_bytes` writes the words and the position."""
-_GAUSS = struct.Struct("=qd")
-_PACKED_BYTES = INT64_WORDS.size + _GAUSS.size
+PACKED = struct.Struct(f"={WORDS + 2}Id")
+"""What :meth:`MT19937State.to_bytes` writes: words, position, has-gauss, gaussian."""
 
 _PYTHON_VERSION = 3  # the first element of random.getstate() since Python 3.2
 _PYTHON_WORDS = struct.Struct(f"={WORDS}I")
@@ -101,20 +99,21 @@ class MT19937State:
         Raises:
             ValueError: Another length, or a value out of range.
         """
-        check_length(packed, _PACKED_BYTES)
-        numbers = np.frombuffer(packed, dtype=np.int64, count=WORDS + 1)
-        has_gauss, gauss = _GAUSS.unpack_from(packed, INT64_WORDS.size)
-        if has_gauss not in (0, 1) or (not has_gauss and any(packed[-8:])):
-            raise ValueError(f"the has-gauss flag is {has_gauss} and the gaussian {gauss}")
-        return cls(to_words(numbers[:WORDS]), int(numbers[WORDS]), gauss if has_gauss else None)
+        check_length(packed, PACKED.size)
+        numbers = np.frombuffer(packed, dtype=np.uint32)
+        has_gauss, gauss = int(numbers[WORDS + 1]), packed[-8:]
+        if has_gauss > 1 or (not has_gauss and any(gauss)):
+            raise ValueError(f"the has-gauss flag is {has_gauss} and the gaussian {gauss.hex()}")
+        cached = struct.unpack("=d", gauss)[0] if has_gauss else None
+        return cls(numbers[:WORDS], int(numbers[WORDS]), cached)
 
     def to_bytes(self) -> bytes:
-        """Return the state as 627 numbers of 8 bytes: words, position, has-gauss, gaussian.
+        """Return the state as 2,512 bytes: words, position, has-gauss, gaussian.
 
-        All are int64 but the gaussian, a float64, which is 0 when there is none.
+        All are uint32 but the gaussian, a float64, which is 0 when there is none.
         """
-        numbers = self.words.astype(np.int64).tobytes() + self.position.to_bytes(8, "little")
-        return numbers + pack_gauss(self.gauss)
+        gauss = 0.0 if self.gauss is None else self.gauss
+        return PACKED.pack(*self.words.tolist(), self.position, self.gauss is not None, gauss)
 
     @classmethod
     def from_python(cls, state: tuple[Any, ...]) -> MT19937State:
@@ -217,11 +216,6 @@ class MT19937State:
         raw[: _TORCH_HEAD.size] = np.frombuffer(head, dtype=np.uint8)
         raw[_TORCH_WORDS] = words.astype(np.uint64).view(np.uint8)
         return torch.from_numpy(raw)
-
-
-def pack_gauss(gauss: float | None) -> bytes:
-    """Return how :meth:`MT19937State.to_bytes` ends: has-gauss, the gaussian or 0."""
-    return _GAUSS.pack(gauss is not None, 0.0 if gauss is None else gauss)
 
 
 def check_length(packed: bytes, length: int) -> None:

@@ -13,7 +13,6 @@ from nemo_rng_dcp.generators.mt19937 import (
     WORDS,
     MT19937State,
     check_length,
-    pack_gauss,
 )
 
 _INTEGER_BYTES = 16  # PCG64's are the longest
@@ -24,7 +23,7 @@ _LIMITS = {"pos": WORDS, "buffer_pos": 4, "has_uint32": 1}
 class NumPyAdapter:
     """The module ``numpy.random``, whose functions are the global generator's, or a RandomState.
 
-    Packed: 5,016 bytes, see :meth:`MT19937State.to_bytes`. The global generator may run on another
+    Packed: 2,512 bytes, see :meth:`MT19937State.to_bytes`. The global generator may run on another
     algorithm since NumPy 1.24 (``numpy.random.set_bit_generator``), which is refused.
     """
 
@@ -48,9 +47,9 @@ class NumPyAdapter:
 
     def pack(self, state: dict[str, Any]) -> bytes:
         inner = state["state"]
-        numbers = np.empty(WORDS + 1, dtype=np.int64)
-        numbers[:WORDS], numbers[WORDS] = inner["key"], inner["pos"]
-        return numbers.tobytes() + pack_gauss(state["gauss"] if state["has_gauss"] else None)
+        numbers = np.array([inner["pos"], state["has_gauss"]], dtype=np.uint32)
+        gauss = np.float64(state["gauss"] if state["has_gauss"] else 0)
+        return inner["key"].tobytes() + numbers.tobytes() + gauss.tobytes()
 
     def unpack(self, packed: bytes) -> tuple[Any, ...]:
         name, words, *rest = MT19937State.from_bytes(packed).to_numpy()
