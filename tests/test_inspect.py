@@ -263,7 +263,7 @@ def test_a_row_in_another_ones_place_is_damage(tmp_path: Path, capsys: Capture) 
 def out_of_range(row: int) -> Mapping[str, Stream]:
     streams = drawn_streams(row)
     numbers = bytearray(streams["numpy"].state)
-    numbers[24:32] = (2**32 if row == 1 else 5).to_bytes(8, "little")
+    numbers[4 * 624 : 4 * 625] = (625 if row == 1 else 5).to_bytes(4, "little")
     return {**streams, "numpy": Stream("numpy", False, bytes(numbers))}
 
 
@@ -274,7 +274,7 @@ def test_a_state_that_a_load_refuses_is_found_although_its_check_word_fits(
     code, text = ask(capsys, "inspect", path)
     assert code == 1
     assert "damage: rng, numpy, row 1: a load refuses it" in text
-    assert "a word is 4294967296" in text
+    assert "the position is 625, expected 0 to 624" in text
     code, text = ask(capsys, "explain", path, "--world-size", 3)
     assert (code, "a load raises, for saved row 1" in text) == (1, True)
 
