@@ -1,12 +1,17 @@
 """One random stream per global rank, inside the ``torch.distributed.checkpoint`` checkpoint."""
 
-from nemo_rng_dcp.automodel import RNGState
-from nemo_rng_dcp.errors import RNGStateError, RNGStateWarning
-from nemo_rng_dcp.planner import RNGLoadPlanner
-from nemo_rng_dcp.record import LIBRARY_VERSION as __version__
-from nemo_rng_dcp.scoped import ScopedRNG
-from nemo_rng_dcp.seeding import derive_seed, init_all_rng, seed_worker
-from nemo_rng_dcp.stateful import StatefulRNG
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from nemo_rng_dcp.automodel import RNGState
+    from nemo_rng_dcp.errors import RNGStateError, RNGStateWarning
+    from nemo_rng_dcp.planner import RNGLoadPlanner
+    from nemo_rng_dcp.scoped import ScopedRNG
+    from nemo_rng_dcp.seeding import derive_seed, init_all_rng, seed_worker
+    from nemo_rng_dcp.stateful import StatefulRNG
 
 __all__ = [
     "RNGLoadPlanner",
@@ -20,3 +25,29 @@ __all__ = [
     "init_all_rng",
     "seed_worker",
 ]
+
+# torch takes a second to import, and the command's --help needs none of it.
+_MODULES = {
+    "RNGLoadPlanner": "planner",
+    "RNGState": "automodel",
+    "RNGStateError": "errors",
+    "RNGStateWarning": "errors",
+    "ScopedRNG": "scoped",
+    "StatefulRNG": "stateful",
+    "derive_seed": "seeding",
+    "init_all_rng": "seeding",
+    "seed_worker": "seeding",
+}
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name when it is asked for the first time."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value: object = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,10 +10,10 @@ from typing import Any
 import torch
 
 from nemo_rng_dcp import snapshot
-from nemo_rng_dcp.errors import RNGStateError
-from nemo_rng_dcp.generators import global_generators
+from nemo_rng_dcp.errors import RNGStateError, RNGStateWarning
+from nemo_rng_dcp.generators import global_generators, own_device
 from nemo_rng_dcp.generators.mt19937 import MT19937State
-from nemo_rng_dcp.generators.torch_random import current_accelerator, to_bytes
+from nemo_rng_dcp.generators.torch_random import to_bytes
 
 
 @dataclass
@@ -43,7 +44,7 @@ def _get_rng_state() -> RNGState:
     Raises:
         RNGStateError: NumPy's global generator does not run MT19937.
     """
-    states = snapshot.take(global_generators())
+    states = snapshot.take(global_generators(own_device()))
     return RNGState(
         random_rng_state=states.pop("python"),
         np_rng_state=MT19937State.from_numpy(states.pop("numpy")).to_numpy(),
@@ -59,34 +60,46 @@ def _restore_rng_state(state: RNGState) -> None:
         state: What :func:`_get_rng_state` gave, or an ``RNGState`` of NeMo Automodel.
 
     Raises:
-        RNGStateError: A field is missing or malformed, or the state and this process do not have
-            the same accelerator streams. No stream has moved.
+        RNGStateError: A field is missing or malformed. No stream has moved.
     """
-    generators = global_generators()
-    snapshot.restore(generators, snapshot.unpack(generators, packed_states(state)))
+    device = own_device()
+    generators = global_generators(device)
+    snapshot.restore(generators, snapshot.unpack(generators, packed_states(state, device)))
 
 
-def packed_states(state: RNGState) -> dict[str, bytes]:
+def packed_states(state: RNGState, device: torch.device | None) -> dict[str, bytes]:
     """Return the states in an ``RNGState`` as the global generators pack them, by name.
 
-    Moves no stream.
+    Moves no stream. Warns (``RNGStateWarning``) if the state has an accelerator's stream and the
+    process has no accelerator, or the other way round: that stream is left out.
+
+    Args:
+        state: As for :func:`_restore_rng_state`.
+        device: The accelerator device whose stream is restored.
 
     Raises:
-        RNGStateError: A field is missing or malformed, or there is no state for the accelerator.
+        RNGStateError: A field is missing or malformed.
     """
-    device = current_accelerator()
     fields: list[tuple[str, str, Callable[[Any], bytes]]] = [
         ("python", "random_rng_state", lambda field: MT19937State.from_python(field).to_bytes()),
         ("numpy", "np_rng_state", lambda field: MT19937State.from_numpy(field).to_bytes()),
         ("torch", "torch_rng_state", to_bytes),
-        ("cuda" if device is None else device.type, "cuda_rng_state", _own_device_state),
+        (
+            "cuda" if device is None else device.type,
+            "cuda_rng_state",
+            lambda field: _own_device_state(field, device),
+        ),
     ]
     states = {}
     for name, field, convert in fields:
         value = getattr(state, field, None)
         if value is None:
             raise RNGStateError(f"{name}: the RNGState has no {field}")
-        if field == "cuda_rng_state" and device is None and isinstance(value, list) and not value:
+        if field == "cuda_rng_state" and isinstance(value, list) and not (value and device):
+            if value:
+                _warn("an accelerator's stream, which this rank has not: dropped")
+            elif device:
+                _warn(f"no accelerator's stream: that of {device} stays as it is")
             continue
         try:
             states[name] = convert(value)
@@ -95,15 +108,18 @@ def packed_states(state: RNGState) -> dict[str, bytes]:
     return states
 
 
-def _own_device_state(states: Sequence[torch.Tensor]) -> bytes:
-    """Return the current device's state out of one, or out of one for each visible device."""
-    device = current_accelerator()
-    if device is None:
-        raise ValueError(f"{len(states)} accelerator states, but no accelerator here")
+def _warn(has: str) -> None:
+    # For the caller of load_state_dict() or _restore_rng_state().
+    warnings.warn(f"the RNGState has {has}", RNGStateWarning, stacklevel=4)
+
+
+def _own_device_state(states: Sequence[torch.Tensor], device: torch.device | None) -> bytes:
+    """Return the device's state out of one, or out of one for each visible device."""
     if len(states) == 1:
         return to_bytes(states[0])
-    if device.index is None or len(states) != torch.accelerator.device_count():
+    if device is None or device.index is None or len(states) != torch.accelerator.device_count():
         raise ValueError(
-            f"{len(states)} accelerator states, expected 1 or one for each visible device"
+            f"{len(states)} accelerator states, expected 1 or one for each visible device. Keep "
+            "the one of this rank's device in the list"
         )
     return to_bytes(states[device.index])

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.utils import collect_env
 
-from nemo_rng_dcp.generators.torch_random import current_accelerator
+from nemo_rng_dcp.generators.torch_random import own_device
 
 CUBLAS_VARIABLE = "CUBLAS_WORKSPACE_CONFIG"
 CUBLAS_DETERMINISTIC = (":4096:8", ":16:8")
@@ -182,7 +182,7 @@ def _cublas_may_have_started() -> bool:
 
 
 def _describe_accelerator() -> dict[str, Any] | None:
-    device = current_accelerator()
+    device = own_device()
     if device is None:
         return None
     module: Any = torch.get_device_module(device)

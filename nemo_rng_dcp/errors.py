@@ -10,8 +10,8 @@ class RNGStateError(RuntimeError):
 
 
 class RNGStateWarning(UserWarning):
-    """A load did something else than putting every stream back bit for bit.
+    """Streams are not what one would expect after a load, in a save, or after a scope.
 
     The message says what. ``warnings.simplefilter("error", RNGStateWarning)`` turns it into an
-    error, which is raised before any stream has moved.
+    error. A load raises it before any stream has moved.
     """

@@ -97,7 +97,7 @@ class Layout:
         """
         if self.mesh is None and not has_process_group():
             return record
-        mesh = self.mesh or _mesh_of_all_ranks()
+        mesh = _mesh_of_all_ranks() if self.mesh is None else _on_cpu(self.mesh)
         return DTensor.from_local(
             record,
             mesh,
@@ -153,3 +153,12 @@ def _mesh_of_all_ranks() -> DeviceMesh:
     # the group has. init_device_mesh() would create a group of its own for some.
     assert dist.group.WORLD is not None
     return DeviceMesh.from_group(dist.group.WORLD, "cpu")
+
+
+def _on_cpu(mesh: DeviceMesh) -> DeviceMesh:
+    """Return a CPU mesh of the same ranks over the same groups; creates no process group."""
+    if mesh.device_type == "cpu":
+        return mesh
+    # DTensor would move a record to the mesh's device, and DCP back to write it.
+    names = mesh.mesh_dim_names or tuple(str(number) for number in range(mesh.ndim))
+    return DeviceMesh.from_group(mesh.get_all_groups(), "cpu", mesh.mesh, mesh_dim_names=names)

@@ -19,13 +19,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from nemo_rng_dcp import __version__
 from nemo_rng_dcp.errors import RNGStateError
 
 KEY = "rng_streams"
 """The key under which records are stored, and by which they are found."""
 
 LAYOUT_VERSION = 1
-LIBRARY_VERSION = "0.1.0"
 
 Mesh = tuple[tuple[str, int], ...]
 """A device mesh: the name and the size of each dimension."""
@@ -96,7 +96,7 @@ class Record:
     python_version: int = field(default_factory=lambda: version_number(platform.python_version()))
     numpy_version: int = field(default_factory=lambda: version_number(np.__version__))
     torch_version: int = field(default_factory=lambda: version_number(str(torch.__version__)))
-    library_version: int = field(default_factory=lambda: version_number(LIBRARY_VERSION))
+    library_version: int = field(default_factory=lambda: version_number(__version__))
 
     def to_tensor(self) -> torch.Tensor:
         """Return the record as int64, shape ``(length,)``, on the CPU.
@@ -145,7 +145,7 @@ class Record:
         if layout_version != LAYOUT_VERSION:
             raise RNGStateError(
                 f"{KEY}: the record has layout version {layout_version}, and nemo_rng_dcp "
-                f"{LIBRARY_VERSION} reads version {LAYOUT_VERSION}. Load it with nemo_rng_dcp "
+                f"{__version__} reads version {LAYOUT_VERSION}. Load it with nemo_rng_dcp "
                 f"{version_text(library_version)}, which wrote it, or newer."
             )
         if len(content) < _HEAD.size + _CHECK_BYTES or content[-8:] != _digest(content[:-8]):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 import inspect
+import warnings
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any, TypeVar
 
-from nemo_rng_dcp.generators import GeneratorAdapter, global_generators
+from nemo_rng_dcp.errors import RNGStateWarning
+from nemo_rng_dcp.generators import GeneratorAdapter, device_in_use, global_generators
 from nemo_rng_dcp.layout import global_rank
 from nemo_rng_dcp.seeding import check_ranked, check_seed
 from nemo_rng_dcp.snapshot import States, put_back, put_back_on_error
@@ -23,6 +25,11 @@ class ScopedRNG:
     device that is current on entry. They come back after an exception too. Scopes nest, and each
     is this process's own affair: nothing communicates. The streams are global to the process, so
     draws of other threads inside the scope come from its streams and are undone with it.
+
+    Other devices of the process are left alone: they are not seeded, and what is drawn on them
+    inside stays drawn. So is the accelerator of a process that has not used it by then, such as a
+    DataLoader worker: a scope never initialises it. If it is first used inside, the exit warns
+    (``RNGStateWarning``); ``torch.cuda.init()`` before the scope prevents that.
 
     Also a decorator: each call of the function is then a scope of its own.
 
@@ -63,7 +70,7 @@ class ScopedRNG:
             )
         if self.seed is not None:
             seed = check_seed(self.seed, global_rank() if self.ranked else 0)
-        generators = global_generators()
+        generators = global_generators(device_in_use())
         with put_back_on_error(generators) as outside:
             if self.seed is not None:
                 for generator in generators.values():
@@ -81,6 +88,15 @@ class ScopedRNG:
         generators, states = self._outside
         self._outside = None
         put_back(generators, states)
+        device = device_in_use()
+        if device is not None and device.type not in generators:
+            warnings.warn(
+                f"{device.type} was first used inside a ScopedRNG, which can cover it "
+                "only if it was used before: its draws did not come from the scope's seed, and "
+                "its stream was not put back. Use the device once before the scope.",
+                RNGStateWarning,
+                stacklevel=2,
+            )
 
     def __call__(self, function: _Function) -> _Function:
         if (

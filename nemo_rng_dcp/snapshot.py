@@ -68,13 +68,18 @@ def restore(
 
     Returns:
         The states of all generators afterwards, those included that were left alone.
+
+    Raises:
+        RNGStateError: A generator raised. Its exception is the cause, and all are put back.
     """
     seeds = seeds or {}
     with put_back_on_error(generators) as before:
         for name, state in states.items():
-            generators[name].set(state)
+            with _accepts(name):
+                generators[name].set(state)
         for name, seed in seeds.items():
-            generators[name].seed(seed)
+            with _accepts(name):
+                generators[name].seed(seed)
         started = take({name: generators[name] for name in seeds})
     return {**before, **states, **started}
 
@@ -112,9 +117,11 @@ def put_back(generators: Generators, states: Mapping[str, Any]) -> None:
     name, reason = failed
     if not isinstance(reason, Exception):
         raise reason  # an interrupt, not this generator's refusal
+    exchanged = "Was it exchanged meanwhile by np.random.set_bit_generator()?"
+    hint = exchanged if generators[name].kind == "numpy" else "Its stream may have moved."
     raise RNGStateError(
-        f"{name}: the generator does not take back its own earlier state ({reason}). Was it "
-        "exchanged meanwhile, for example by np.random.set_bit_generator()?"
+        f"{name}: the generator does not take back its own earlier state "
+        f"({type(reason).__name__}: {reason}). {hint}"
     ) from reason
 
 
@@ -127,3 +134,14 @@ def _by_name(names: Iterable[str], function: Callable[[str], _Result]) -> dict[s
         except ValueError as error:
             raise RNGStateError(f"{name}: {error}") from error
     return results
+
+
+@contextmanager
+def _accepts(name: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise RNGStateError(
+            f"{name}: the generator did not take its state ({type(error).__name__}: {error}); "
+            "every stream is back where it was before"
+        ) from error

@@ -13,8 +13,14 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from nemo_rng_dcp import peers, snapshot
 from nemo_rng_dcp.automodel import RNGState, packed_states
+from nemo_rng_dcp.device import DeviceWatch
 from nemo_rng_dcp.errors import RNGStateError, RNGStateWarning
-from nemo_rng_dcp.generators import GeneratorAdapter, global_generators, registered_generators
+from nemo_rng_dcp.generators import (
+    GeneratorAdapter,
+    global_generators,
+    own_device,
+    registered_generators,
+)
 from nemo_rng_dcp.layout import Layout, global_rank, world_size
 from nemo_rng_dcp.record import KEY, Record, Stream, fingerprint
 from nemo_rng_dcp.resume import Job, Kind, resume
@@ -24,9 +30,10 @@ from nemo_rng_dcp.seeding import check_ranked, check_seed, seed_all
 class StatefulRNG:
     """The random streams of every rank, as one entry of a DCP checkpoint.
 
-    Construction seeds the global generators: Python's ``random``, NumPy's, torch CPU's and the
-    accelerator's. Pass the object to ``dcp.save`` and ``dcp.load`` beside model and optimizer; each
-    rank then gets its own streams back, bit for bit, in the process that saved or in a new one.
+    Construction seeds the global generators: Python's ``random``, NumPy's, torch CPU's and those
+    of all accelerator devices, of which one is this rank's own (``device``). Pass the object to
+    ``dcp.save`` and ``dcp.load`` beside model and optimizer; each rank then gets its own streams
+    back, bit for bit, in the process that saved or in a new one.
 
     What is promised about the moment: a checkpoint holds the streams as they are when DCP calls
     :meth:`state_dict`, and after a load they are as they were then when DCP calls
@@ -61,11 +68,15 @@ class StatefulRNG:
         global_generators: ``False`` leaves the global generators alone: nothing is seeded, and only
             the registered ones are stored. A job whose streams differ along several meshes has one
             ``StatefulRNG`` for each, all but one with ``False``.
+        device: The accelerator device whose global generator is this rank's: stored, restored and
+            used from every thread. Also its index. ``None``: the one that is current now, in this
+            thread, so choose it before (``torch.cuda.set_device``). ``"cpu"``: this rank uses none.
+            A rank that draws on more devices registers the generators of the others.
 
     Raises:
-        ValueError: The seed is no integer or out of range; this rank is not in ``mesh``; or a
-            generator's name is no identifier or taken, or it is registered twice. Nothing was
-            seeded.
+        ValueError: The seed is no integer or out of range; this rank is not in ``mesh``; this
+            process has no such ``device``; or a generator's name is no identifier or taken, or it
+            is registered twice. Nothing was seeded.
         TypeError: ``ranked`` or ``global_generators`` is no bool, ``mesh`` no DeviceMesh, the
             generators no mapping, or a generator is of another kind. Nothing was seeded.
 
@@ -93,15 +104,18 @@ class StatefulRNG:
         generators: Mapping[str, Any] | None = None,
         shared_generators: Mapping[str, Any] | None = None,
         global_generators: bool = True,
+        device: torch.device | str | int | None = None,
     ) -> None:
         self.ranked = check_ranked(ranked)
         if not isinstance(global_generators, bool):
             raise TypeError(f"global_generators is {global_generators!r}, expected True or False")
         self.global_generators = global_generators
+        self.device = own_device(device)
         self._shared = frozenset({} if shared_generators is None else shared_generators)
         self._registered = registered_generators(
             {} if generators is None else generators,
             {} if shared_generators is None else shared_generators,
+            self.device,
         )
         if mesh is not None and not isinstance(mesh, DeviceMesh):
             raise TypeError(f"mesh is {mesh!r}, expected a DeviceMesh or None")
@@ -117,6 +131,7 @@ class StatefulRNG:
         self._loaded: snapshot.States | None = None
         if global_generators:
             seed_all(row_seed)
+        self._watch = DeviceWatch(self.device if global_generators else None)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Return this rank's record as its row of a table; moves no stream.
@@ -128,6 +143,10 @@ class StatefulRNG:
             0 of which each rank has its row (a plain tensor without a process group). The record is
             described in ``record.py``.
 
+        Warns:
+            RNGStateWarning: Another accelerator device is current than this object's; or other code
+                gave it another stream, as torch's DTensor does. The message has the remedy.
+
         Raises:
             RNGStateError: A generator cannot be stored, such as NumPy's global one if it does not
                 run MT19937.
@@ -135,6 +154,8 @@ class StatefulRNG:
                 process's.
         """
         layout = self._layout()
+        self._watch.warn_if_another_is_current()
+        self._watch.warn_if_reseeded(layout.row)
         generators = self._generators()
         packed = snapshot.pack(generators, snapshot.take(generators))
         record = Record(
@@ -176,8 +197,10 @@ class StatefulRNG:
         generators = self._generators()
         if isinstance(state_dict, RNGState):
             # It knows the global streams only; registered ones stay as they are.
-            states = snapshot.unpack(global_generators(), packed_states(state_dict))
-            self._loaded = snapshot.restore(generators, states)
+            packed = packed_states(state_dict, self.device)
+            states = snapshot.unpack(global_generators(self.device), packed)
+            self._watch.warn_if_another_is_current()
+            self._restore(states)
             return
         if not isinstance(state_dict, Mapping):
             raise TypeError(
@@ -199,6 +222,7 @@ class StatefulRNG:
                 stacklevel=2,
             )
             return
+        self._watch.warn_if_another_is_current()
         its = resume(record, self._job(layout, generators))
         if its.remarks and layout.row == 0:
             # Before the restore: where warnings are errors, nothing may have moved by then.
@@ -206,7 +230,7 @@ class StatefulRNG:
         saved = {name: record.streams[name].state for name in (*its.restored, *its.seeds)}
         states = snapshot.unpack(generators, saved)
         states = {name: states[name] for name in its.restored}
-        self._loaded = snapshot.restore(generators, states, its.seeds)
+        self._restore(states, its.seeds)
         self._resizes = its.resizes
 
     def rewind(self) -> None:
@@ -221,7 +245,7 @@ class StatefulRNG:
         """
         if self._loaded is None:
             raise RuntimeError("rewind() goes back to the last load, and nothing was loaded yet")
-        snapshot.restore(self._generators(), self._loaded)
+        self._restore(self._loaded)
 
     @overload
     def fingerprint(self, gather: Literal[False] = False) -> dict[str, str]: ...
@@ -280,7 +304,11 @@ class StatefulRNG:
     def _generators(self) -> dict[str, GeneratorAdapter]:
         if not self.global_generators:
             return self._registered
-        return {**global_generators(), **self._registered}
+        return {**global_generators(self.device), **self._registered}
+
+    def _restore(self, states: snapshot.States, seeds: Mapping[str, int] | None = None) -> None:
+        self._loaded = snapshot.restore(self._generators(), states, seeds)
+        self._watch.note_seeds()
 
     def _packed(self) -> dict[str, bytes]:
         generators = self._generators()

@@ -14,7 +14,11 @@ from nemo_rng_dcp import ScopedRNG
 
 # Launched scripts import what the tests import.
 TESTS = Path(__file__).parent
-os.environ["PYTHONPATH"] = f"{TESTS}{os.pathsep}{TESTS.parent / 'scripts'}"
+_FOLDERS = [str(TESTS), str(TESTS.parent / "scripts"), os.environ.get("PYTHONPATH", "")]
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, _FOLDERS))
+
+# Not a test, and to import it is to have the device: see its README.
+collect_ignore = ["simulated_device"]
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from nemo_rng_dcp import snapshot
-from nemo_rng_dcp.generators import global_generators
+from nemo_rng_dcp.generators import device_in_use, global_generators
 
 
 def draw(count: int = 1) -> list[float]:
@@ -21,7 +21,7 @@ def draw(count: int = 1) -> list[float]:
 
 
 def states() -> dict[str, bytes]:
-    generators = global_generators()
+    generators = global_generators(device_in_use())
     return snapshot.pack(generators, snapshot.take(generators))
 
 

@@ -7,9 +7,9 @@ import pytest
 
 import demo
 import leaving
-import tables
+import records
 from launch import torchrun
-from nemo_rng_dcp import __main__ as command
+from nemo_rng_dcp.cli.main import main
 from test_recipe import write_losses
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
@@ -57,13 +57,13 @@ def test_the_commands_print_what_is_shown(
         text = re.sub(r"[0-9a-f]{12}", "0" * 12, text)
         return re.sub(r"saved by .*", "saved by", text)
 
-    tables.save(tables.rows_of(4), tmp_path / "step-00000020")
-    tables.save(tables.rows_of(4), tmp_path / "step-00000030")
+    records.save(records.records(4), tmp_path / "step-00000020")
+    records.save(records.records(4), tmp_path / "step-00000030")
     blocks = re.findall(r"^\$ nemo-rng-dcp (.*)\n([^$`]*)", README, re.MULTILINE)
     assert [words.split()[0] for words, _ in blocks] == ["inspect", "diff", "explain"]
     monkeypatch.chdir(tmp_path)
     for words, shown in blocks:
-        command.main(words.replace("../../uninterrupted/checkpoints/", "").split())
+        main(words.replace("../../uninterrupted/checkpoints/", "").split())
         assert masked(capsys.readouterr().out).strip() == masked(shown).strip()
 
 

@@ -2,5 +2,14 @@
 
 from nemo_rng_dcp.generators.adapter import GeneratorAdapter
 from nemo_rng_dcp.generators.registry import global_generators, is_reserved, registered_generators
+from nemo_rng_dcp.generators.torch_random import device_in_use, initial_seed, own_device
 
-__all__ = ["GeneratorAdapter", "global_generators", "is_reserved", "registered_generators"]
+__all__ = [
+    "GeneratorAdapter",
+    "device_in_use",
+    "global_generators",
+    "initial_seed",
+    "is_reserved",
+    "own_device",
+    "registered_generators",
+]

@@ -15,30 +15,31 @@ from nemo_rng_dcp.generators.python_random import PythonAdapter
 from nemo_rng_dcp.generators.torch_random import (
     AcceleratorAdapter,
     TorchAdapter,
-    current_accelerator,
+    default_generator,
 )
 
 
-def global_generators() -> dict[str, GeneratorAdapter]:
+def global_generators(device: torch.device | None) -> dict[str, GeneratorAdapter]:
     """Return the global generators of this process by name.
 
+    Args:
+        device: The accelerator device whose generator is among them; ``None``: no device's.
+
     Returns:
-        ``python``, ``numpy`` and ``torch``; with an accelerator also its device type (``cuda``),
-        for the device that is current now.
+        ``python``, ``numpy`` and ``torch``; with a device also its type (``cuda``).
     """
     generators: dict[str, GeneratorAdapter] = {
         "python": PythonAdapter(random),
         "numpy": NumPyAdapter(np.random),
         "torch": TorchAdapter(torch.default_generator),
     }
-    device = current_accelerator()
     if device is not None:
         generators[device.type] = AcceleratorAdapter(device)
     return generators
 
 
 def registered_generators(
-    generators: Mapping[str, Any], shared: Mapping[str, Any]
+    generators: Mapping[str, Any], shared: Mapping[str, Any], device: torch.device | None
 ) -> dict[str, GeneratorAdapter]:
     """Return adapters for generators that a job keeps beside the global ones.
 
@@ -47,11 +48,12 @@ def registered_generators(
             ``numpy.random.RandomState`` or ``random.Random``, or a :class:`GeneratorAdapter` of
             the caller's own.
         shared: More of them.
+        device: The accelerator device whose global generator is this rank's.
 
     Raises:
         ValueError: A name is no identifier, is one of the library's own or is given twice; one
-            generator is given twice, or is Python's, NumPy's or torch CPU's global one; or its
-            state cannot be stored.
+            generator is given twice, or is Python's, NumPy's, torch CPU's or the device's global
+            one; or its state cannot be stored.
         TypeError: An argument is no mapping, or an object is of another kind.
     """
     adapters: dict[str, GeneratorAdapter] = {}
@@ -60,6 +62,9 @@ def registered_generators(
         id(torch.default_generator): "torch",
         id(np.random.get_bit_generator()): "numpy",  # type: ignore[attr-defined]
     }
+    of_device = None if device is None else default_generator(device)
+    if of_device is not None:
+        owners[id(of_device)] = of_device.device.type
     for argument, given in (("generators", generators), ("shared_generators", shared)):
         if not isinstance(given, Mapping):
             raise TypeError(

@@ -10,6 +10,9 @@ from collections.abc import Iterable, Sequence
 from typing import TextIO
 
 COLUMNS = 80
+MANY = 40
+"""More rows than these are summarised."""
+
 _CODES = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33"}
 
 
@@ -101,3 +104,8 @@ def short_spans(numbers: Sequence[int]) -> str:
 
 def plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def within(row: int, rows: Sequence[range] | None) -> bool:
+    """Return whether a row was asked for: ``None`` asks for all."""
+    return rows is None or any(row in span for span in rows)

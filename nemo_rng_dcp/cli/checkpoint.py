@@ -1,0 +1,153 @@
+"""A checkpoint: its keys, where their parts are, and the numbers in a part."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+
+import torch
+
+from nemo_rng_dcp.cli.metadata import Metadata
+from nemo_rng_dcp.cli.numbers import ARCHIVE_BYTES, from_archive, from_raw
+from nemo_rng_dcp.cli.safetensors import Safetensors
+from nemo_rng_dcp.cli.storage import Folder, open_folder
+from nemo_rng_dcp.cli.stored import Chunk, Index, Stored
+from nemo_rng_dcp.errors import RNGStateError
+from nemo_rng_dcp.record import KEY
+
+_METADATA = ".metadata"
+_METADATA_OF_A_RANK = re.compile(r"__(\d{1,9})\.metadata")
+
+
+class Checkpoint:
+    """A checkpoint in a folder. Time and memory grow with the bytes that are there.
+
+    Args:
+        folder: The folder.
+        indexes: What it says of itself, by the rank that reads it; ``None`` is the one that all
+            ranks read.
+
+    Attributes:
+        where: The folder's path or URL.
+        keys: What is stored, by key.
+        files: The names of all files that hold parts of it.
+        records: The keys of records.
+        each_rank_reads_its_own: Whether it was saved with ``use_collectives=False``: a rank finds
+            only what was saved by the rank of its number.
+    """
+
+    def __init__(self, folder: Folder, indexes: Mapping[int | None, Index]) -> None:
+        self.where = folder.where
+        self._folder, self._indexes = folder, indexes
+        self.each_rank_reads_its_own = None not in indexes
+        self.keys: dict[str, Stored] = {}
+        self.files: set[str] = set()
+        for index in indexes.values():
+            self.keys = {**index.keys, **self.keys}
+            self.files |= index.files
+        self.records = [
+            key
+            for key, stored in sorted(self.keys.items())
+            if key.rpartition(".")[2] == KEY and stored.dtype == "int64" and len(stored.size) == 1
+        ]
+        self._read: Counter[str] = Counter()
+
+    def chunks(self, key: str) -> dict[Chunk, set[int | None]]:
+        """Return the parts of what is stored under a key, and the ranks that find each.
+
+        It is to be called once for each key. Of parts in one place the lowest rank's is given.
+
+        Raises:
+            RNGStateError: What the checkpoint says of them is malformed.
+        """
+        placed: dict[tuple[int, ...], Chunk] = {}
+        readers: dict[Chunk, set[int | None]] = {}
+        for rank, index in self._indexes.items():
+            if key in index.keys:
+                for chunk in index.chunks(key):
+                    readers.setdefault(placed.setdefault(chunk.offsets, chunk), set()).add(rank)
+        return readers
+
+    def numbers(self, chunk: Chunk) -> torch.Tensor:
+        """Return the int64 numbers of a part of one dimension, shape ``chunk.sizes``.
+
+        Raises:
+            ValueError: They are not there, or are something else.
+            OSError: The file cannot be read.
+        """
+        name, (count,) = chunk.file, chunk.sizes
+        if not name:
+            raise ValueError("the metadata names no file for it")
+        # Anything else would let a checkpoint make its reader open other files of this machine.
+        if "/" in name or "\\" in name or name in (".", ".."):
+            raise ValueError(f"refused: its file {name!r:.60} is outside the checkpoint")
+        if name not in self._folder.sizes:
+            raise ValueError(f"{name} is missing")
+        present, end = self._folder.sizes[name], chunk.start + chunk.length
+        if end > present:
+            raise ValueError(f"{name} is truncated: {present} bytes, expected {end} or more")
+        if chunk.form == "extension":
+            raise ValueError(f"{name} was written by a storage extension (compression?) of DCP's")
+        beside = 0 if chunk.form == "raw" else ARCHIVE_BYTES
+        if not 8 * count <= chunk.length <= 8 * count + beside:
+            raise ValueError(f"{name} has {chunk.length} bytes for {count} numbers of 8 bytes")
+        self._read[name] += chunk.length
+        if self._read[name] > 2 * present:
+            raise ValueError(f"refused: {name} holds fewer bytes than the parts that are in it")
+        content = self._folder.read(name, chunk.start, chunk.length)
+        try:
+            return from_raw(content) if chunk.form == "raw" else from_archive(content, count)
+        except ValueError as error:
+            raise ValueError(f"{name}, byte {chunk.start}: {error}") from error
+
+
+def open_checkpoint(where: str) -> Checkpoint:
+    """Return the checkpoint at a path or URL, or one folder below it.
+
+    Frameworks keep records beside or below other things: the one folder that has records is taken.
+
+    Raises:
+        RNGStateError: There is none, there are several to choose from, or it is damaged.
+        OSError: It cannot be read.
+    """
+    folder = open_folder(where)
+    own = _checkpoint(folder)
+    if own is not None and own.records:
+        return own
+    below = [found for name in folder.folders if (found := _below(folder, name))]
+    chosen = [found for found in below if found.records] or ([own] if own else below)
+    if len(chosen) == 1:
+        return chosen[0]
+    if chosen:
+        names = ", ".join(found.where for found in chosen[:6])
+        raise RNGStateError(f"{where}: it holds {len(chosen)} checkpoints, name one: {names}")
+    inside = [*folder.sizes, *folder.folders]
+    shown = f"only {', '.join(inside[:3])}{', ...' * (len(inside) > 3)}" if inside else "nothing"
+    raise RNGStateError(
+        f"{where}: no {_METADATA} in it, {shown}. It is no DCP checkpoint, or its save did not "
+        "finish."
+    )
+
+
+def _below(folder: Folder, name: str) -> Checkpoint | None:
+    try:
+        return _checkpoint(folder.inner(name))
+    except OSError:  # a folder of somebody else's
+        return None
+
+
+def _checkpoint(folder: Folder) -> Checkpoint | None:
+    """Return the checkpoint in a folder, if it is one, by the index that ``dcp.load`` uses."""
+
+    def read(name: str) -> Metadata:
+        return Metadata(folder.read(name, 0, folder.sizes[name]), name)
+
+    if _METADATA in folder.sizes:
+        return Checkpoint(folder, {None: read(_METADATA)})
+    matches = filter(None, map(_METADATA_OF_A_RANK.fullmatch, folder.sizes))
+    of_ranks = {int(match[1]): match[0] for match in matches}
+    if of_ranks:
+        return Checkpoint(folder, {rank: read(of_ranks[rank]) for rank in sorted(of_ranks)})
+    index = Safetensors(folder)
+    return Checkpoint(folder, {None: index}) if index.files else None

@@ -1,0 +1,260 @@
+"""``nemo-rng-dcp explain``: what a resume would do to each stream, without running it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from math import prod
+from typing import Any
+
+from nemo_rng_dcp.cli.inspect import title
+from nemo_rng_dcp.cli.own import packed_after_seed, refusals
+from nemo_rng_dcp.cli.tables import Table
+from nemo_rng_dcp.cli.terminal import (
+    MANY,
+    Style,
+    paragraph,
+    plural,
+    short_spans,
+    spans,
+    table,
+    within,
+)
+from nemo_rng_dcp.generators import is_reserved
+from nemo_rng_dcp.layout import row_major, source_row
+from nemo_rng_dcp.record import Mesh, Record, fingerprint
+from nemo_rng_dcp.resume import Job, Kind, Resume, resume
+
+CONTINUED, COPIED, FORKED = "continued", "copied", "forked"
+DROPPED, REFUSED = "dropped", "refused"
+_COLOURS = {CONTINUED: "green", COPIED: "yellow", FORKED: "yellow", REFUSED: "red"}
+
+
+@dataclass(frozen=True)
+class Options:
+    """The job that resumes.
+
+    Attributes:
+        ranks: The ranks that have each row, see :func:`rows_of_ranks`.
+        mesh: The mesh along which its streams differ; ``None``: all ranks.
+        ranked: What it gives ``StatefulRNG``; ``None``: what the saved one was given.
+        generators: What it has; ``None``: what was saved.
+        shared: Which of them are alike on all ranks; ``None``: those that were when saved.
+    """
+
+    ranks: Mapping[int, tuple[int, ...]]
+    mesh: Mesh | None = None
+    ranked: bool | None = None
+    generators: Sequence[str] | None = None
+    shared: Sequence[str] | None = None
+
+    def job(self, row: int, record: Record) -> Job:
+        """Return the job as one of its rows sees it, which loads ``record``."""
+        names = record.streams if self.generators is None else self.generators
+        kinds = {}
+        for name in names:
+            its = record.streams.get(name)
+            shared = its is not None and its.shared if self.shared is None else name in self.shared
+            kinds[name] = Kind("" if its is None else its.kind, shared)
+        return Job(
+            row=row,
+            rows=len(self.ranks),
+            mesh=self.mesh,
+            ranked=record.ranked if self.ranked is None else self.ranked,
+            generators=kinds,
+            global_names=frozenset(name for name in names if is_reserved(name)),
+        )
+
+
+@dataclass(frozen=True)
+class Fate:
+    """What becomes of one row's streams.
+
+    Attributes:
+        row: The row of the resumed job; of the checkpoint if it is dropped.
+        ranks: The ranks of the resumed job that have this row.
+        fate: ``continued``; of a new row ``copied`` (all its streams are another row's) or
+            ``forked`` (some start anew); ``dropped``; or ``refused`` where a load raises.
+        source: The saved row that it is made from.
+        forked: The generators that start a new stream.
+        digests: By generator what ``StatefulRNG.fingerprint()`` will say after the load; "?" for a
+            new stream of a generator that this machine cannot make.
+    """
+
+    row: int
+    ranks: tuple[int, ...]
+    fate: str
+    source: int
+    forked: tuple[str, ...]
+    digests: Mapping[str, str]
+
+
+class Explanation:
+    """What becomes of one RNG entry.
+
+    Args:
+        table: The entry in the checkpoint.
+        options: The job that resumes.
+
+    Attributes:
+        path: The dotted path of the entry.
+        rows_saved: Rows in the checkpoint, by what it says.
+        rows: Rows of the resumed job.
+        fates: One for each row of the resumed job, then one for each row that is dropped.
+        remarks: What ``StatefulRNG`` will say, a sentence each.
+        needs_planner: Whether ``dcp.load`` needs ``RNGLoadPlanner``.
+        refusals: Why a load raises, by saved row.
+    """
+
+    def __init__(self, table: Table, options: Options) -> None:
+        self.path, self.rows_saved, self.rows = table.entry, table.count, len(options.ranks)
+        self.remarks: tuple[str, ...] = ()
+        self.refusals: dict[int, str] = {}
+        self.needs_planner = self.rows != self.rows_saved
+        self._record: Record | None = None
+        self.fates = [
+            self._fate(table, options, row, those) for row, those in options.ranks.items()
+        ]
+        self.fates += [
+            Fate(row, (), DROPPED, row, (), {}) for row in table.placed if row >= self.rows
+        ]
+
+    def _fate(self, table: Table, options: Options, row: int, ranks: tuple[int, ...]) -> Fate:
+        source = source_row(row, table.count)
+        record = table.read(source)
+        if isinstance(record, str):
+            self.refusals[source] = record
+            return Fate(row, ranks, REFUSED, source, (), {})
+        self._record = self._record or record
+        if hidden := table.hidden_from(source, ranks):
+            self.refusals[source] = (
+                f"not found by rank {hidden[0]}: it was saved with use_collectives=False, so each "
+                "rank finds only what the rank of its number saved"
+            )
+            return Fate(row, ranks, REFUSED, source, (), {})
+        job = options.job(row, record)
+        outcome = resume(record, job)
+        loaded = {*outcome.restored, *outcome.seeds}
+        refused = [f"{name}: {why}" for name, why in refusals(record).items() if name in loaded]
+        if refused:
+            self.refusals[source] = f"not taken by its generator ({refused[0]})"
+            return Fate(row, ranks, REFUSED, source, (), {})
+        self.remarks = self.remarks or outcome.remarks
+        self.needs_planner |= job.generators.keys() != record.streams.keys()
+        new = COPIED if not outcome.seeds else FORKED
+        fate = CONTINUED if source == row else new
+        return Fate(row, ranks, fate, source, tuple(outcome.seeds), _digests(record, outcome))
+
+    def to_json(self, rows: Sequence[range] | None) -> dict[str, Any]:
+        """Return what ``--json`` prints; of the fates only those of ``rows``."""
+        return {
+            "path": self.path,
+            "rows_saved": self.rows_saved,
+            "rows": self.rows,
+            "needs_planner": self.needs_planner,
+            "remarks": self.remarks,
+            "fates": [asdict(fate) for fate in self.fates if within(fate.row, rows)],
+            "refusals": self.refusals,
+        }
+
+    def lines(self, rows: Sequence[range] | None, style: Style) -> list[str]:
+        """Return the text for a person; of the fates only those of ``rows``."""
+        lines = title(self.path, self.rows_saved, self._record, style)
+        world_size = sum(len(fate.ranks) for fate in self.fates)
+        how = "planner=RNGLoadPlanner()" if self.needs_planner else "plain dcp.load"
+        lines += paragraph(
+            f"On {plural(world_size, 'rank')}, {plural(self.rows, 'row')}, with {how}:", 2
+        )
+        fates = [fate for fate in self.fates if within(fate.row, rows)]
+        if rows is None and len(fates) > MANY:
+            lines += [_run_line(run) for run in _runs(fates)]
+        else:
+            names = list(dict.fromkeys(name for fate in fates for name in fate.digests))
+            cells = [
+                [
+                    str(fate.row),
+                    spans(fate.ranks) or "-",
+                    _fate_text(fate),
+                    *(fate.digests.get(name, "-") for name in names),
+                ]
+                for fate in fates
+            ]
+            lines += table(["row", "ranks", "streams", *names], cells, style)
+        for remark in self.remarks:
+            lines += paragraph(f"note: {remark}", 2)
+        for reason in dict.fromkeys(self.refusals.values()):
+            those = sorted(row for row, its in self.refusals.items() if its == reason)
+            text = f"refused: a load raises, for saved row {short_spans(those)} is {reason}"
+            lines += [style(line, "red") for line in paragraph(text, 2)]
+        return lines
+
+
+def rows_of_ranks(
+    world_size: int, mesh: Mapping[str, int] | None, along: Sequence[str] | None
+) -> tuple[dict[int, tuple[int, ...]], Mesh | None]:
+    """Return the ranks that have each row, as ``StatefulRNG(mesh=mesh[along])`` gives them out.
+
+    Args:
+        world_size: Ranks of the job, >= 1.
+        mesh: Sizes by name of the dimension, as for ``init_device_mesh``; ``None``: one row a rank.
+        along: The dimensions along which streams differ; ``None``: all.
+
+    Returns:
+        The ranks by row, and the mesh as a record stores it.
+
+    Raises:
+        ValueError: The mesh does not have as many ranks, or no such dimension.
+    """
+    if mesh is None:
+        if along is not None:
+            raise ValueError("--along names dimensions of a mesh: give --mesh too")
+        return {rank: (rank,) for rank in range(world_size)}, None
+    if prod(mesh.values()) != world_size:
+        text = " x ".join(map(str, mesh.values()))
+        raise ValueError(f"a mesh of {text} has {prod(mesh.values())} ranks, not {world_size}")
+    unknown = [name for name in along or () if name not in mesh]
+    if unknown:
+        raise ValueError(f"the mesh has no dimension {unknown[0]!r}, only {', '.join(mesh)}")
+    names = list(mesh if along is None else along)
+    ranks: dict[int, list[int]] = {}
+    for rank in range(world_size):
+        coordinate, rest = {}, rank
+        for name in reversed(list(mesh)):
+            rest, coordinate[name] = divmod(rest, mesh[name])
+        row = row_major([coordinate[name] for name in names], [mesh[name] for name in names])
+        ranks.setdefault(row, []).append(rank)
+    by_row = {row: tuple(those) for row, those in sorted(ranks.items())}
+    return by_row, tuple((name, mesh[name]) for name in names)
+
+
+def _digests(record: Record, outcome: Resume) -> dict[str, str]:
+    digests = {}
+    for name, stream in record.streams.items():
+        if name in outcome.seeds:
+            state = packed_after_seed(stream.kind, outcome.seeds[name])
+            digests[name] = "?" if state is None else fingerprint(state)
+        elif name in outcome.restored:
+            digests[name] = fingerprint(stream.state)
+    return digests
+
+
+def _fate_text(fate: Fate) -> str:
+    return f"{fate.fate}, from {fate.source}" if fate.fate in (FORKED, COPIED) else fate.fate
+
+
+def _runs(fates: Sequence[Fate]) -> list[list[Fate]]:
+    """Return neighbours that fare alike together."""
+    runs: list[list[Fate]] = []
+    for fate in fates:
+        last = runs[-1][-1] if runs else None
+        if last and (last.fate, last.source + 1) == (fate.fate, fate.source):
+            runs[-1].append(fate)
+        else:
+            runs.append([fate])
+    return runs
+
+
+def _run_line(run: Sequence[Fate]) -> str:
+    rows, sources = spans(fate.row for fate in run), spans({fate.source for fate in run})
+    source = f", from rows {sources}" if rows != sources else ""
+    return f"  rows {rows}: {run[0].fate}{source}"

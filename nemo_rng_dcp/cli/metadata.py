@@ -1,0 +1,126 @@
+"""DCP's ``.metadata``: a pickle, of which nothing is executed."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from nemo_rng_dcp.cli.pickles import ForbiddenError, Global, Made, parse
+from nemo_rng_dcp.cli.stored import Chunk, Stored, integers, printable, said_by, typed
+from nemo_rng_dcp.errors import RNGStateError
+
+_DCP = "torch.distributed.checkpoint"
+_DTYPE = re.compile(r"torch (bool|bits\w+|[a-z]*(int|float|complex)\d+\w*)")
+_KNOWN = {
+    "torch Size",
+    "collections OrderedDict",
+    f"{_DCP}.metadata Metadata",
+    f"{_DCP}.metadata MetadataIndex",
+    f"{_DCP}.metadata TensorStorageMetadata",
+    f"{_DCP}.metadata BytesStorageMetadata",
+    f"{_DCP}.metadata ChunkStorageMetadata",
+    f"{_DCP}.metadata TensorProperties",
+    f"{_DCP}.metadata StorageMeta",
+    f"{_DCP}.metadata _MEM_FORMAT_ENCODING",
+    f"{_DCP}.filesystem _StorageInfo",
+    f"{_DCP}.filesystem _StoragePrefix",
+    "torch.serialization _get_layout",
+    "builtins getattr",  # how some versions of Python store an enum
+    "pathlib PosixPath",
+    "pathlib WindowsPath",
+    "pathlib._local PosixPath",
+    "pathlib._local WindowsPath",
+}
+
+
+class Metadata:
+    """The index of a checkpoint as DCP's own storage writes it; see ``Index``.
+
+    Args:
+        content: The bytes of a ``.metadata``.
+        name: The file's name, for errors.
+
+    Raises:
+        RNGStateError: It is damaged, malformed, or wants something that DCP never stores there.
+    """
+
+    def __init__(self, content: bytes, name: str) -> None:
+        self._name = name
+        metadata = _parse(content, name)
+        self.files: set[str] = set()
+        self._places: dict[str, dict[tuple[int, ...] | None, Made]] = {}
+        self._given: set[int] = set()
+        with said_by(name):
+            self._saved = typed(_its(metadata, "state_dict_metadata"), dict)
+            self.keys = {printable(key): _stored(value) for key, value in self._saved.items()}
+            for index, place in typed(_its(metadata, "storage_data"), dict).items():
+                offset = _its(index, "offset", None)
+                where = None if offset is None else _size(offset)
+                self._places.setdefault(printable(_its(index, "fqn")), {})[where] = place
+                self.files.add(printable(_its(place, "relative_path")))
+
+    def chunks(self, key: str) -> list[Chunk]:
+        with said_by(self._name):
+            places = self._places.get(key, {})
+            if self.keys[key].dtype is None:
+                return [_chunk((), (), places.get(None))]
+            parts = typed(_its(self._saved[key], "chunks"), list)
+            # Tensors that share one list would take more time than the file has bytes.
+            if id(parts) in self._given:
+                raise ValueError("two tensors have one list of chunks")
+            self._given.add(id(parts))
+            chunks = []
+            for part in parts:
+                offsets, sizes = _size(_its(part, "offsets")), _size(_its(part, "sizes"))
+                chunks.append(_chunk(offsets, sizes, places.get(offsets)))
+            return chunks
+
+
+def _parse(content: bytes, name: str) -> Made:
+    try:
+        found = parse(content, lambda name: name in _KNOWN or bool(_DTYPE.fullmatch(name)))
+    except ForbiddenError as error:
+        raise RNGStateError(
+            f"refused: {name} wants {error}, which DCP never stores there. Nothing in it was "
+            "executed; do not load this checkpoint."
+        ) from error
+    except ValueError as error:
+        raise RNGStateError(f"{name} is damaged or truncated ({error})") from error
+    if not isinstance(found, Made) or found.name != f"{_DCP}.metadata Metadata":
+        raise RNGStateError(f"{name} holds {type(found).__name__}, expected DCP's Metadata")
+    return found
+
+
+def _its(thing: Any, attribute: str, *default: Any) -> Any:
+    """Return an attribute of what a pickle would have built."""
+    state = typed(thing, Made).state
+    if isinstance(state, dict) and attribute in state:
+        return state[attribute]
+    if default:
+        return default[0]
+    raise ValueError(f"a {thing.name.rpartition(' ')[2]} has no {attribute}")
+
+
+def _stored(saved: Any) -> Stored:
+    if isinstance(saved, Made) and saved.name.endswith(" BytesStorageMetadata"):
+        return Stored(None, ())
+    properties = typed(_its(saved, "properties"), Made).state
+    # TensorProperties hands pickle a tuple, of which the dtype is the first.
+    dtype = typed(properties[0] if isinstance(properties, tuple) and properties else None, Global)
+    if not _DTYPE.fullmatch(dtype.name):
+        raise ValueError(f"found {dtype.name}, expected a dtype")
+    return Stored(dtype.name.removeprefix("torch "), _size(_its(saved, "size")))
+
+
+def _chunk(offsets: tuple[int, ...], sizes: tuple[int, ...], place: Any) -> Chunk:
+    if place is None:
+        return Chunk(offsets, sizes)
+    start, length = integers((_its(place, "offset"), _its(place, "length")))
+    form = "extension" if _its(place, "transform_descriptors", None) else "torch.save"
+    return Chunk(offsets, sizes, printable(_its(place, "relative_path")), start, length, form)
+
+
+def _size(value: Any) -> tuple[int, ...]:
+    if isinstance(value, Made) and value.name == "torch Size" and len(value.arguments) == 1:
+        value = value.arguments[0]
+    return integers(value)

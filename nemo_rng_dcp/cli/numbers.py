@@ -1,0 +1,68 @@
+"""int64 tensors of one dimension, from the bytes that ``torch.save`` or safetensors wrote."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from functools import lru_cache
+
+import torch
+
+from nemo_rng_dcp.cli.pickles import ForbiddenError, Global, Made, parse
+
+ARCHIVE_BYTES = 2**16
+"""More than ``torch.save`` adds to a tensor's numbers."""
+
+_KNOWN = {"torch._utils _rebuild_tensor_v2", "torch LongStorage", "collections OrderedDict"}
+
+
+def from_raw(content: bytes) -> torch.Tensor:
+    """Return the numbers that are the whole of ``content``."""
+    return torch.frombuffer(bytearray(content), dtype=torch.int64)
+
+
+def from_archive(content: bytes, count: int) -> torch.Tensor:
+    """Return the tensor that ``torch.save`` wrote: int64, shape ``(count,)``, dense.
+
+    Nothing in it is executed.
+
+    Raises:
+        ValueError: The bytes are damaged, or are no such tensor.
+    """
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            (entry,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
+            folder = entry.removesuffix("/data.pkl")
+            for name in (entry, f"{folder}/data/0"):
+                # A few compressed bytes can stand for all of the memory.
+                if archive.getinfo(name).compress_type != zipfile.ZIP_STORED:
+                    raise ForbiddenError("something compressed")
+            _check_tensor(archive.read(entry), count)
+            numbers = archive.read(f"{folder}/data/0")
+    except ForbiddenError as error:
+        raise ValueError(f"refused: it holds {error}, expected a tensor") from error
+    except Exception as error:  # damaged bytes raise whatever zipfile runs into
+        raise ValueError(f"no tensor that torch.save wrote ({error})") from error
+    if len(numbers) != 8 * count:
+        raise ValueError(f"{len(numbers)} bytes for {count} numbers")
+    return from_raw(numbers)
+
+
+@lru_cache(maxsize=8)
+def _check_tensor(pickled: bytes, count: int) -> None:
+    """Make sure that a tensor's pickle says nothing but "these numbers, in this order"."""
+    tensor = parse(pickled, _KNOWN.__contains__)
+    if not isinstance(tensor, Made) or len(tensor.arguments) < 4:
+        raise ForbiddenError("something else than a tensor")
+    storage, *place = tensor.arguments[:4]
+    kind = storage.arguments[0] if isinstance(storage, Made) and not storage.name else None
+    if (
+        tensor.name != "torch._utils _rebuild_tensor_v2"
+        or tensor.state is not None
+        or place != [0, (count,), (1,)]
+        or not isinstance(kind, tuple)
+        or len(kind) != 5
+        or not isinstance(kind[1], Global)
+        or (kind[0], kind[1].name, kind[2]) != ("storage", "torch LongStorage", "0")
+    ):
+        raise ForbiddenError(f"another tensor than int64 ({count},)")

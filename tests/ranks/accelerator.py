@@ -1,0 +1,31 @@
+"""Two ranks with a device each, under torchrun: what they draw after a save, and after its load."""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+
+from leaving import leave_group
+from nemo_rng_dcp import StatefulRNG
+
+
+def main(folder: Path) -> None:
+    accelerator = torch.accelerator.current_accelerator()
+    assert accelerator is not None
+    torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("gloo")
+    rng = StatefulRNG(42, ranked=True)
+    dcp.save({"rng": rng}, checkpoint_id=folder / "checkpoint")
+    drawn = [str(torch.randn(4, device=accelerator.type).tolist())]
+    rng = StatefulRNG(7, ranked=True)
+    dcp.load({"rng": rng}, checkpoint_id=folder / "checkpoint")
+    drawn += [str(torch.randn(4, device=accelerator.type).tolist())]
+    (folder / str(dist.get_rank())).write_text("\n".join(drawn))
+    leave_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,144 @@
+"""``diff``: which streams of two checkpoints differ, and by how many draws."""
+
+import random
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+
+from asking import Capture, ask, ask_json
+from jobs import job
+from nemo_rng_dcp import StatefulRNG
+from nemo_rng_dcp.cli.distance import distance
+from nemo_rng_dcp.generators import registered_generators
+from nemo_rng_dcp.record import Stream
+from records import drawn_streams, records, save
+from streams import draw
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
+
+def test_equal_checkpoints(tmp_path: Path, capsys: Capture) -> None:
+    a = save(records(50), tmp_path / "a")
+    assert ask(capsys, "diff", a, a) == (0, "rng: 50 rows compared, no stream differs")
+
+
+def test_streams_that_differ_are_listed(tmp_path: Path, capsys: Capture) -> None:
+    a = save(records(50), tmp_path / "a")
+    b = save(records(50, lambda row: drawn_streams(row + (row == 7))), tmp_path / "b")
+    code, text = ask(capsys, "diff", a, b)
+    assert code == 1
+    assert "rng: 1 of 50 rows differ: python in 1, numpy in 1, torch in 1" in text
+    assert "the first: rank 7 python: another stream, or far off" in text
+    (entry,) = ask_json(capsys, "diff", a, b)["entries"]
+    assert [(its["row"], its["generator"]) for its in entry["differences"]] == [
+        (7, "python"),
+        (7, "numpy"),
+        (7, "torch"),
+    ]
+    (entry,) = ask_json(capsys, "diff", a, b, "--rows", "8-50")["entries"]
+    assert entry["differences"] == []
+
+
+def test_other_jobs_and_other_entries(tmp_path: Path, capsys: Capture) -> None:
+    a = save(records(50), tmp_path / "a")
+    fewer = save(records(3, seed=9), tmp_path / "fewer")
+    code, text = ask(capsys, "diff", a, fewer)
+    assert (code, "rng: seed 42 in A, 9 in B" in text) == (1, True)
+    assert "rng: rows 50 in A, 3 in B" in text
+    assert "47 of 50 rows differ" in text
+    elsewhere = save(records(50), tmp_path / "elsewhere", "app.rng")
+    code, text = ask(capsys, "diff", a, elsewhere)
+    assert (code, "app.rng: only in B" in text, "rng: only in A" in text) == (1, True, True)
+    assert ask(capsys, "diff", a, tmp_path)[0] == 2
+
+
+def run_twice(path: Path, more: int) -> None:
+    rng = StatefulRNG(42, ranked=True)
+    draw()
+    if dist.get_rank() == 2:
+        np.random.randint(2**32, size=more, dtype=np.uint32)
+    dcp.save({"rng": rng}, checkpoint_id=path)
+
+
+def test_the_first_stream_that_left_is_named(tmp_path: Path, capsys: Capture) -> None:
+    """Of two runs at one step, one rank of B has drawn two words of NumPy's more."""
+    job(3, run_twice, tmp_path / "a", 0)
+    job(3, run_twice, tmp_path / "b", 2)
+    code, text = ask(capsys, "diff", tmp_path / "a", tmp_path / "b")
+    assert code == 1
+    assert "rng: 1 of 3 rows differ: numpy in 1 the first: rank 2 numpy: B is 2 words ahead" in text
+    _, text = ask(capsys, "diff", tmp_path / "b", tmp_path / "a")
+    assert "rank 2 numpy: B is 2 words behind" in text
+
+
+def drawn(name: str, words: int) -> Stream:
+    """Return the state of a generator after some words."""
+    python, legacy = random.Random(1), np.random.RandomState(1)
+    torch_, new = torch.Generator(), np.random.Generator(np.random.MT19937(1))
+    torch_.manual_seed(1)
+    python.getrandbits(32 * words or 1) if words else None
+    legacy.randint(2**32, size=words, dtype=np.uint32)
+    new.bit_generator.random_raw(words) if words else None
+    torch.empty(words, dtype=torch.int64).random_(0, 2**28 - 1, generator=torch_)
+    adapters = registered_generators(
+        {"of_python": python, "of_numpy": legacy, "of_torch": torch_, "new": new}, {}
+    )
+    adapter = adapters[name]
+    return Stream(adapter.kind, False, adapter.pack(adapter.get()))
+
+
+@pytest.mark.parametrize("name", ["of_python", "of_numpy", "of_torch", "new"])
+@pytest.mark.parametrize(
+    ("a", "b", "expected"),
+    [
+        (0, 1, "1 word ahead"),
+        (3, 5, "2 words ahead"),
+        (5, 3, "2 words behind"),
+        (623, 625, "2 words ahead"),
+        (1, 1248, "1247 words ahead"),
+        (1500, 300, "1200 words behind"),
+        (1, 5000, None),
+    ],
+)
+def test_the_distance_is_counted_across_blocks(
+    name: str, a: int, b: int, expected: str | None
+) -> None:
+    assert distance(drawn(name, a), drawn(name, b)) == expected
+
+
+def test_other_streams_have_no_distance() -> None:
+    python, legacy = drawn("of_python", 3), drawn("of_numpy", 3)
+    assert distance(python, legacy) is None, "another kind"
+    other = Stream("torch.cuda", False, bytes(16))
+    assert distance(other, other) is None, "no MT19937"
+    assert distance(python, python._replace(state=b"short")) is None
+
+
+def with_gauss(row: int) -> Mapping[str, Stream]:
+    generator = np.random.RandomState(row)
+    generator.standard_normal(2)
+    state = generator.get_state(legacy=False)
+    state["has_gauss"], state["gauss"] = 1, 0.5
+    generator.set_state(state)
+    adapter = registered_generators({"n": generator}, {})["n"]
+    return {"numpy": Stream("numpy", False, adapter.pack(adapter.get()))}
+
+
+def without_gauss(row: int) -> Mapping[str, Stream]:
+    state = bytearray(with_gauss(row)["numpy"].state)
+    state[-16:] = bytes(16)
+    return {"numpy": Stream("numpy", False, bytes(state))}
+
+
+def test_a_cached_normal_alone_is_told(tmp_path: Path, capsys: Capture) -> None:
+    a, b = (
+        save(records(1, with_gauss), tmp_path / "a"),
+        save(records(1, without_gauss), tmp_path / "b"),
+    )
+    _, text = ask(capsys, "diff", a, b)
+    assert "rank 0 numpy: B is at the same word, with another cached normal" in text
