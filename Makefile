@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Several ranks share few cores here: more threads than one each only fight over them.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup test fuzz lint format demo plot bench clean
+.PHONY: setup test fuzz lint format demo plot recipes bench clean
 
 setup: $(VENV)/ready
 
@@ -30,15 +30,18 @@ format: setup
 	$(BIN)/ruff check --fix .
 
 demo: setup
-	$(BIN)/python scripts/demo.py
+	$(BIN)/python -m scripts.demo
 
 plot: setup
-	test -d runs/demo || $(BIN)/python scripts/demo.py
-	$(BIN)/python scripts/plot_resume.py runs/demo scripts/resume.svg
+	test -d runs/demo || $(BIN)/python -m scripts.demo
+	$(BIN)/python -m scripts.demo.plot runs/demo scripts/resume.svg
+
+recipes: setup
+	$(BIN)/python -m scripts.demo.recipes
 
 bench: setup
 	mkdir -p runs
-	$(BIN)/python scripts/bench.py --json runs/bench.json
+	$(BIN)/python -m scripts.bench --json runs/bench.json
 
 clean:
 	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

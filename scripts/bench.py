@@ -19,10 +19,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import bench_calls
-import bench_checkpoint
-import bench_planning
-from bench_timing import Target
+from scripts import bench_calls, bench_checkpoint, bench_planning
+from scripts.bench_timing import Target
 
 
 @dataclass(frozen=True)

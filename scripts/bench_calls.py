@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from bench_timing import Spread, Target, columns, interleaved
-from bench_ways import plain_capture, plain_restore
 from nemo_rng_dcp import ScopedRNG, StatefulRNG, derive_seed
+from scripts.bench_timing import Spread, Target, columns, interleaved
+from scripts.bench_ways import plain_capture, plain_restore
 
 ROWS = {
     "capture": ("state_dict", "plain_capture"),

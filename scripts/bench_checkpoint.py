@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench_timing import Spread, Target, columns, differences
-from launch import torchrun
+from scripts.bench_timing import Spread, Target, columns, differences
+from scripts.demo.launch import torchrun
 
 WORKER = Path(__file__).with_name("bench_worker.py")
 IN_MEMORY = Path("/dev/shm")

@@ -25,9 +25,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from bench_timing import Target, columns, growth
-from bench_ways import rank_named
 from nemo_rng_dcp import StatefulRNG
+from scripts.bench_timing import Target, columns, growth
+from scripts.bench_ways import rank_named
 
 COMPARED_SIZE = 16384
 """Ranks at which the two ways are compared; measured or, above what was measured, extrapolated."""

@@ -22,12 +22,11 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.device_mesh import init_device_mesh
 
-from bench_timing import rotated
-from bench_ways import Alone, FilePerRank, Gathered, OneTensor, RankNamed, Tables, Way
-from leaving import leave_group
-from train_fsdp2 import (
+from scripts.bench_timing import rotated
+from scripts.bench_ways import Alone, FilePerRank, Gathered, OneTensor, RankNamed, Tables, Way
+from scripts.demo.leaving import leave_group
+from scripts.recipes.train_fsdp2 import (
     AppState,
-    Distributed,
     setup_model_and_optimizer,
     validate_and_prepare_config,
 )
@@ -149,8 +148,7 @@ def measure(size: Size, out: Path) -> dict[str, Any]:
     sizes = ["--width", str(size.width), "--layers", str(size.layers)]
     config = validate_and_prepare_config(["--out", str(out), *sizes])
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    distributed = Distributed(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), mesh)
-    training = setup_model_and_optimizer(config, distributed)
+    training = setup_model_and_optimizer(config, mesh)
     app = AppState(training)
     tables = Tables()
     ways: dict[str, Way] = {
@@ -168,7 +166,7 @@ def measure(size: Size, out: Path) -> dict[str, Any]:
     measure_async_rounds(seconds, tables, app, out, size.rounds)
     gc.enable()
     return {
-        "ranks": distributed.world_size,
+        "ranks": dist.get_world_size(),
         "parameters": sum(parameter.numel() for parameter in training.model.parameters()),
         "seconds": slowest(seconds),
         "on_disk": {name: on_disk(out / name) for name in ways},

@@ -3,18 +3,17 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from launch import LaunchError, torchrun
 from nemo_rng_dcp import ScopedRNG
+from scripts.demo.launch import Launch, LaunchError
 
 # Launched scripts import what the tests import.
 TESTS = Path(__file__).parent
-_FOLDERS = [str(TESTS), str(TESTS.parent / "scripts"), os.environ.get("PYTHONPATH", "")]
+_FOLDERS = [str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")]
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, _FOLDERS))
 
 # Not a test, and to import it is to have the device: see its README.
@@ -43,27 +42,6 @@ def fake_group() -> Iterator[Callable[[int, int], None]]:
         dist.destroy_process_group()
 
 
-class Launches:
-    """Launches of the scripts in ``tests/ranks``, each made once however many tests look at it."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.outputs: dict[str, str] = {}
-
-    def assert_passed(self, checks: ModuleType, check: str, processes: int) -> None:
-        """Assert that a check of a script of checks passed on every rank."""
-        name = f"{checks.__name__.removeprefix('ranks.')}-{processes}"
-        folder = self.folder / name
-        if name not in self.outputs:
-            folder.mkdir()
-            self.outputs[name] = launch(Path(str(checks.__file__)), processes, str(folder))
-        passed = [rank for rank in range(processes) if (folder / f"{check}-{rank}").exists()]
-        if passed != list(range(processes)):
-            # Then follows torchrun's summary, which says less and hides what was printed before.
-            output, *_ = self.outputs[name].partition("W1")
-            pytest.fail(f"{check} passed on ranks {passed} only:\n{output}", pytrace=False)
-
-
 def launch(script: Path, processes: int, *arguments: str) -> str:
     """Run a script and return its output, whether it failed or not; 0 processes: no torchrun."""
     if processes == 0:
@@ -74,11 +52,6 @@ def launch(script: Path, processes: int, *arguments: str) -> str:
         )
         return done.stdout + done.stderr
     try:
-        return torchrun(script, processes, *arguments, timeout=100)
+        return Launch(script, processes, *arguments, timeout=100).output()
     except LaunchError as error:
         return str(error)
-
-
-@pytest.fixture(scope="session")
-def launches(tmp_path_factory: pytest.TempPathFactory) -> Launches:
-    return Launches(tmp_path_factory.mktemp("launches"))

@@ -18,9 +18,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from jobs import job
-from launch import torchrun
 from nemo_rng_dcp import RNGLoadPlanner, RNGStateError, RNGStateWarning, ScopedRNG, StatefulRNG
 from nemo_rng_dcp.record import KEY
+from scripts.demo.launch import Launch
 from streams import draw
 from test_accelerator import COUNT, MODULE, TYPE
 
@@ -88,7 +88,8 @@ def test_shrinking_drops_a_devices_stream(tmp_path: Path) -> None:
 
 
 def test_under_torchrun(tmp_path: Path) -> None:
-    torchrun(Path(__file__).parent / "ranks" / "accelerator.py", 2, str(tmp_path), timeout=100)
+    script = Path(__file__).parent / "ranks" / "accelerator.py"
+    Launch(script, 2, str(tmp_path), timeout=100).output()
     drawn = [(tmp_path / f"{rank}").read_text().split("\n") for rank in range(2)]
     assert [after for _, after in drawn] == [before for before, _ in drawn]
     assert drawn[0] != drawn[1]

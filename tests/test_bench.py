@@ -11,11 +11,9 @@ from typing import Any, cast
 import pytest
 import torch
 
-import bench
-import bench_planning
-import bench_worker
-from bench_timing import Spread, Target, columns, growth
-from bench_ways import Alone, Way, plain_capture, plain_restore
+from scripts import bench, bench_planning, bench_worker
+from scripts.bench_timing import Spread, Target, columns, growth
+from scripts.bench_ways import Alone, Way, plain_capture, plain_restore
 
 Results = tuple[str, dict[str, Any], list[str]]
 WAYS = ["alone", "tables", "file_per_rank", "gathered", "rank_named", "one_tensor"]

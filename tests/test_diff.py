@@ -86,7 +86,7 @@ def drawn(name: str, words: int) -> Stream:
     new.bit_generator.random_raw(words) if words else None
     torch.empty(words, dtype=torch.int64).random_(0, 2**28 - 1, generator=torch_)
     adapters = registered_generators(
-        {"of_python": python, "of_numpy": legacy, "of_torch": torch_, "new": new}, {}
+        {"of_python": python, "of_numpy": legacy, "of_torch": torch_, "new": new}, {}, None
     )
     adapter = adapters[name]
     return Stream(adapter.kind, False, adapter.pack(adapter.get()))
@@ -125,7 +125,7 @@ def with_gauss(row: int) -> Mapping[str, Stream]:
     state = generator.get_state(legacy=False)
     state["has_gauss"], state["gauss"] = 1, 0.5
     generator.set_state(state)
-    adapter = registered_generators({"n": generator}, {})["n"]
+    adapter = registered_generators({"n": generator}, {}, None)["n"]
     return {"numpy": Stream("numpy", False, adapter.pack(adapter.get()))}
 
 

@@ -18,8 +18,8 @@ from asking import Capture, ask, ask_json
 from jobs import job
 from nemo_rng_dcp import StatefulRNG
 from nemo_rng_dcp.record import Record, Stream
-from rankless import RanklessRNG
 from records import change_metadata, drawn_streams, place_of, records, save, stream
+from scripts.demo.rankless import RanklessRNG
 from streams import draw, unmoved
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

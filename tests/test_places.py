@@ -15,8 +15,8 @@ from torch.distributed.checkpoint._fsspec_filesystem import FsspecWriter
 from asking import Capture, ask, ask_json
 from jobs import job
 from nemo_rng_dcp import StatefulRNG
-from rankless import RanklessRNG
 from records import records, save
+from scripts.demo.rankless import RanklessRNG
 from streams import draw
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

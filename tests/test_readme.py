@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-import demo
-import leaving
 import records
-from launch import torchrun
 from nemo_rng_dcp.cli.main import main
-from test_recipe import write_losses
+from scripts.demo import __main__ as demo
+from scripts.demo import leaving
+from scripts.demo.launch import torchrun
+from test_demo import write_losses
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -43,7 +43,7 @@ def test_the_demo_table_is_what_the_demo_prints(
             for line in file.read_text().splitlines(keepends=True)
         ]
         file.write_text("".join(changed))
-    demo.report(uninterrupted, uninterrupted, rank_less)
+    demo.report_losses(uninterrupted, uninterrupted, rank_less)
     assert capsys.readouterr().out in README
 
 

@@ -16,7 +16,7 @@ from altered import record_of
 from jobs import begin_group, gather, job
 from nemo_rng_dcp import RNGStateError, StatefulRNG, init_all_rng
 from nemo_rng_dcp.record import KEY, Record, records_in
-from rankless import RanklessRNG
+from scripts.demo.rankless import RanklessRNG
 from streams import draw, unmoved
 
 Numbers = list[float]

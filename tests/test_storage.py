@@ -18,9 +18,9 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 
 from jobs import job
-from launch import torchrun
 from nemo_rng_dcp import RNGLoadPlanner, RNGStateError, StatefulRNG
 from ranks import kills
+from scripts.demo.launch import Launch
 from streams import draw, unmoved
 
 try:
@@ -208,11 +208,12 @@ def test_a_flipped_bit_on_disk(tmp_path: Path) -> None:
 
 
 def test_killed_ranks_leave_the_complete_checkpoint_in_charge(tmp_path: Path) -> None:
-    torchrun(Path(kills.__file__), 2, str(tmp_path), restarts=3)
+    Launch(Path(kills.__file__), 2, str(tmp_path), restarts=3).output()
     attempts = sorted(path.name for path in tmp_path.glob("attempt-*"))
     assert attempts == [f"attempt-{n}-{rank}" for n in range(4) for rank in range(2)]
-    incomplete = [path.name for path in (tmp_path / "checkpoints").glob("*.incomplete")]
-    assert sorted(incomplete) == ["step-00000002.incomplete", "step-00000003.incomplete"]
+    begun = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert begun == ["step-00000001", "step-00000002", "step-00000003"]
+    assert [path.parent.name for path in tmp_path.glob("checkpoints/*/.metadata")] == begun[:1]
 
 
 @pytest.mark.filterwarnings("ignore")

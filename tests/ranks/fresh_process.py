@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
-from leaving import leave_group
 from nemo_rng_dcp import StatefulRNG
+from scripts.demo.leaving import leave_group
 from streams import draw
 
 

@@ -17,9 +17,9 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan, SavePlanner
 
-from checkpoints import CheckpointFolder
-from leaving import leave_group
 from nemo_rng_dcp import RNGLoadPlanner, StatefulRNG
+from scripts.demo.leaving import leave_group
+from scripts.recipes.train_fsdp2 import complete_checkpoints, save_checkpoint
 from streams import draw
 
 KILLED_RANK = 1
@@ -52,18 +52,16 @@ class KilledReader(dcp.FileSystemReader):
 def main(folder: Path) -> None:
     dist.init_process_group("gloo", timeout=timedelta(seconds=40))
     rank, attempt = dist.get_rank(), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
-    checkpoints = CheckpointFolder(folder / "checkpoints", keep=3)
     expected = folder / f"expected-{rank}.json"
     rng = StatefulRNG(42 if attempt == 0 else 1000, ranked=True)
     state = {"rng": rng, "weight": torch.full((5,), float(rank))}
 
     if attempt == 0:
         draw(rank)
-        checkpoints.save(state, step=1)
+        save_checkpoint(folder, 3, state, step=1)
         expected.write_text(json.dumps(draw(2)))
     else:
-        newest = checkpoints.newest()
-        assert newest is not None
+        (newest,) = complete_checkpoints(folder)
         assert newest.name == "step-00000001"
         dcp.load(state, checkpoint_id=newest, planner=RNGLoadPlanner())
         assert draw(2) == json.loads(expected.read_text())
@@ -72,12 +70,12 @@ def main(folder: Path) -> None:
 
     dcp.FileSystemWriter.write_data = killed_write_data  # type: ignore[method-assign]
     if attempt == 0:
-        checkpoints.save(state, step=2)
+        save_checkpoint(folder, 3, state, step=2)
     elif attempt == 1:
-        unpublished = folder / "checkpoints" / "step-00000003.incomplete"
+        unpublished = folder / "checkpoints" / "step-00000003"
         dcp.async_save(state, checkpoint_id=unpublished).result()
     elif attempt == 2:
-        reader = KilledReader(checkpoints.newest())  # type: ignore[arg-type]
+        reader = KilledReader(complete_checkpoints(folder)[-1])
         dcp.load(state, storage_reader=reader, planner=RNGLoadPlanner())
     leave_group()
 

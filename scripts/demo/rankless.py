@@ -1,4 +1,4 @@
-"""The counter-example: RNG state in the checkpoint under the same keys on every rank."""
+"""The counter-example: the FSDP2 recipe with RNG state under the same keys on every rank."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ import numpy as np
 import torch
 
 from nemo_rng_dcp import init_all_rng
+from nemo_rng_dcp.determinism import set_deterministic
+from scripts.demo.leaving import leave_group
+from scripts.recipes import train_fsdp2 as recipe
 
 
 class RanklessRNG:
@@ -32,3 +35,17 @@ class RanklessRNG:
         random.setstate(state_dict["python"])
         np.random.set_state(state_dict["numpy"])
         torch.set_rng_state(state_dict["torch"])
+
+
+def main() -> None:
+    config = recipe.validate_and_prepare_config()
+    set_deterministic()
+    mesh = recipe.setup_distributed()
+    config.out.mkdir(parents=True, exist_ok=True)
+    training = recipe.setup_model_and_optimizer(config, mesh)
+    recipe.train(config, mesh, training, RanklessRNG(config.seed, ranked=True))
+    leave_group()
+
+
+if __name__ == "__main__":
+    main()

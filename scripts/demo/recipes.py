@@ -1,0 +1,167 @@
+"""Kill and resume every recipe, and print what was equal on which rank.
+
+    python -m scripts.demo.recipes
+
+Each recipe is trained uninterrupted; killed and restarted by torchrun; and resumed, from a
+checkpoint of the killed run, on other numbers of ranks or another mesh. Everything is compared from
+outside, by the files that the recipe leaves. Exits with 1 if anything is not as it has to be.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from scripts.demo import runs
+from scripts.demo.launch import ROOT, Launch
+
+OUT = Path("runs", "recipes")
+STEPS = 20
+SAVE_EVERY = 5
+RESUMED_STEP = 10
+KILLED_RANK = 1
+KILLED_STEPS = range(10, 14)  # any of these; the newest checkpoint is then that of step 10
+
+
+class Job(NamedTuple):
+    """How a recipe is launched; ``tp`` ranks share their streams."""
+
+    ranks: int
+    tp: int = 1
+    options: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe, how it is launched, and what can be compared.
+
+    Attributes:
+        resumes: Other jobs that go on from a checkpoint, by what is different.
+        notes: The files with a line for each step, in the order in which a step writes them.
+        generators: The streams from which a step draws as often in each of the jobs.
+    """
+
+    name: str
+    job: Job
+    resumes: dict[str, Job]
+    notes: tuple[str, ...] = ("losses",)
+    generators: tuple[str, ...] = ("python", "numpy", "torch")
+
+
+class Finding(NamedTuple):
+    """What was compared, what was found on each rank, and what has to be found."""
+
+    recipe: str
+    compared: str
+    found: list[str]
+    expected: list[str]
+
+
+ON_1_AND_3 = {"on 1 rank": Job(1), "on 3 ranks": Job(3)}
+RECIPES = (
+    Recipe("train_fsdp2", Job(2), ON_1_AND_3),
+    Recipe("train_ddp", Job(2), ON_1_AND_3),
+    Recipe(
+        "train_hsdp_tp",
+        Job(4, 2, ("--replicate", "2", "--tp", "2")),
+        {
+            "tp 1": Job(2, 1, ("--replicate", "2", "--tp", "1")),
+            "1 replica": Job(2, 2, ("--replicate", "1", "--tp", "2")),
+            "3 replicas": Job(6, 2, ("--replicate", "3", "--tp", "2")),
+        },
+    ),
+    # Fewer ranks make more rollouts each, so they draw more from torch's stream.
+    Recipe("train_grpo", Job(2), ON_1_AND_3, ("rollouts", "losses"), ("python", "numpy")),
+)
+
+
+def train(recipe: Recipe, job: Job, out: Path, kill: bool = False) -> None:
+    """Train into ``out``; with ``kill``, kill a rank once and let torchrun restart all of them."""
+
+    def reached() -> bool:
+        done = [runs.last_step(out, KILLED_RANK, note) for note in recipe.notes]
+        # Of a recipe that notes its rollout before the update: between the two.
+        return done[-1] in KILLED_STEPS and (len(done) == 1 or done[0] == done[-1] + 1)
+
+    started = time.monotonic()
+    print(f"{recipe.name:<14}  {out.name:<14} ", end="", flush=True)
+    options = {"--out": out, "--steps": STEPS, "--save-every": SAVE_EVERY, "--keep": STEPS}
+    arguments = [str(word) for option in options.items() for word in option]
+    script = ROOT / "scripts" / "recipes" / f"{recipe.name}.py"
+    launch = Launch(script, job.ranks, *arguments, *job.options, restarts=int(kill))
+    if kill:
+        launch.kill(KILLED_RANK, reached)
+    (out / "log.txt").write_text(launch.output())
+    print(f"{time.monotonic() - started:4.0f} s", flush=True)
+
+
+def compare(recipe: Recipe, out: Path) -> Iterator[Finding]:
+    """Train, kill and resume a recipe; yield what is to be seen."""
+    whole, killed = out / "uninterrupted", out / "killed"
+    train(recipe, recipe.job, whole)
+    train(recipe, recipe.job, killed, kill=True)
+    ranks = range(recipe.job.ranks)
+    for note in recipe.notes:
+        found = [runs.equal_or_not(killed, whole, rank, note) for rank in ranks]
+        yield Finding(recipe.name, f"killed: {note}", found, ["equal" for _ in ranks])
+
+    saved = runs.read_streams(runs.checkpoint(whole, STEPS), generators=recipe.generators)
+    for title, job in recipe.resumes.items():
+        resumed = runs.copy_checkpoint(killed, RESUMED_STEP, out / title)
+        train(recipe, job, resumed)
+        last = runs.checkpoint(resumed, STEPS)
+        rows = runs.fates(runs.read_streams(last, generators=recipe.generators), saved)
+        expected = runs.expected_fates(job.ranks // job.tp, len(saved))
+        by_rank = [[fate for fate in fates for _ in range(job.tp)] for fates in (rows, expected)]
+        yield Finding(recipe.name, f"{title}: streams", *by_rank)
+        if "rollouts" in recipe.notes:
+            found = rollout_taken_over(whole, recipe.job.ranks, resumed, job.ranks)
+            yield Finding(recipe.name, f"{title}: rollout", found, ["equal"] * job.ranks)
+            equal = runs.equal_tensors(last, runs.checkpoint(whole, SAVE_EVERY), "app.reference.")
+            yield Finding(
+                recipe.name, f"{title}: reference", ["equal" if equal else "NOT"], ["equal"]
+            )
+
+
+def rollout_taken_over(whole: Path, ranks: int, resumed: Path, other_ranks: int) -> list[str]:
+    """Return on which ranks the resumed job trained its part of the rollout in the checkpoint."""
+
+    def numbers(out: Path, rank: int) -> list[str]:
+        return dict(runs.read_steps(out, rank, "rollouts"))[RESUMED_STEP].strip("[]").split(", ")
+
+    saved = [number for rank in range(ranks) for number in numbers(whole, rank)]
+    part = len(saved) // other_ranks
+    return [
+        "equal" if numbers(resumed, rank) == saved[rank * part : (rank + 1) * part] else "DIFFERENT"
+        for rank in range(other_ranks)
+    ]
+
+
+def report(findings: list[Finding]) -> bool:
+    """Print the table; return whether everything is as it has to be."""
+    width = max(len(finding.found) for finding in findings)
+    titles = ["recipe", "compared", *(f"rank {rank}" for rank in range(width))]
+    rows = [[recipe, compared, *found, *["-"] * width] for recipe, compared, found, _ in findings]
+    columns = [[row[column] for row in rows] for column in range(len(titles))]
+    print(f"\n{runs.table(titles, columns)}")
+    wrong = [finding for finding in findings if finding.found != finding.expected]
+    for finding in wrong:
+        print(f"\nFAILED: {finding.recipe}, {finding.compared}: expected {finding.expected}")
+    return not wrong
+
+
+def main() -> int:
+    shutil.rmtree(OUT, ignore_errors=True)
+    print(f"{STEPS} steps, a checkpoint every {SAVE_EVERY}; rank {KILLED_RANK} is killed after")
+    print(f"step {RESUMED_STEP} and torchrun restarts all ranks. Other jobs resume from there.\n")
+    findings = [finding for recipe in RECIPES for finding in compare(recipe, OUT / recipe.name)]
+    return 0 if report(findings) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
