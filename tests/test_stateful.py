@@ -395,7 +395,7 @@ def test_a_write_that_fails_halfway_puts_the_others_back(monkeypatch: pytest.Mon
         real(*args)
 
     monkeypatch.setattr(np.random, "set_state", failing)
-    with unmoved(), pytest.raises(OSError, match="halfway"):
+    with unmoved(), pytest.raises(RNGStateError, match=r"^numpy: .*OSError: halfway"):
         rng.load_state_dict(state)
     assert calls == 2
 
@@ -487,7 +487,6 @@ def test_a_state_that_automodel_made_is_taken() -> None:
         ("torch_rng_state", torch.zeros(5056, dtype=torch.uint8, device="meta"), "torch"),
         ("cuda_rng_state", None, "cuda"),
         ("cuda_rng_state", np.zeros(3), "cuda"),
-        ("cuda_rng_state", [torch.zeros(16, dtype=torch.uint8)] * 99, "cuda"),
     ],
 )
 @pytest.mark.parametrize("restore", [_restore_rng_state, StatefulRNG(1).load_state_dict])
