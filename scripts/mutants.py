@@ -32,23 +32,23 @@ LIMIT_SECONDS = 400
 """Tests that take longer have noticed a fault."""
 
 NEAREST = {
-    "record": ["record", "layout", "stateful"],
-    "resume": ["record", "stateful", "elastic"],
+    "record": ["record", "head", "layout", "stateful"],
+    "resume": ["head", "record", "stateful", "elastic"],
     "layout": ["layout", "stateful", "meshes", "elastic"],
-    "snapshot": ["snapshot", "scoped", "stateful", "generators"],
+    "snapshot": ["snapshot", "scoped", "faults", "stateful", "generators"],
     "planner": ["planner", "elastic", "meshes"],
-    "stateful": ["stateful", "save_and_load", "meshes", "elastic"],
-    "peers": ["meshes", "save_and_load", "elastic"],
-    "scoped": ["scoped"],
+    "stateful": ["stateful", "head", "peers", "save_and_load", "meshes", "elastic"],
+    "peers": ["peers", "meshes", "elastic"],
+    "scoped": ["scoped", "accelerator"],
     "seeding": ["seeding", "derive", "stateful", "dataloader"],
-    "automodel": ["stateful"],
+    "automodel": ["stateful", "accelerator"],
     "determinism": ["determinism"],
     "device": ["accelerator", "accelerator_jobs"],
     "generators/mt19937": ["mt19937", "generators", "stateful"],
     "generators/numpy_random": ["generators", "mt19937", "stateful"],
     "generators/python_random": ["generators", "mt19937", "stateful"],
-    "generators/torch_random": ["generators", "stateful"],
-    "generators/registry": ["generators", "stateful"],
+    "generators/torch_random": ["generators", "stateful", "accelerator"],
+    "generators/registry": ["generators", "stateful", "accelerator"],
 }
 """The tests nearest to each module, those first that are likely to notice."""
 

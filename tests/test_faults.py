@@ -317,7 +317,7 @@ def test_an_interrupt_at_any_line_of_a_load_leaves_all_streams_or_none_restored(
     rng = StatefulRNG(1, generators={"own": random.Random(1)})
     saved = rng.state_dict()
     restored = rng.fingerprint()
-    done, line = set(), 0
+    line = 0
     while True:
         line += 1
         draw()
@@ -334,8 +334,4 @@ def test_an_interrupt_at_any_line_of_a_load_leaves_all_streams_or_none_restored(
             break
         after = rng.fingerprint()
         assert after in (before, restored), f"streams are mixed after {interrupt.where}"
-        if after == restored:
-            done.add(interrupt.where.partition(":")[0])
     assert line > 100
-    # Then nothing is left to do but to remember what was loaded.
-    assert done <= {"stateful.py", "device.py"}
