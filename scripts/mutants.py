@@ -19,6 +19,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import forkserver
 from pathlib import Path
@@ -28,6 +29,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = Path("nemo_rng_dcp")
 FOLDER = ROOT / "runs" / "mutants"
 
+CLEAN = FOLDER / "clean.txt"
+NO_FAULT = "none"
 LIMIT_SECONDS = 400
 """Tests that take longer have noticed a fault."""
 
@@ -39,16 +42,16 @@ NEAREST = {
     "planner": ["planner", "elastic", "meshes"],
     "stateful": ["stateful", "head", "peers", "save_and_load", "meshes", "elastic"],
     "peers": ["peers", "meshes", "elastic"],
-    "scoped": ["scoped", "accelerator"],
+    "scoped": ["scoped", "simulated_device"],
     "seeding": ["seeding", "derive", "stateful", "dataloader"],
-    "automodel": ["stateful", "accelerator"],
+    "automodel": ["stateful", "simulated_device"],
     "determinism": ["determinism"],
-    "device": ["accelerator", "accelerator_jobs"],
+    "device": ["simulated_device"],
     "generators/mt19937": ["mt19937", "generators", "stateful"],
     "generators/numpy_random": ["generators", "mt19937", "stateful"],
     "generators/python_random": ["generators", "mt19937", "stateful"],
-    "generators/torch_random": ["generators", "stateful", "accelerator"],
-    "generators/registry": ["generators", "stateful", "accelerator"],
+    "generators/torch_random": ["generators", "stateful", "simulated_device"],
+    "generators/registry": ["generators", "stateful", "simulated_device"],
 }
 """The tests nearest to each module, those first that are likely to notice."""
 
@@ -90,7 +93,7 @@ def main() -> int:
     missed: list[Fault] = []
     running: dict[int, tuple[Fault, float]] = {}
     # The first one is no fault at all: the tests must pass then.
-    todo = iter([Fault("", "none", ""), *faults])
+    todo = iter([Fault("", NO_FAULT, ""), *faults])
     while True:
         while len(running) < arguments.jobs and time.monotonic() < deadline:
             fault = next(todo, None)
@@ -104,7 +107,7 @@ def main() -> int:
         fault, _ = running.pop(pid)
         if not fault.module:
             if code:
-                sys.exit("the tests fail without any fault: run them in runs/mutants")
+                sys.exit(f"the tests fail without any fault: {CLEAN.read_text()[-5000:]}")
             continue
         planted[fault.module] += 1
         if code == 0:
@@ -133,7 +136,7 @@ def plant(module: str) -> Iterator[Fault]:
     (FOLDER / path).write_text(mutated.code)
     dotted = ".".join(path.with_suffix("").parts)
     for name, its in zip(mutated.mutant_names, mutations, strict=True):
-        changed = file_mutation.deep_replace(tree, its.original_node, its.mutated_node)
+        changed: Any = file_mutation.deep_replace(tree, its.original_node, its.mutated_node)
         lines = difflib.unified_diff(
             source.splitlines(), changed.code.splitlines(), lineterm="", n=1
         )
@@ -157,7 +160,7 @@ def prepare() -> None:
     sys.path[:0] = [str(FOLDER), str(FOLDER / "tests"), str(FOLDER / "scripts")]
     import pytest
 
-    with silenced():
+    with silenced(os.devnull):
         pytest.main(["--collect-only", "-qq", *files(*NEAREST)])
     forkserver.ensure_running()
 
@@ -169,46 +172,49 @@ def fork(name: str, tests: list[str]) -> int:
     if pid:
         return pid
     # The server is another process's child, which this one may not ask after.
-    forkserver._forkserver.ensure_running = lambda: None  # type: ignore[attr-defined]
+    server: Any = forkserver._forkserver
+    server.ensure_running = lambda: None
     os.environ["MUTANT_UNDER_TEST"] = name
     import pytest
 
     code = 1
     try:
-        with silenced():
+        with silenced(CLEAN if name == NO_FAULT else os.devnull):
             code = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests]))
     finally:
         os._exit(code)
 
 
-class silenced:
-    """Nothing printed here is seen."""
-
-    def __enter__(self) -> None:
+@contextmanager
+def silenced(path: Path | str) -> Iterator[None]:
+    """Send what is printed to a file."""
+    sys.stdout.flush()
+    streams = [os.dup(1), os.dup(2)]
+    with open(path, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    try:
+        yield
+    finally:
         sys.stdout.flush()
-        self.saved = os.dup(1), os.dup(2)
-        with open(os.devnull, "w") as nowhere:
-            os.dup2(nowhere.fileno(), 1)
-            os.dup2(nowhere.fileno(), 2)
-
-    def __exit__(self, *error: object) -> None:
-        sys.stdout.flush()
-        for number, saved in enumerate(self.saved, start=1):
-            os.dup2(saved, number)
-            os.close(saved)
+        for number, stream in enumerate(streams, start=1):
+            os.dup2(stream, number)
+            os.close(stream)
 
 
 def wait(deadlines: dict[int, float]) -> tuple[int, int]:
-    """Return the process that ends first and its code; one that takes too long is interrupted."""
+    """Return the process that ends first and its code; one that takes too long is ended."""
+    interrupted = set()
     while True:
         for pid, deadline in deadlines.items():
             ended, status = os.waitpid(pid, os.WNOHANG)
             if ended:
                 return pid, os.waitstatus_to_exitcode(status)
-            if time.monotonic() > deadline + 20:
+            if time.monotonic() > deadline and pid not in interrupted:
+                interrupted.add(pid)
+                os.kill(pid, signal.SIGINT)  # so that it ends its ranks, too
+            elif time.monotonic() > deadline + 20:
                 os.kill(pid, signal.SIGKILL)
-            elif time.monotonic() > deadline:
-                os.kill(pid, signal.SIGINT)  # so that its ranks are ended, too
         time.sleep(0.02)
 
 
