@@ -7,7 +7,7 @@ AUTOMODEL := $(VENV)-automodel
 # Several ranks share few cores here: more threads than one each only fight over them.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup test test-frameworks fuzz lint format docs dist demo plot recipes bench clean
+.PHONY: setup test test-device test-frameworks fuzz mutants lint format docs dist demo plot recipes bench clean
 
 setup: $(VENV)/ready
 
@@ -19,8 +19,19 @@ $(VENV)/ready: pyproject.toml constraints.txt
 test: setup
 	$(BIN)/python -m pytest -n 2
 
+# The whole suite on a machine that has a device: the simulated one.
+test-device: setup
+	TORCH_CPP_LOG_LEVEL=ERROR PYTHONPATH=tests/simulated_device $(BIN)/python -m pytest -n 2
+
+# 1,000,000 damaged or mixed records and 100,000 sequences of uses: under 20 minutes on 2 cores.
 fuzz: setup
-	FUZZ_EXAMPLES=$${FUZZ_EXAMPLES:-26000} $(BIN)/python -m pytest -n 2 --dist=load tests/test_fuzz.py
+	FUZZ_RECORDS=$${FUZZ_RECORDS:-1000000} FUZZ_SEQUENCES=$${FUZZ_SEQUENCES:-100000} \
+		$(BIN)/python -m pytest -n 2 --dist=load tests/test_fuzz.py
+
+# Plants faults one at a time and looks whether the nearest tests notice; an hour on 2 cores.
+mutants: setup
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt mutmut
+	$(BIN)/python scripts/mutants.py
 
 # The frameworks' real packages on the CPU, in environments of their own: 3 GB, 5 minutes after that.
 test-frameworks: $(FRAMEWORKS)/ready $(AUTOMODEL)/ready

@@ -13,7 +13,7 @@ from nemo_rng_dcp.errors import RNGStateWarning
 from nemo_rng_dcp.generators import GeneratorAdapter, device_in_use, global_generators
 from nemo_rng_dcp.layout import global_rank
 from nemo_rng_dcp.seeding import check_ranked, check_seed
-from nemo_rng_dcp.snapshot import States, put_back, put_back_on_error
+from nemo_rng_dcp.snapshot import States, put_back, restore, take
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -71,10 +71,9 @@ class ScopedRNG:
         if self.seed is not None:
             seed = check_seed(self.seed, global_rank() if self.ranked else 0)
         generators = global_generators(device_in_use())
-        with put_back_on_error(generators) as outside:
-            if self.seed is not None:
-                for generator in generators.values():
-                    generator.seed(seed)
+        outside = take(generators)
+        if self.seed is not None:
+            restore(generators, {}, dict.fromkeys(generators, seed))
         self._outside = generators, outside
         return self
 

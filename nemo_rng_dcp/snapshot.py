@@ -73,27 +73,16 @@ def restore(
         RNGStateError: A generator raised. Its exception is the cause, and all are put back.
     """
     seeds = seeds or {}
-    with put_back_on_error(generators) as before:
-        for name, state in states.items():
-            with _accepts(name):
-                generators[name].set(state)
-        for name, seed in seeds.items():
-            with _accepts(name):
-                generators[name].seed(seed)
-        started = take({name: generators[name] for name in seeds})
-    return {**before, **states, **started}
-
-
-@contextmanager
-def put_back_on_error(generators: Generators) -> Iterator[States]:
-    """Put every generator back to where it is now, which is yielded, if the block raises.
-
-    Other threads' snapshots wait for the block.
-    """
     with _LOCK:
         before = take(generators)
         try:
-            yield before
+            for name, state in states.items():
+                with _accepts(name):
+                    generators[name].set(state)
+            for name, seed in seeds.items():
+                with _accepts(name):
+                    generators[name].seed(seed)
+            return {**before, **states, **take({name: generators[name] for name in seeds})}
         except BaseException:
             put_back(generators, before)
             raise

@@ -142,13 +142,13 @@ def test_one_stream_is_registered_once() -> None:
     for first, second in [(generator, generator), *pairs]:
         with unmoved(), pytest.raises(ValueError, match="second is the same generator as first"):
             StatefulRNG(1, generators={"first": first, "second": second})
-    for known in (
-        torch.default_generator,
-        random.random.__self__,  # type: ignore[attr-defined]
-        np.random.Generator(np.random.get_bit_generator()),
-        np.random.RandomState(np.random.get_bit_generator()),
+    for name, known in (
+        ("torch", torch.default_generator),
+        ("python", random.random.__self__),  # type: ignore[attr-defined]
+        ("numpy", np.random.Generator(np.random.get_bit_generator())),
+        ("numpy", np.random.RandomState(np.random.get_bit_generator())),
     ):
-        with unmoved(), pytest.raises(ValueError, match="same generator as"):
+        with unmoved(), pytest.raises(ValueError, match=f"noise is the same generator as {name}:"):
             StatefulRNG(1, generators={"noise": known})
 
 

@@ -102,6 +102,40 @@ def test_the_rank_is_that_of_the_entry(monkeypatch: pytest.MonkeyPatch) -> None:
         assert draw() == expected
 
 
+@pytest.mark.parametrize(("ranked", "seed"), [(False, 10), (True, 14)])
+def test_a_decorated_function_is_ranked_as_the_scope_is(
+    ranked: bool, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    function = ScopedRNG(10, ranked=ranked)(draw)
+    monkeypatch.setenv("RANK", "4")
+    init_all_rng(seed)
+    expected = draw()
+    with unmoved():
+        assert function() == expected
+    with ScopedRNG(10, ranked=ranked):
+        assert draw() == expected
+
+
+def test_a_seed_that_the_rank_makes_too_large_is_refused_on_entry(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    scope = ScopedRNG(2**32 - 4, ranked=True)
+    monkeypatch.setenv("RANK", "4")
+    with unmoved(), pytest.raises(ValueError, match="the rank or row adds 4"), scope:
+        pass
+    monkeypatch.setenv("RANK", "3")
+    with unmoved(), scope:  # a refused entry was none
+        draw()
+
+
+def test_a_scope_is_left_by_whoever_raises_and_can_be_entered_again() -> None:
+    scope = ScopedRNG(1)
+    for _ in range(2):
+        with unmoved(), pytest.raises(KeyError), scope:  # noqa: PT012
+            draw()
+            raise KeyError
+
+
 def test_a_generator_exchanged_inside_is_named_and_the_others_come_back() -> None:
     before = np.random.get_bit_generator()
     python, torch_state = random.getstate(), torch.get_rng_state()

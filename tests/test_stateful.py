@@ -191,6 +191,12 @@ def two_rows(state: State) -> State:
     return {KEY: torch.cat([altered(state, rows=2, row=row)[KEY] for row in (1, 0)])}
 
 
+def negative_length(state: State) -> State:
+    table = state[KEY].clone()
+    table[2], table[4] = -1, -len(table)  # whose product is the length of the whole
+    return {KEY: table}
+
+
 BAD: dict[str, tuple[str, Callable[[State], Any]]] = {
     "missing": ("no such entry, only", lambda s: {"numpy": s[KEY]}),
     "no tensor": ("expected a tensor, found list", lambda s: {KEY: [1, 2]}),
@@ -201,6 +207,8 @@ BAD: dict[str, tuple[str, Callable[[State], Any]]] = {
     "sparse": ("expected a dense torch.int64", lambda s: {KEY: s[KEY].to_sparse()}),
     "empty": ("expected a dense torch.int64", lambda s: {KEY: s[KEY][:0]}),
     "short": ("does not fit its check word", lambda s: {KEY: s[KEY][:-1]}),
+    "two numbers": ("has layout version 2", lambda s: {KEY: torch.tensor([2, 3004005])}),
+    "negative length": ("does not fit its check word", negative_length),
     "head alone": ("does not fit its check word", lambda s: {KEY: s[KEY][:3]}),
     "zeros": ("has layout version 0", lambda s: {KEY: torch.zeros_like(s[KEY])}),
     "bit in the head": ("row 0 of 1, does not fit", lambda s: flipped(s, 6)),

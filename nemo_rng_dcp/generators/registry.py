@@ -79,8 +79,7 @@ def registered_generators(
             if name in adapters:
                 raise ValueError(f"{name} is in generators and in shared_generators: choose one")
             # Two of NumPy's generators over one bit generator are two handles of one stream.
-            bit_generator = getattr(generator, "_bit_generator", None)
-            source = id(getattr(generator, "bit_generator", bit_generator or generator))
+            source = id(getattr(generator, "_bit_generator", generator))
             if source in owners:
                 raise ValueError(
                     f"{name} is the same generator as {owners[source]}: register each stream once"
