@@ -49,7 +49,7 @@ class NumPyAdapter:
         inner = state["state"]
         numbers = np.array([inner["pos"], state["has_gauss"]], dtype=np.uint32)
         gauss = np.float64(state["gauss"] if state["has_gauss"] else 0)
-        return inner["key"].tobytes() + numbers.tobytes() + gauss.tobytes()
+        return bytes(inner["key"].tobytes() + numbers.tobytes() + gauss.tobytes())
 
     def unpack(self, packed: bytes) -> tuple[Any, ...]:
         name, words, *rest = MT19937State.from_bytes(packed).to_numpy()
