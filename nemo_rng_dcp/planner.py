@@ -230,7 +230,12 @@ def read_of_row(fqn: str, row: int, saved: Any) -> ReadItem:
             f"{fqn}: the checkpoint holds bytes (a pickle) here, expected a tensor. No StatefulRNG "
             "wrote that; it was not read. Load without RNG state, or another checkpoint."
         )
-    if saved.properties.dtype != torch.int64 or len(saved.size) != 1 or not saved.chunks:
+    if (
+        saved.properties.dtype != torch.int64
+        or len(saved.size) != 1
+        or not saved.chunks
+        or not all(saved.chunks[0].sizes)
+    ):
         raise RNGStateError(
             f"{fqn}: the checkpoint holds {saved.properties.dtype} {tuple(saved.size)} in "
             f"{len(saved.chunks)} chunks, expected torch.int64 (rows * length,) in one chunk per "

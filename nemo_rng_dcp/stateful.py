@@ -310,7 +310,9 @@ class StatefulRNG:
 
         Wrong where the loop itself draws for a step before its forward: random augmentation with
         ``num_workers=0``, noise or time steps of a diffusion model. The rewind would repeat these
-        numbers. There, call :meth:`rewind` once the data iterator exists.
+        numbers. There, call :meth:`rewind` once the data iterator exists. Wrong also after a
+        checkpoint from the end of an epoch, if the iterator of the next one draws from the global
+        streams: it drew in the uninterrupted run too, so there nothing is to be rewound.
 
         Args:
             model: The module that the training step calls, such as an FSDP2, DDP or compiled one,

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributed.checkpoint import DefaultLoadPlanner, LoadPlan, _version
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -481,8 +481,9 @@ def test_something_else_under_the_key_is_refused_unread(
         dcp.load({"rng": rng}, checkpoint_id=tmp_path, planner=RNGLoadPlanner())
 
 
+@pytest.mark.parametrize("chunks", [0, 1])
 def test_a_record_that_the_metadata_does_not_place_is_an_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    chunks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """To DCP a tensor with no chunks is nothing to read, and the live state would stay."""
     rng = StatefulRNG(1)
@@ -491,12 +492,13 @@ def test_a_record_that_the_metadata_does_not_place_is_an_error(
 
     def without_chunks(self: Any, *arguments: Any, **options: Any) -> Any:
         metadata = real(self, *arguments, **options)
-        metadata.state_dict_metadata["rng.rng_streams"].chunks.clear()
+        empty = ChunkStorageMetadata(torch.Size((0,)), torch.Size((0,)))
+        metadata.state_dict_metadata["rng.rng_streams"].chunks[:] = [empty] * chunks
         return metadata
 
     monkeypatch.setattr(dcp.FileSystemReader, "read_metadata", without_chunks)
     draw()
-    with unmoved(), pytest.raises(CheckpointException, match=r"in 0 chunks, expected"):
+    with unmoved(), pytest.raises(CheckpointException, match=f"in {chunks} chunks, expected"):
         dcp.load({"rng": rng}, checkpoint_id=tmp_path, planner=RNGLoadPlanner())
 
 
