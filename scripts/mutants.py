@@ -37,11 +37,11 @@ LIMIT_SECONDS = 400
 NEAREST = {
     "record": ["record", "head", "layout", "stateful"],
     "resume": ["head", "record", "stateful", "elastic"],
-    "layout": ["layout", "stateful", "meshes", "elastic"],
+    "layout": ["layout", "stateful", "meshes", "elastic", "simulated_device"],
     "snapshot": ["snapshot", "scoped", "faults", "stateful", "generators"],
     "planner": ["planner", "elastic", "meshes"],
     "stateful": ["stateful", "head", "peers", "save_and_load", "meshes", "elastic"],
-    "peers": ["peers", "meshes", "elastic"],
+    "peers": ["peers", "meshes", "elastic", "simulated_device"],
     "scoped": ["scoped", "simulated_device"],
     "seeding": ["seeding", "derive", "stateful", "dataloader"],
     "automodel": ["stateful", "simulated_device"],
