@@ -37,11 +37,11 @@ LIMIT_SECONDS = 400
 NEAREST = {
     "record": ["record", "head", "layout", "stateful"],
     "resume": ["head", "record", "stateful", "elastic"],
-    "layout": ["layout", "stateful", "meshes", "elastic"],
+    "layout": ["layout", "stateful", "meshes", "elastic", "simulated_device"],
     "snapshot": ["snapshot", "scoped", "faults", "stateful", "generators"],
     "planner": ["planner", "elastic", "meshes"],
     "stateful": ["stateful", "head", "peers", "save_and_load", "meshes", "elastic"],
-    "peers": ["peers", "meshes", "elastic"],
+    "peers": ["peers", "meshes", "elastic", "simulated_device"],
     "scoped": ["scoped", "simulated_device"],
     "seeding": ["seeding", "derive", "stateful", "dataloader"],
     "automodel": ["stateful", "simulated_device"],
@@ -92,6 +92,7 @@ def main() -> int:
     planted: dict[str, int] = dict.fromkeys(arguments.only, 0)
     missed: list[Fault] = []
     running: dict[int, tuple[Fault, float]] = {}
+    slow: set[int] = set()
     # The first one is no fault at all: the tests must pass then.
     todo = iter([Fault("", NO_FAULT, ""), *faults])
     while True:
@@ -100,10 +101,11 @@ def main() -> int:
             if fault is None:
                 break
             tests = files(*([fault.module] if fault.module else arguments.only))
-            running[fork(fault.name, tests)] = fault, time.monotonic() + LIMIT_SECONDS
+            limit = LIMIT_SECONDS if fault.module else 60 * arguments.minutes
+            running[fork(fault.name, tests)] = fault, time.monotonic() + limit
         if not running:
             break
-        pid, code = wait({pid: ends for pid, (_, ends) in running.items()})
+        pid, code = wait({pid: ends for pid, (_, ends) in running.items()}, slow)
         fault, _ = running.pop(pid)
         if not fault.module:
             if code:
@@ -114,6 +116,7 @@ def main() -> int:
             missed.append(fault)
             print(f"\nNOT NOTICED {fault.name}\n{fault.diff}", flush=True)
     report(planted, missed)
+    print(f"{len(slow)} of them by the time limit of {LIMIT_SECONDS} s")
     return 0
 
 
@@ -202,16 +205,15 @@ def silenced(path: Path | str) -> Iterator[None]:
             os.close(stream)
 
 
-def wait(deadlines: dict[int, float]) -> tuple[int, int]:
+def wait(deadlines: dict[int, float], slow: set[int]) -> tuple[int, int]:
     """Return the process that ends first and its code; one that takes too long is ended."""
-    interrupted = set()
     while True:
         for pid, deadline in deadlines.items():
             ended, status = os.waitpid(pid, os.WNOHANG)
             if ended:
                 return pid, os.waitstatus_to_exitcode(status)
-            if time.monotonic() > deadline and pid not in interrupted:
-                interrupted.add(pid)
+            if time.monotonic() > deadline and pid not in slow:
+                slow.add(pid)
                 os.kill(pid, signal.SIGINT)  # so that it ends its ranks, too
             elif time.monotonic() > deadline + 20:
                 os.kill(pid, signal.SIGKILL)

@@ -6,7 +6,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from nemo_rng_dcp.generators.mt19937 import TORCH_LENGTH, WORDS, MT19937State
+from nemo_rng_dcp.generators.mt19937 import TORCH_LENGTH, WORDS, MT19937State, to_words
 from nemo_rng_dcp.generators.numpy_random import NumPyAdapter
 from nemo_rng_dcp.generators.python_random import PythonAdapter
 
@@ -202,3 +202,66 @@ def test_a_state_of_another_size_or_dtype_is_no_state_of_torch() -> None:
     for state in (torch.zeros(16, dtype=torch.uint8), torch.zeros(TORCH_LENGTH)):
         with pytest.raises(ValueError, match=r"expected torch\.uint8"):
             MT19937State.from_torch(state)
+
+
+def test_a_block_of_which_nothing_is_drawn_is_a_state() -> None:
+    """NumPy can be there; torch has no such form and refuses it."""
+    fresh = np.random.RandomState(5)
+    words = np.asarray(fresh.get_state()[1])  # type: ignore[index]
+    state = MT19937State(words, 0)
+    again = MT19937State.from_bytes(state.to_bytes())
+    assert (again.words.tolist(), again.position, again.gauss) == (words.tolist(), 0, None)
+    fresh.set_state(again.to_numpy())
+    twin = random.Random()
+    twin.setstate(again.to_python())
+    assert [int(n) for n in fresh.randint(2**32, size=3, dtype=np.uint32)] == [
+        twin.getrandbits(32) for _ in range(3)
+    ]
+    with pytest.raises(ValueError, match="nothing of a block is drawn"):
+        state.to_torch()
+
+
+def test_the_state_of_a_bit_generator_is_taken_as_one_without_a_gaussian() -> None:
+    bits = np.random.MT19937(5)
+    state = MT19937State.from_numpy(bits.state)
+    assert state.gauss is None
+    assert state.words.tolist() == bits.state["state"]["key"].tolist()
+
+
+WORDS_OF_5 = np.asarray(np.random.RandomState(5).get_state()[1])  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ((WORDS_OF_5, 625), "the position is 625, expected 0 to 624"),
+        ((WORDS_OF_5, -1), "the position is -1, expected 0 to 624"),
+        ((WORDS_OF_5, 1.0), r"the position is 1\.0, expected"),
+        ((WORDS_OF_5, 1, 1), "the cached gaussian is 1, expected a float"),
+        ((WORDS_OF_5[:-1], 1), r"the words are uint32 \(623,\), expected uint32 \(624,\)"),
+        ((WORDS_OF_5.astype(np.int64), 1), r"the words are int64 \(624,\)"),
+        ((WORDS_OF_5 * 0, 1), "all words are zero"),
+    ],
+)
+def test_fields_out_of_range_are_named(fields: tuple[object, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MT19937State(*fields)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("numbers", "message"),
+    [
+        (np.zeros(3), r"the words are float64 \(3,\), expected integers"),
+        (np.zeros(0, dtype=np.int64), r"the words are int64 \(0,\), expected integers"),
+        (np.array([5, -2, 3]), "a word is -2, expected 0 to"),
+        (np.array([5, 2**32, 3]), "a word is 4294967296, expected 0 to"),
+    ],
+)
+def test_words_that_do_not_fit_are_refused_by_value(numbers: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        to_words(numbers)  # type: ignore[arg-type]
+
+
+def test_words_at_the_ends_of_their_range_fit() -> None:
+    assert to_words(np.array([0, 2**32 - 1])).tolist() == [0, 2**32 - 1]
+    assert to_words(np.array([7])).tolist() == [7]
