@@ -9,12 +9,17 @@ export OMP_NUM_THREADS ?= 1
 
 .PHONY: setup test test-device test-frameworks fuzz mutants lint format docs dist demo plot recipes bench clean
 
-setup: $(VENV)/ready
+# The stamp names the place: a checkout that was moved or copied sets up anew, and does not run the
+# code of another folder. What fails half-way is removed.
+READY := $(VENV)/ready-$(shell pwd | cksum | cut -d' ' -f1)
 
-$(VENV)/ready: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	touch $@
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	rm -rf $(VENV)
+	{ $(PYTHON) -m venv $(VENV) && \
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]' && \
+	touch $@; } || { rm -rf $(VENV); exit 1; }
 
 test: setup
 	$(BIN)/python -m pytest -n 2
@@ -44,13 +49,13 @@ $(VENV)-%/ready: tests/frameworks/%.txt
 	touch $@
 
 lint: setup
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
 
 format: setup
-	$(BIN)/ruff format .
-	$(BIN)/ruff check --fix .
+	$(BIN)/python -m ruff format .
+	$(BIN)/python -m ruff check --fix .
 
 # What the API reference shows.
 API := nemo_rng_dcp '!nemo_rng_dcp[.]' nemo_rng_dcp.determinism nemo_rng_dcp.generators.adapter

@@ -11,7 +11,6 @@ import torch
 
 from nemo_rng_dcp.cli.metadata import Metadata
 from nemo_rng_dcp.cli.numbers import ARCHIVE_BYTES, from_archive, from_raw
-from nemo_rng_dcp.cli.per_rank import find_files
 from nemo_rng_dcp.cli.safetensors import Safetensors
 from nemo_rng_dcp.cli.storage import Folder, open_folder
 from nemo_rng_dcp.cli.stored import Chunk, Index, Stored
@@ -138,6 +137,9 @@ def open_checkpoint(where: str) -> Checkpoint:
 
 def _known_files(folder: Folder) -> str:
     """Say whose RNG files are in a folder or below it, one for each rank."""
+    # It imports DCP, which takes longer than all else that reading a checkpoint needs.
+    from nemo_rng_dcp.cli.per_rank import find_files
+
     for place in (folder, *map(folder.inner, folder.folders)):
         try:
             found = find_files(Path(place.where), place.sizes)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import tempfile
@@ -23,6 +22,16 @@ from scripts.bench.checkpoint import memory_folder
 from scripts.bench.planning import create_fake_group, plan_of_rank
 from scripts.bench.table import Row, Section, text
 from scripts.bench.timing import Target
+
+WAIT = """
+import resource, subprocess, sys
+command = [sys.argv[1], "-m", "nemo_rng_dcp", "inspect", sys.argv[2]]
+code = subprocess.run(command, stdout=subprocess.DEVNULL).returncode
+if code not in (0, 1):  # 1: it found streams that never drew
+    sys.exit(f"inspect ended with {code}, see above")
+usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+print(usage.ru_utime + usage.ru_stime, usage.ru_maxrss)
+"""
 
 
 @dataclass(frozen=True)
@@ -60,14 +69,12 @@ def measure(rows: int) -> Inspection:
     """Write a checkpoint of so many rows and let a fresh process inspect it."""
     with tempfile.TemporaryDirectory(prefix="bench-", dir=memory_folder()) as folder:
         write(Path(folder), rows)
-        command = [sys.executable, "-m", "nemo_rng_dcp", "inspect", folder]
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode not in (0, 1):  # 1: it found streams that never drew
-        raise RuntimeError(f"inspect ended with {process.returncode}, see above")
+        # Through a small process: a fork of this one begins with this one's memory.
+        command = [sys.executable, "-c", WAIT, sys.executable, folder]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    seconds, memory = done.stdout.split()
     unit = 1 if sys.platform == "darwin" else 1024
-    return Inspection(rows, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * unit)
+    return Inspection(rows, float(seconds), int(memory) * unit)
 
 
 def write(folder: Path, rows: int) -> None:
