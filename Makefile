@@ -28,10 +28,12 @@ test: setup
 test-device: setup
 	TORCH_CPP_LOG_LEVEL=ERROR PYTHONPATH=tests/simulated_device $(BIN)/python -m pytest -n 2
 
-# 1,000,000 damaged or mixed records and 100,000 sequences of uses: under 20 minutes on 2 cores.
+# 1,000,000 damaged or mixed records and 100,000 sequences of uses; 20,000 damaged .metadata files.
 fuzz: setup
 	FUZZ_RECORDS=$${FUZZ_RECORDS:-1000000} FUZZ_SEQUENCES=$${FUZZ_SEQUENCES:-100000} \
 		$(BIN)/python -m pytest -n 2 --dist=load tests/test_fuzz.py
+	FUZZ_EXAMPLES=$${FUZZ_EXAMPLES:-10000} \
+		$(BIN)/python -m pytest -n 2 --dist=load tests/test_fuzz_metadata.py
 
 # Plants faults one at a time and looks whether the nearest tests notice; an hour on 2 cores.
 mutants: setup
