@@ -133,10 +133,10 @@ class RNGLoadPlanner(LoadPlanner):
         # The default planner may flatten the state dict a second time here.
         with self._taken_out():
             plan = self.planner.create_local_plan()
-        for read in self._reads:
-            # The record comes as it was saved, so StatefulRNG is given it in place of the live one.
-            self._tables[read.dest_index.fqn].value = torch.zeros(read.lengths, dtype=torch.int64)
-        self._put_in()
+            for read in self._reads:
+                # The record comes as it was saved: StatefulRNG is given it instead of the live one.
+                buffer = torch.zeros(read.lengths, dtype=torch.int64)
+                self._tables[read.dest_index.fqn].value = buffer
         return dataclasses.replace(plan, items=[*plan.items, *self._reads])
 
     def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
@@ -170,11 +170,8 @@ class RNGLoadPlanner(LoadPlanner):
         try:
             yield
         finally:
-            self._put_in()
-
-    def _put_in(self) -> None:
-        for table in self._tables.values():
-            table.put_in()
+            for table in self._tables.values():
+                table.put_in()
 
 
 def _entries(value: Any, path: _Path = ()) -> Iterator[tuple[str, _Path]]:

@@ -1,13 +1,14 @@
-"""What tests draw from the global streams, and how they see that none has moved."""
+"""What tests draw from the global streams, how they see that none has moved, and what was said."""
 
 import random
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
 import torch
 
-from nemo_rng_dcp import snapshot
+from nemo_rng_dcp import RNGStateWarning, snapshot
 from nemo_rng_dcp.generators import device_in_use, global_generators
 
 
@@ -32,3 +33,11 @@ def unmoved() -> Iterator[None]:
     after = states()
     moved = [name for name in before if before[name] != after[name]]
     assert not moved, f"streams moved: {moved}"
+
+
+def said(function: Callable[[], object]) -> list[str]:
+    """The library's warnings, in their order."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        function()
+    return [str(w.message) for w in caught if w.category is RNGStateWarning]

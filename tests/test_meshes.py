@@ -1,9 +1,7 @@
 """Streams that differ along some dimensions of a mesh and are shared along others."""
 
 import random
-import warnings
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -12,18 +10,10 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.device_mesh import init_device_mesh
 
 from jobs import gather, job
-from nemo_rng_dcp import RNGLoadPlanner, RNGStateError, RNGStateWarning, StatefulRNG
-from streams import draw, unmoved
+from nemo_rng_dcp import RNGLoadPlanner, RNGStateError, StatefulRNG
+from streams import draw, said, unmoved
 
 Numbers = list[float]
-
-
-def said(function: Any, *args: Any) -> list[str]:
-    """The library's warnings, in their order."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        function(*args)
-    return [str(w.message) for w in caught if w.category is RNGStateWarning]
 
 
 # Peers of one row that have drifted apart.

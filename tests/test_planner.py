@@ -3,7 +3,6 @@
 import dataclasses
 import random
 import tempfile
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,22 +24,14 @@ from torch.distributed.tensor import DTensor
 
 from altered import record_of, without
 from jobs import job
-from nemo_rng_dcp import RNGLoadPlanner, RNGStateWarning, StatefulRNG
+from nemo_rng_dcp import RNGLoadPlanner, StatefulRNG
 from nemo_rng_dcp.record import KEY
-from streams import draw, unmoved
+from streams import draw, said, unmoved
 
 Numbers = list[float]
 FakeGroup = Callable[[int, int], None]
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-
-
-def said(function: Callable[[], object]) -> list[str]:
-    """The library's warnings, in their order."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        function()
-    return [str(w.message) for w in caught if w.category is RNGStateWarning]
 
 
 # Every rank gets its row or a stream of its own.

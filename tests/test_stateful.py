@@ -31,7 +31,7 @@ from nemo_rng_dcp import (
 )
 from nemo_rng_dcp.automodel import _get_rng_state, _restore_rng_state
 from nemo_rng_dcp.record import KEY, version_text
-from streams import draw, states, unmoved
+from streams import draw, said, states, unmoved
 
 
 def test_it_is_stateful_and_goes_through_dcp_in_automodel() -> None:
@@ -249,14 +249,6 @@ def test_a_newer_layout_names_the_version_that_reads_it() -> None:
     newer = torch.tensor([2, 3004005, 77])
     with unmoved(), pytest.raises(RNGStateError, match=r"layout version 2.*nemo_rng_dcp 3\.4\.5"):
         rng.load_state_dict({KEY: newer})
-
-
-def said(function: Callable[[], object]) -> list[str]:
-    """The library's warnings, in their order."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        function()
-    return [str(w.message) for w in caught if w.category is RNGStateWarning]
 
 
 def test_an_exact_restore_says_nothing() -> None:
