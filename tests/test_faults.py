@@ -246,9 +246,13 @@ def fail_on_rank_1(folder: Path, message: str) -> None:
             dcp.load({"rng": rng}, checkpoint_id=folder, planner=planner)
 
 
-def test_the_file_of_another_rank(in_charge: Path) -> None:
-    mixed = in_charge.with_name("mixed")
-    shutil.copytree(in_charge / "1", mixed)
+def save_alone(folder: Path) -> None:
+    dcp.save({"rng": begin(42)["rng"]}, checkpoint_id=folder)
+
+
+def test_the_file_of_another_rank(tmp_path: Path) -> None:
+    mixed = tmp_path / "mixed"
+    job(2, save_alone, mixed)
     shutil.copy(file_of(0, mixed), file_of(1, mixed))
     job(2, fail_on_rank_1, mixed, "row 1 of 2 was given row 0 of 2")
 

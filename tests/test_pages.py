@@ -161,17 +161,17 @@ def test_the_format_page_says_what_numpys_generators_are_stored_as() -> None:
 
 
 def save(path: Path) -> None:
-    dcp.save({"rng": StatefulRNG(seed=42, ranked=True)}, checkpoint_id=path)
+    dcp.save({"rng": StatefulRNG(seed=42, ranked=True, device="cpu")}, checkpoint_id=path)
 
 
 def load_without_planner(path: Path) -> str:
     with pytest.raises(CheckpointException) as caught:
-        dcp.load({"rng": StatefulRNG(seed=42, ranked=True)}, checkpoint_id=path)
+        dcp.load({"rng": StatefulRNG(seed=42, ranked=True, device="cpu")}, checkpoint_id=path)
     return str(caught.value)
 
 
 def load_and_warn(path: Path) -> list[str]:
-    rng = StatefulRNG(seed=42, ranked=True)
+    rng = StatefulRNG(seed=42, ranked=True, device="cpu")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         dcp.load({"rng": rng}, checkpoint_id=path, planner=RNGLoadPlanner())

@@ -18,6 +18,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from scripts.bench.timing import cpu_seconds, rotated
@@ -54,9 +55,10 @@ class App:
         layers = [nn.Linear(size.width, size.width, bias=False) for _ in range(size.layers)]
         self.parameters = size.layers * size.width**2
         self._model = nn.Sequential(*layers)
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
         for layer in layers:
-            fully_shard(layer)
-        fully_shard(self._model)
+            fully_shard(layer, mesh=mesh)
+        fully_shard(self._model, mesh=mesh)
         self._optimizer = torch.optim.AdamW(self._model.parameters())
         self._model(torch.ones(1, size.width)).sum().backward()
         self._optimizer.step()
