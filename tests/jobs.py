@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -192,6 +193,9 @@ def _run(
     os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
     # A process of a fork server starts its own processes with another one: that imports torch anew.
     multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
+    # Before Python 3.12 a fork hangs if a thread of gloo asks for the interpreter in that moment
+    # (cpython issue 112275), as one may right after a collective.
+    os.register_at_fork(before=partial(time.sleep, 0.02))
     torch.set_num_threads(1)
     # Forks share NumPy's stream, fresh processes do not; Python reseeds its own in every fork.
     np.random.seed()
