@@ -48,7 +48,7 @@ test-frameworks: $(FRAMEWORKS)/ready $(AUTOMODEL)/ready
 
 # The libraries that docs/reproducibility.md names, in the same way: 3 GB, 3 minutes after that.
 test-libraries: $(LIBRARIES)/ready
-	PYTHONPATH=. $(LIBRARIES)/bin/python -m pytest -n 2 -m libraries tests/libraries
+	PYTHONPATH=. $(LIBRARIES)/bin/python -m pytest -m libraries tests/libraries
 
 vpath %.txt tests/frameworks tests/libraries
 $(VENV)-%/ready: %.txt
