@@ -122,9 +122,13 @@ def environment() -> dict[str, Any]:
         A dict that JSON can hold, with ``None`` for what is unset or unknown:
 
         - ``python``, ``numpy``, ``torch``: versions; ``platform``: system and machine.
-        - ``threads``: how many share one CPU operation.
+        - ``threads``: how many share one CPU operation (``intra_op``), how many operations run at a
+          time (``inter_op``), and the variables ``OMP_NUM_THREADS`` and ``MKL_NUM_THREADS``.
         - ``accelerator``: ``None``, or a dict of its ``type``, its ``runtime`` (CUDA or ROCm),
           ``driver`` and ``cudnn`` versions, and the names of the visible ``devices``.
+        - ``float32``: how exactly ``cuda_matmul``, ``cudnn_conv``, ``cudnn_rnn`` and ``cpu_matmul``
+          multiply: "ieee", "tf32", "bf16", or "none" where nobody chose and it is as "ieee".
+        - ``NCCL``: its variables (``NCCL_...``) that are set.
         - ``PYTHONHASHSEED``: the variable.
         - ``determinism``: ``algorithms``, ``warn_only``, ``cudnn_deterministic``,
           ``cudnn_benchmark``, and the variable ``CUBLAS_WORKSPACE_CONFIG``.
@@ -139,8 +143,14 @@ def environment() -> dict[str, Any]:
         "numpy": np.__version__,
         "torch": str(torch.__version__),
         "platform": platform.platform(),
-        "threads": torch.get_num_threads(),
+        "threads": {
+            "intra_op": torch.get_num_threads(),
+            "inter_op": torch.get_num_interop_threads(),
+            **{name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")},
+        },
         "accelerator": _describe_accelerator(),
+        "float32": _float32_precision(),
+        "NCCL": {name: os.environ[name] for name in sorted(os.environ) if name[:5] == "NCCL_"},
         "PYTHONHASHSEED": os.environ.get("PYTHONHASHSEED"),
         "determinism": {CUBLAS_VARIABLE: settings.pop("cublas"), **settings},
     }
@@ -179,6 +189,27 @@ def _cublas_may_have_started() -> bool:
     # ROCm calls itself CUDA as well, and has no cuBLAS.
     cuda: Any = torch.cuda
     return bool(cuda.is_initialized()) and torch.version.hip is None
+
+
+def _float32_precision() -> dict[str, str]:
+    backends: Any = torch.backends
+    if hasattr(backends.cudnn, "conv"):
+        # Since torch 2.9. The flags below then raise in a job that has set one of these.
+        parts = {
+            "cuda_matmul": backends.cuda.matmul,
+            "cudnn_conv": backends.cudnn.conv,
+            "cudnn_rnn": backends.cudnn.rnn,
+            "cpu_matmul": backends.mkldnn.matmul,
+        }
+        return {name: part.fp32_precision for name, part in parts.items()}
+    cudnn = "tf32" if backends.cudnn.allow_tf32 else "ieee"
+    words = {"highest": "ieee", "high": "tf32", "medium": "bf16"}
+    return {
+        "cuda_matmul": "tf32" if backends.cuda.matmul.allow_tf32 else "ieee",
+        "cudnn_conv": cudnn,
+        "cudnn_rnn": cudnn,
+        "cpu_matmul": words[torch.get_float32_matmul_precision()],
+    }
 
 
 def _describe_accelerator() -> dict[str, Any] | None:

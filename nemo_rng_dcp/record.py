@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 import re
 import struct
@@ -30,11 +31,17 @@ LAYOUT_VERSION = 1
 Mesh = tuple[tuple[str, int], ...]
 """A device mesh: the name and the size of each dimension."""
 
+UNSEEDED = "random"
+"""What Python takes for no ``PYTHONHASHSEED``: strings get other hashes at every start."""
+
+HASH_SEED = os.environ.get("PYTHONHASHSEED") or UNSEEDED
+"""This process's ``PYTHONHASHSEED``. Python read it at its start; a later change has no effect."""
+
 _WORD = 8
 _HEAD = struct.Struct("<14q")
 _LENGTH, _ROWS = 2, 4  # places in the head
 _CHECK_BYTES = 8
-_MESH_BYTES = 128
+_ROOM = 128
 
 
 class Stream(NamedTuple):
@@ -82,6 +89,7 @@ class Record:
         streams: By generator.
         python_version, numpy_version, torch_version, library_version: Of the job that wrote it, as
             ``major * 10**6 + minor * 10**3 + micro``.
+        hash_seed: ``PYTHONHASHSEED`` of that job; "random" if it had none, or none was stored.
     """
 
     row: int
@@ -97,6 +105,7 @@ class Record:
     numpy_version: int = field(default_factory=lambda: version_number(np.__version__))
     torch_version: int = field(default_factory=lambda: version_number(str(torch.__version__)))
     library_version: int = field(default_factory=lambda: version_number(__version__))
+    hash_seed: str = HASH_SEED
 
     def to_tensor(self) -> torch.Tensor:
         """Return the record as int64, shape ``(length,)``, on the CPU.
@@ -105,6 +114,7 @@ class Record:
         """
         contents = _contents(
             self.mesh,
+            self.hash_seed,
             tuple((name, s.kind, len(s.state), s.shared) for name, s in self.streams.items()),
         )
         body = b"".join([_padded(contents), *(_padded(s.state) for s in self.streams.values())])
@@ -159,7 +169,7 @@ class Record:
         world_size, seed, ranked, resizes, taken_at, python, numpy, torch_, size = numbers
         if not 0 <= row < rows:
             raise RNGStateError(f"{KEY}: a record says that it is row {row} of {rows}")
-        mesh, streams = _parse_contents(content, size)
+        mesh, hash_seed, streams = _parse_contents(content, size)
         return cls(
             row,
             rows,
@@ -174,6 +184,7 @@ class Record:
             numpy,
             torch_,
             library_version,
+            hash_seed,
         )
 
     def version_skew(self) -> list[str]:
@@ -232,20 +243,26 @@ def fork_seed(name: str, row: int, resizes: int, state: bytes) -> int:
 
 
 @lru_cache(maxsize=64)
-def _contents(mesh: Mesh | None, streams: tuple[tuple[str, str, int, bool], ...]) -> bytes:
+def _contents(
+    mesh: Mesh | None, hash_seed: str, streams: tuple[tuple[str, str, int, bool], ...]
+) -> bytes:
     generators = [
         {"name": name, "kind": kind, "bytes": size, "shared": shared}
         for name, kind, size, shared in streams
     ]
     listed, text = (json.dumps(value, separators=(",", ":")) for value in (generators, mesh))
-    # With room to spare, so that a job on another mesh has records of the same length: plain
-    # dcp.load takes no other.
-    text = text.ljust(-(-len(text) // _MESH_BYTES) * _MESH_BYTES)
+    # With room to spare, so that a job on another mesh, or with another hash seed, has records of
+    # the same length: plain dcp.load takes no other.
+    room = -(-len(text) // _ROOM) * _ROOM
+    said = f',"hash_seed":{json.dumps(hash_seed)}'
+    if hash_seed != UNSEEDED and len(text + said) <= room:
+        text += said
+    text = text.ljust(room)
     return f'{{"generators":{listed},"mesh":{text}}}'.encode()
 
 
-def _parse_contents(content: bytes, size: int) -> tuple[Mesh | None, dict[str, Stream]]:
-    """Return the mesh and the streams of a record whose check word fits."""
+def _parse_contents(content: bytes, size: int) -> tuple[Mesh | None, str, dict[str, Stream]]:
+    """Return mesh, hash seed and streams of a record whose check word fits."""
     try:
         contents = json.loads(content[_HEAD.size : _HEAD.size + size])
         mesh = contents["mesh"]
@@ -257,7 +274,8 @@ def _parse_contents(content: bytes, size: int) -> tuple[Mesh | None, dict[str, S
             place += _padded_size(end - place)
         if place != len(content) - _CHECK_BYTES:
             raise ValueError(f"{len(content) - _CHECK_BYTES} bytes, of which {place} are described")
-        return None if mesh is None else tuple((str(n), int(s)) for n, s in mesh), streams
+        mesh = None if mesh is None else tuple((str(n), int(s)) for n, s in mesh)
+        return mesh, str(contents.get("hash_seed", UNSEEDED)), streams
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         # Its check word fits, so it is no damage: another program wrote it.
         raise RNGStateError(f"{KEY}: a record's contents make no sense: {error!r}") from error

@@ -8,7 +8,7 @@ from datetime import datetime, timezone
 from typing import NamedTuple
 
 from nemo_rng_dcp.errors import RNGStateError
-from nemo_rng_dcp.record import Mesh, Record, fork_seed
+from nemo_rng_dcp.record import HASH_SEED, UNSEEDED, Mesh, Record, fork_seed
 
 
 class Kind(NamedTuple):
@@ -142,6 +142,12 @@ def _remarks(record: Record, job: Job, saved: list[str]) -> Iterator[str]:
         yield (
             f"saved with {'; '.join(skew)}: the streams continue, but what a library makes of "
             "them may have changed"
+        )
+    # A job without one had another order at every start, so it relied on none.
+    if record.hash_seed not in (UNSEEDED, HASH_SEED):
+        yield (
+            f"saved with PYTHONHASHSEED {record.hash_seed}, now {HASH_SEED}: a set of strings is "
+            f"iterated in another order. Start the job with PYTHONHASHSEED={record.hash_seed}"
         )
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from jobs import JobError, job
 from nemo_rng_dcp import determinism
 from nemo_rng_dcp.determinism import CUBLAS_VARIABLE, environment, set_deterministic
 
@@ -189,7 +190,83 @@ def test_the_environment_is_plain_json(monkeypatch: pytest.MonkeyPatch) -> None:
     assert versions == [platform.python_version(), np.__version__, torch.__version__]
     assert type(found["torch"]) is str
     assert found["PYTHONHASHSEED"] == "7"
-    assert found["threads"] == torch.get_num_threads()
     assert (found["accelerator"] is None) == (not torch.accelerator.is_available())
     monkeypatch.delenv("PYTHONHASHSEED")
     assert environment()["PYTHONHASHSEED"] is None
+
+
+def threads_after(intra: int, inter: int) -> Any:
+    torch.set_num_threads(intra)
+    torch.set_num_interop_threads(inter)  # once in a process
+    return environment()["threads"]
+
+
+def test_the_environment_names_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    monkeypatch.delenv("MKL_NUM_THREADS", raising=False)
+    expected = {"intra_op": 3, "inter_op": 5, "OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": None}
+    assert job(1, threads_after, 3, 5, group=False) == [expected]
+    monkeypatch.setenv("MKL_NUM_THREADS", "7")
+    assert environment()["threads"]["MKL_NUM_THREADS"] == "7"
+
+
+def test_the_environment_names_what_nccl_was_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("NCCL_")]:
+        monkeypatch.delenv(name)
+    assert environment()["NCCL"] == {}
+    monkeypatch.setenv("NCCL_PROTO", "Simple")
+    monkeypatch.setenv("NCCL_ALGO", "Ring")
+    assert environment()["NCCL"] == {"NCCL_ALGO": "Ring", "NCCL_PROTO": "Simple"}
+
+
+def precision_after(statements: list[str]) -> dict[str, str]:
+    for statement in statements:
+        exec(statement, {"torch": torch})
+    found: dict[str, str] = environment()["float32"]
+    return found
+
+
+def float32_after(*statements: str) -> dict[str, str]:
+    """In a process of its own: torch refuses to answer where settings were mixed."""
+    return job(1, precision_after, list(statements), group=False)[0]
+
+
+@pytest.mark.parametrize(
+    ("statement", "changed"),
+    [
+        ("torch.set_float32_matmul_precision('high')", {"cuda_matmul": "tf32"}),
+        (
+            "torch.set_float32_matmul_precision('medium')",
+            {"cuda_matmul": "tf32", "cpu_matmul": "bf16"},
+        ),
+        ("torch.backends.cuda.matmul.allow_tf32 = True", {"cuda_matmul": "tf32"}),
+    ],
+)
+def test_the_environment_names_the_precision_of_products(
+    statement: str, changed: dict[str, str]
+) -> None:
+    before, after = float32_after(), float32_after(statement)
+    assert {name: after[name] for name in changed} == changed
+    assert not changed.items() & before.items()
+
+
+def test_the_environment_names_the_precision_of_cudnn() -> None:
+    before = float32_after()
+    after = float32_after("torch.backends.cudnn.allow_tf32 = False")
+    assert [name for name in before if before[name] == "tf32"] == ["cudnn_conv", "cudnn_rnn"]
+    assert "tf32" not in after.values()
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.backends.cudnn, "conv"), reason="this torch has no fp32_precision"
+)
+def test_the_environment_names_the_precision_where_the_older_flags_raise() -> None:
+    mixed = [
+        "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
+        "torch.backends.cudnn.rnn.fp32_precision = 'ieee'",
+        "torch.backends.mkldnn.matmul.fp32_precision = 'bf16'",
+    ]
+    found = {"cuda_matmul": "tf32", "cudnn_rnn": "ieee", "cpu_matmul": "bf16"}
+    assert float32_after(*mixed) == {**found, "cudnn_conv": "tf32"}
+    with pytest.raises(JobError, match="mix"):
+        float32_after(*mixed, "torch.get_float32_matmul_precision()")

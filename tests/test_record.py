@@ -28,6 +28,7 @@ RECORD = Record(
     numpy_version=2004006,
     torch_version=2013000,
     library_version=1000,
+    hash_seed="random",
 )
 """A record that never changes: what it is on disk is layout 1."""
 

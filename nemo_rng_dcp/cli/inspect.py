@@ -20,7 +20,7 @@ from nemo_rng_dcp.cli.terminal import (
     table,
     within,
 )
-from nemo_rng_dcp.record import LAYOUT_VERSION, Record, version_text
+from nemo_rng_dcp.record import LAYOUT_VERSION, UNSEEDED, Record, version_text
 
 
 class Inspection:
@@ -82,6 +82,8 @@ def title(path: str, count: int, record: Record | None, style: Style) -> list[st
     versions = [("nemo_rng_dcp", record.library_version), ("python", record.python_version)]
     versions += [("numpy", record.numpy_version), ("torch", record.torch_version)]
     saved_by = ", ".join(f"{name} {version_text(number)}" for name, number in versions)
+    if record.hash_seed != UNSEEDED:
+        saved_by += f", PYTHONHASHSEED {record.hash_seed}"
     mesh = " x ".join(f"{name} {size}" for name, size in record.mesh or [])
     lines = paragraph(
         f"{name}: {plural(count, 'row')} of {plural(record.world_size, 'rank')}, seed "
@@ -175,6 +177,7 @@ def _entry_json(entry: Entry, rows: Sequence[range] | None) -> dict[str, Any]:
                     "numpy": version_text(row.record.numpy_version),
                     "torch": version_text(row.record.torch_version),
                 },
+                "hash_seed": row.record.hash_seed,
                 "digests": row.digests,
                 "shared": [name for name, its in row.record.streams.items() if its.shared],
             }
