@@ -223,25 +223,6 @@ def fingerprint(state: bytes) -> str:
     return hashlib.blake2b(state, digest_size=6).hexdigest()
 
 
-def fork_seed(name: str, row: int, resizes: int, state: bytes) -> int:
-    """Return the seed of a new row's stream, which is made from another row's.
-
-    It depends on the state it is made from, so it moves on with the job, and on ``resizes``, so a
-    job that grows twice from one unmoved state does not replay what it drew in between.
-
-    Args:
-        name: The generator's name.
-        row: The new row.
-        resizes: How often the job was resumed with another number of rows, this time included.
-        state: The other row's packed state.
-
-    Returns:
-        An integer from 0 to 2**64 - 1.
-    """
-    content = f"fork of {name}\0{row}\0{resizes}\0".encode() + state
-    return int.from_bytes(_digest(content), "little")
-
-
 @lru_cache(maxsize=64)
 def _contents(
     mesh: Mesh | None, hash_seed: str, streams: tuple[tuple[str, str, int, bool], ...]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import NamedTuple
 
 from nemo_rng_dcp.errors import RNGStateError
-from nemo_rng_dcp.record import HASH_SEED, UNSEEDED, Mesh, Record, fork_seed
+from nemo_rng_dcp.record import HASH_SEED, UNSEEDED, Mesh, Record
 
 
 class Kind(NamedTuple):
@@ -101,6 +102,25 @@ def resume(record: Record, job: Job) -> Resume:
     seeds = {name: fork_seed(name, job.row, resizes, record.streams[name].state) for name in forked}
     restored = tuple(name for name in saved if name not in seeds)
     return Resume(restored, seeds, resizes, tuple(_remarks(record, job, saved)))
+
+
+def fork_seed(name: str, row: int, resizes: int, state: bytes) -> int:
+    """Return the seed of a new row's stream, which is made from another row's.
+
+    It depends on the state it is made from, so it moves on with the job, and on ``resizes``, so a
+    job that grows twice from one unmoved state does not replay what it drew in between.
+
+    Args:
+        name: The generator's name.
+        row: The new row.
+        resizes: How often the job was resumed with another number of rows, this time included.
+        state: The other row's packed state.
+
+    Returns:
+        An integer from 0 to 2**64 - 1.
+    """
+    content = f"fork of {name}\0{row}\0{resizes}\0".encode() + state
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
 def _forked(record: Record, job: Job, saved: list[str]) -> list[str]:

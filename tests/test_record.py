@@ -11,8 +11,8 @@ import torch
 
 from altered import altered, record_of
 from nemo_rng_dcp import StatefulRNG
-from nemo_rng_dcp.record import KEY, Record, Stream, fingerprint, fork_seed, records_in
-from nemo_rng_dcp.resume import Job, Kind, resume
+from nemo_rng_dcp.record import KEY, Record, Stream, fingerprint, records_in
+from nemo_rng_dcp.resume import Job, Kind, fork_seed, resume
 
 RECORD = Record(
     row=3,
