@@ -11,6 +11,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, DistributedSampler
 
+import nemo_rng_dcp
 from frameworks.training import (
     AFTER,
     BATCH,
@@ -64,12 +65,11 @@ def train(plan: Plan) -> Run:
     names = {"recipe": recipe}
     if plan.ours:
         run_page("automodel", 0, names)
+        run_page("automodel", 1, names)
     else:
         recipe.rng = StatefulRNG(42, ranked=True)
     if plan.resume:
         draw(plan.elsewhere)
-        if plan.ours:
-            run_page("automodel", 1, names)
         recipe.load_checkpoint(f"epoch_0_step_{BEFORE}")
         iterator = batches(BEFORE)
     else:
@@ -89,7 +89,7 @@ def test_base_recipe(assert_adopted: Callable[..., Verdict]) -> None:
 
 def without_the_elastic_checkpointer(plan: Plan) -> tuple[list[float], str]:
     recipe = set_up(plan.folder)
-    run_page("automodel", 0, {"recipe": recipe})
+    recipe.rng = nemo_rng_dcp.StatefulRNG(seed=42, ranked=True)
     if not plan.resume:
         recipe.save_checkpoint(0, BEFORE, 0.0)
         return draw(), ""
