@@ -15,7 +15,7 @@ pytestmark = pytest.mark.frameworks
 
 
 def config(checkpoints: Path, restore_from: Path | None) -> dict[str, Any]:
-    """Return a recipe's YAML: a GPT-2 with dropout, from scratch, and the package's mock dataset."""
+    """Return a recipe's YAML: a tiny GPT-2 with dropout, and the package's mock dataset."""
     return {
         "seed": 42,
         "dist_env": {"backend": "gloo"},

@@ -20,6 +20,7 @@ from frameworks.training import (
     Plan,
     Run,
     Verdict,
+    assert_import_continues,
     data,
     net,
     run_page,
@@ -107,3 +108,17 @@ def test_the_trap_of_another_number_of_ranks(tmp_path: Path) -> None:
     assert job(RANKS, without_the_elastic_checkpointer, resume) == expected
     for _, said in job(3, without_the_elastic_checkpointer, resume):
         assert "Size mismatch" in said
+
+
+def save_by_itself(path: str) -> list[float]:
+    from nemo_automodel.components.training.rng import StatefulRNG
+
+    recipe = set_up(Path(path))
+    recipe.rng = StatefulRNG(42, ranked=True)
+    draw()
+    recipe.save_checkpoint(0, BEFORE, 0.0)
+    return draw()
+
+
+def test_import_reads_its_files(tmp_path: Path) -> None:
+    assert_import_continues(save_by_itself, tmp_path, f"epoch_0_step_{BEFORE}")
