@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import distribute_tensor
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from asking import Capture
 from jobs import job
@@ -171,9 +171,19 @@ def test_of_several_of_composers_files_one_must_be_named(tmp_path: Path) -> None
         read_records(tmp_path)
 
 
-def test_of_a_file_without_states_the_error_says_what_it_has(tmp_path: Path) -> None:
-    torch.save({"state": {}}, tmp_path / "weights.pt")
-    with pytest.raises(RNGStateError, match=r"weights\.pt: it has no 'rng', but state"):
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ({"state": {}}, "it has no 'rng', but state"),
+        ({"rng": []}, "found 0 ranks' states, expected one rank's"),
+        ([1], "found a list, expected a dict of states"),
+    ],
+)
+def test_of_another_file_the_error_says_what_it_has(
+    content: object, said: str, tmp_path: Path
+) -> None:
+    torch.save(content, tmp_path / "weights.pt")
+    with pytest.raises(RNGStateError, match=rf"weights\.pt: {said}"):
         read_records(tmp_path / "weights.pt")
 
 
@@ -384,6 +394,17 @@ def words_alone() -> dict[str, Any]:
     return {f"rng.{dist.get_rank()}.python": torch.tensor(words)}
 
 
+def two_names() -> dict[str, Any]:
+    states = {"python": random.getstate(), "random": random.getstate()}
+    return {f"rng.{dist.get_rank()}": states}
+
+
+def in_two_parts() -> dict[str, Any]:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    state = distribute_tensor(torch.get_rng_state(), mesh, [Shard(0)])
+    return {"rng.0.torch": state, "rng.1.torch": state}
+
+
 def unknown_names() -> dict[str, Any]:
     return {f"rng.{dist.get_rank()}.state": torch.get_rng_state()}
 
@@ -396,6 +417,8 @@ def unknown_names() -> dict[str, Any]:
         (as_megatron, r"found rng_state/shard_0\.0_1\.2: Megatron's, one state for each pipeline"),
         (an_object, r"rng\.0\.python: refused: it names test_import\.Opaque"),
         (words_alone, r"rng\.0: python: .* expected \(3, \(\.\.\.\), gauss_next\)"),
+        (two_names, r"rng\.0\.random is not rank 0's only state of python"),
+        (in_two_parts, r"rng\.0\.torch is in 2 parts, expected one"),
         (unknown_names, r"rng\.0\.state does not say whether it is python, numpy, torch or cuda"),
     ],
 )
@@ -441,7 +464,24 @@ def test_json_names_every_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert row["streams"].keys() == {"python", "numpy", "torch"}
 
 
-def test_inspect_names_such_files_where_no_checkpoint_is(tmp_path: Path) -> None:
-    saved(tmp_path, "rng/rng_global_rank_RANK.pt", automodel)
-    with pytest.raises(RNGStateError, match="/rng: RNG files of NeMo Automodel, `import` reads"):
+@pytest.mark.parametrize(
+    ("name", "capture", "framework"),
+    [
+        ("rng/rng_global_rank_RANK.pt", automodel, "NeMo Automodel"),
+        ("actor/extra_state_world_size_2_rank_RANK.pt", verl, "verl"),
+        ("ep0-ba4-rankRANK.pt", composer, "Composer"),
+    ],
+)
+def test_inspect_names_such_files_where_no_checkpoint_is(
+    name: str, capture: Callable[[], Any], framework: str, tmp_path: Path
+) -> None:
+    saved(tmp_path, name, capture)
+    said = f"{(tmp_path / name).parent}: RNG files of {framework}, `import` reads these"
+    with pytest.raises(RNGStateError, match=said):
         open_checkpoint(str(tmp_path))
+
+
+def test_inspect_says_that_import_reads_rank_named_keys(tmp_path: Path, capsys: Capture) -> None:
+    job(2, saved_keys, tmp_path, by_rank)
+    main(["inspect", str(tmp_path)])
+    assert "`nemo-rng-dcp import` reads such keys" in " ".join(capsys.readouterr().out.split())

@@ -128,7 +128,7 @@ def read_files(files: Files) -> JobStates:
             content = _field(content, layout.within, file)
         written = file.stat().st_mtime_ns
         items = content if layout.within and isinstance(content, list) else [content]
-        if len(items) > 1 and len(files.names) > 1:
+        if not items or (len(items) > 1 and len(files.names) > 1):
             raise RNGStateError(f"{file}: found {len(items)} ranks' states, expected one rank's")
         for number, item in enumerate(items, rank):
             ranks[number] = RankStates(name, written, _fields(item, layout, file))

@@ -43,7 +43,7 @@ def read_keys(checkpoint: Checkpoint) -> JobStates | None:
             "rank and with it its tracker's CUDA streams. Expected one state for each rank"
         )
     require_ranks(where, {rank for rank, _ in found}, ranks_that_wrote(checkpoint.files))
-    written = os.stat(os.path.join(where, ".metadata")).st_mtime_ns
+    written = os.stat(where).st_mtime_ns  # the last file of a save is put there by renaming it
     ranks: dict[int, RankStates] = {}
     for rank, each in found:
         # A path ends with the rank's place.
