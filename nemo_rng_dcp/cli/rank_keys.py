@@ -70,7 +70,7 @@ def _generator(where: str, key: str) -> str:
 
 def _value(checkpoint: Checkpoint, key: str) -> Any:
     chunks = list(checkpoint.chunks(key))
-    if len(chunks) != 1 or chunks[0].sizes != checkpoint.keys[key].size:
+    if [chunk.sizes for chunk in chunks] != [checkpoint.keys[key].size]:
         raise RNGStateError(f"{checkpoint.where}: {key} is in {len(chunks)} parts, expected one")
     try:
         content = checkpoint.content(chunks[0])
