@@ -1,4 +1,9 @@
-"""``nemo-rng-dcp import``: frameworks' RNG files, one for each rank, become a checkpoint."""
+"""``nemo-rng-dcp import``: what frameworks stored by rank becomes a checkpoint of records.
+
+The files here have the frameworks' shape; tests/frameworks imports what Accelerate, Transformers
+and NeMo Automodel write themselves. The shape of Composer's was read off a file that mosaicml
+0.32.1 wrote, verl's and miles' off their code.
+"""
 
 import io
 import json

@@ -88,7 +88,7 @@ class Files:
 
     layout: Layout
     folder: Path
-    names: Mapping[int, str]
+    names: dict[int, str]
     expected: int = 0
 
     def __str__(self) -> str:
@@ -98,16 +98,16 @@ class Files:
 def find_files(folder: Path, names: Iterable[str]) -> list[Files]:
     """Return the files that :data:`LAYOUTS` knows among the names in a folder."""
     names = list(names)
-    found: dict[tuple[str, str, str], Files] = {}
+    found: dict[tuple[str, str], Files] = {}
     for layout in LAYOUTS:
         for name in names:
             if not (match := re.fullmatch(layout.name, name)):
                 continue
             # What differs in more than the rank is of another checkpoint.
-            beside = layout.name, name[: match.start("rank")], name[match.end("rank") :]
+            beside = layout.name, name[: match.start("rank")]
             expected = int(match.groupdict().get("ranks") or 0)
             files = found.setdefault(beside, Files(layout, folder, {}, expected))
-            files.names[int(match["rank"] or 0)] = name  # type: ignore[index]
+            files.names[int(match["rank"] or 0)] = name
     return list(found.values())
 
 
