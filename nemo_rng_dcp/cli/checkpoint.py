@@ -11,6 +11,7 @@ import torch
 
 from nemo_rng_dcp.cli.metadata import Metadata
 from nemo_rng_dcp.cli.numbers import ARCHIVE_BYTES, from_archive, from_raw
+from nemo_rng_dcp.cli.per_rank import find_files
 from nemo_rng_dcp.cli.safetensors import Safetensors
 from nemo_rng_dcp.cli.storage import Folder, open_folder
 from nemo_rng_dcp.cli.stored import Chunk, Index, Stored
@@ -171,9 +172,6 @@ def checkpoints_in(where: str) -> list[Checkpoint]:
 
 def _known_files(folder: Folder) -> str:
     """Say whose RNG files are in a folder or below it, one for each rank."""
-    # It imports the package, and with it DCP, which takes longer than all else that is needed here.
-    from nemo_rng_dcp.cli.per_rank import find_files
-
     for place in (folder, *map(folder.inner, folder.folders)):
         try:
             found = find_files(Path(place.where), place.sizes)
