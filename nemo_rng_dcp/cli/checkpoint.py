@@ -11,6 +11,7 @@ import torch
 
 from nemo_rng_dcp.cli.metadata import Metadata
 from nemo_rng_dcp.cli.numbers import ARCHIVE_BYTES, from_archive, from_raw
+from nemo_rng_dcp.cli.per_rank import find_files
 from nemo_rng_dcp.cli.safetensors import Safetensors
 from nemo_rng_dcp.cli.storage import Folder, open_folder
 from nemo_rng_dcp.cli.stored import Chunk, Index, Stored
@@ -78,7 +79,32 @@ class Checkpoint:
             ValueError: They are not there, or are something else.
             OSError: The file cannot be read.
         """
-        name, (count,) = chunk.file, chunk.sizes
+        (count,) = chunk.sizes
+        name = self._place(chunk)
+        beside = 0 if chunk.form == "raw" else ARCHIVE_BYTES
+        if not 8 * count <= chunk.length <= 8 * count + beside:
+            raise ValueError(f"{name} has {chunk.length} bytes for {count} numbers of 8 bytes")
+        content = self._read(chunk)
+        try:
+            return from_raw(content) if chunk.form == "raw" else from_archive(content, count)
+        except ValueError as error:
+            raise ValueError(f"{name}, byte {chunk.start}: {error}") from error
+
+    def content(self, chunk: Chunk) -> bytes:
+        """Return what ``torch.save`` wrote of a part.
+
+        Raises:
+            ValueError: It is not there, or was written otherwise.
+            OSError: The file cannot be read.
+        """
+        name = self._place(chunk)
+        if chunk.form == "raw":
+            raise ValueError(f"{name} has the numbers alone, expected what torch.save writes")
+        return self._read(chunk)
+
+    def _place(self, chunk: Chunk) -> str:
+        """Return the file that a part is in, after making sure that the whole part is."""
+        name = chunk.file
         if not name:
             raise ValueError("the metadata names no file for it")
         # Anything else would let a checkpoint make its reader open other files of this machine.
@@ -91,19 +117,16 @@ class Checkpoint:
             raise ValueError(f"{name} is truncated: {present} bytes, expected {end} or more")
         if chunk.form == "extension":
             raise ValueError(f"{name} was written by a storage extension (compression?) of DCP's")
-        beside = 0 if chunk.form == "raw" else ARCHIVE_BYTES
-        if not 8 * count <= chunk.length <= 8 * count + beside:
-            raise ValueError(f"{name} has {chunk.length} bytes for {count} numbers of 8 bytes")
+        return name
+
+    def _read(self, chunk: Chunk) -> bytes:
+        name = chunk.file
         if chunk not in self._known:
             self._bytes[name] += chunk.length
-            if self._bytes[name] > present:
+            if self._bytes[name] > self._folder.sizes[name]:
                 raise ValueError(f"refused: {name} has fewer bytes than the parts that are in it")
             self._known.add(chunk)
-        content = self._folder.read(name, chunk.start, chunk.length)
-        try:
-            return from_raw(content) if chunk.form == "raw" else from_archive(content, count)
-        except ValueError as error:
-            raise ValueError(f"{name}, byte {chunk.start}: {error}") from error
+        return self._folder.read(name, chunk.start, chunk.length)
 
 
 def open_checkpoint(where: str) -> Checkpoint:
@@ -135,11 +158,20 @@ def open_checkpoint(where: str) -> Checkpoint:
     )
 
 
+def checkpoints_in(where: str) -> list[Checkpoint]:
+    """Return the checkpoint at a path or URL, and those one folder below it.
+
+    Raises:
+        RNGStateError: There is no such folder, or a checkpoint is damaged.
+        OSError: It cannot be read.
+    """
+    folder = open_folder(where)
+    found = [_checkpoint(folder), *(_below(folder, name) for name in folder.folders)]
+    return [checkpoint for checkpoint in found if checkpoint]
+
+
 def _known_files(folder: Folder) -> str:
     """Say whose RNG files are in a folder or below it, one for each rank."""
-    # It imports DCP, which takes longer than all else that reading a checkpoint needs.
-    from nemo_rng_dcp.cli.per_rank import find_files
-
     for place in (folder, *map(folder.inner, folder.folders)):
         try:
             found = find_files(Path(place.where), place.sizes)

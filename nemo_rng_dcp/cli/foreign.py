@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import NamedTuple
 
 from nemo_rng_dcp.cli.checkpoint import Checkpoint
 from nemo_rng_dcp.cli.stored import Stored
@@ -18,6 +19,22 @@ _MT19937_WORDS = (624, 625)
 _RANK = re.compile(r"rank[_.:/-]?(\d{1,9})(?!\d)")
 _NUMBER = re.compile(r"(?<=[_./:-])(\d{1,9})(?=[_./:-]|$)")
 _WRITER = re.compile(r"__(\d{1,9})_\d+\.|shard-(\d{1,9})-")
+
+
+class ForeignKey(NamedTuple):
+    """A key of RNG state.
+
+    Attributes:
+        key: The key.
+        path: What it shares with others; ``*`` stands for the rank.
+        rank: The rank in it, if it names one.
+        rest: What it has besides.
+    """
+
+    key: str
+    path: str
+    rank: int | None
+    rest: str
 
 
 @dataclass
@@ -55,7 +72,7 @@ class ForeignState:
         if self.ranks:
             yield (
                 f"{where}: one key a rank, {len(self.ranks)} ranks. On another number of ranks a "
-                "new rank finds no key of its own."
+                "new rank finds no key of its own. `nemo-rng-dcp import` reads such keys."
             )
             if missing := sorted(self.missing(writers)):
                 ranks = f"rank{'s' * (len(missing) > 1)} {short_spans(missing)}"
@@ -84,21 +101,27 @@ class ForeignState:
 
 def find_foreign(checkpoint: Checkpoint) -> list[ForeignState]:
     """Return the RNG state that no ``StatefulRNG`` stored, in the order of its paths."""
-    keys = {k: its for k, its in checkpoint.keys.items() if k.rpartition(".")[2] != KEY}
-    beside = _sets_of_generators(keys)
     found: dict[tuple[str, bool], ForeignState] = {}
-    for key in sorted(keys):
-        if not _is_state(key, keys[key], key in beside):
-            continue
-        path, rank, rest = _split(key)
+    for key, path, rank, rest in find_keys(checkpoint):
         its_own = checkpoint.each_rank_reads_its_own
         state = found.setdefault((path, rank is not None), ForeignState(path, each_its_own=its_own))
-        state.contents[rest] = keys[key]
+        state.contents[rest] = checkpoint.keys[key]
         if rank is not None:
             state.ranks.add(rank)
         elif its := ranks_that_wrote(chunk.file for chunk in checkpoint.chunks(key)):
             state.writers[rest] = min(its)
     return list(found.values())
+
+
+def find_keys(checkpoint: Checkpoint) -> list[ForeignKey]:
+    """Return the keys of RNG state that no ``StatefulRNG`` stored, in their order."""
+    keys = {k: its for k, its in checkpoint.keys.items() if k.rpartition(".")[2] != KEY}
+    beside = _sets_of_generators(keys)
+    return [
+        ForeignKey(key, *_split(key))
+        for key in sorted(keys)
+        if _is_state(key, keys[key], key in beside)
+    ]
 
 
 def ranks_that_wrote(files: Iterable[str]) -> set[int]:

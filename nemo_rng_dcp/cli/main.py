@@ -124,30 +124,32 @@ def explain(options: argparse.Namespace) -> Answer:
 
 
 def import_(options: argparse.Namespace) -> Answer:
-    """Make a checkpoint of frameworks' RNG files."""
+    """Make a checkpoint of the RNG state that a framework stored by rank."""
     from pathlib import Path
 
-    from nemo_rng_dcp.cli.per_rank import read_records, save_records
+    from nemo_rng_dcp.cli.importing import read_states, save_records
+    from nemo_rng_dcp.cli.states import to_records
     from nemo_rng_dcp.cli.terminal import Style, plural, table, within
     from nemo_rng_dcp.record import fingerprint
 
-    files, records = read_records(Path(options.folder))
+    job = read_states(Path(options.folder))
+    records = to_records(job)
     save_records(records, Path(options.out))
     shown = [record for record in records if within(record.row, options.rows)]
     digits = [{n: fingerprint(its.state) for n, its in each.streams.items()} for each in shown]
     if options.json:
         rows = [
-            {"row": each.row, "file": files.names[each.row], "streams": its}
+            {"row": each.row, "file": job.ranks[each.row].place, "streams": its}
             for each, its in zip(shown, digits, strict=True)
         ]
-        content = {"framework": files.layout.framework, "folder": str(files.folder)}
+        content = {"framework": job.framework, "folder": job.where}
         return Answer(_json({**content, "out": options.out, "rows": rows}), CLEAN)
     header = ["row", "file", *records[0].streams]
     cells = [
-        [str(each.row), files.names[each.row], *its.values()]
+        [str(each.row), job.ranks[each.row].place, *its.values()]
         for each, its in zip(shown, digits, strict=True)
     ]
-    lines = [f"{files.folder}: {files.layout.framework}, {plural(len(records), 'rank')}"]
+    lines = [f"{job.where}: {job.framework}, {plural(len(records), 'rank')}"]
     lines += table(header, cells, Style(sys.stdout))
     lines += ["", f"saved to {options.out}: load it with StatefulRNG.load()"]
     return Answer(lines, CLEAN)
@@ -237,11 +239,11 @@ def _parser() -> argparse.ArgumentParser:
     four = _command(
         commands,
         "import",
-        "what a checkpoint of frameworks' RNG files holds, one file a rank, and write it",
-        "0 written, 2 the files cannot be read or the checkpoint not written",
+        "the streams that a framework stored by rank, and write them as a checkpoint of records",
+        "0 written, 2 they cannot be read or the checkpoint not written",
         ["nemo-rng-dcp import runs/checkpoint-1000 runs/checkpoint-1000-rng"],
     )
-    four.add_argument("folder", help="NeMo Automodel's, Accelerate's or Transformers' checkpoint")
+    four.add_argument("folder", help="a framework's checkpoint; of Composer's, the file")
     four.add_argument("out", help="the folder to write to")
     four.set_defaults(command=import_)
     return parser

@@ -14,7 +14,7 @@ preload(
     "torchtitan.components.checkpointer",
     "lightning_fabric",
     "nemo_automodel.components.checkpoint.checkpointing",
-    "nemo_automodel.recipes.base_recipe",
+    "nemo_automodel.recipes.llm.train_ft",
 )
 
 TABLE: dict[str, tuple[Verdict, Verdict]] = {}

@@ -16,6 +16,7 @@ from frameworks.training import (
     Plan,
     Run,
     Verdict,
+    assert_import_continues,
     data,
     distinct,
     net,
@@ -128,3 +129,18 @@ def test_the_trap_of_register_for_checkpointing(tmp_path: Path) -> None:
     found = job(RANKS, registered, str(tmp_path), True)
     assert found[0] == expected[0]
     assert "StatefulRNG.save()" in found[1][1]
+
+
+def save_by_itself(path: str) -> list[float]:
+    from accelerate import Accelerator
+    from accelerate.utils import set_seed
+
+    accelerator = Accelerator(cpu=True)
+    set_seed(42, device_specific=True)
+    draw()
+    accelerator.save_state(path)
+    return draw()
+
+
+def test_import_reads_its_files(tmp_path: Path) -> None:
+    assert_import_continues(save_by_itself, tmp_path)

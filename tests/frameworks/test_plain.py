@@ -1,6 +1,7 @@
 """No framework but DCP: DDP and HSDP."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from frameworks.training import AFTER, BEFORE, Plan, Run, Verdict, batch, net, run_page, train_step
+from jobs import job
+from nemo_rng_dcp import RNGLoadPlanner, StatefulRNG
 from streams import draw
 
 pytestmark = pytest.mark.frameworks
@@ -86,3 +89,23 @@ def test_ddp(assert_adopted: Callable[..., Verdict]) -> None:
 
 def test_hsdp(assert_adopted: Callable[..., Verdict]) -> None:
     assert_adopted("plain HSDP", train_with_hsdp)
+
+
+def tensor_parallel(path: str, resume: bool, with_mesh: bool) -> list[float]:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    rng = StatefulRNG(seed=42, ranked=True, mesh=mesh["dp"] if with_mesh else None)
+    if resume:
+        draw()
+        dcp.load({"rng": rng}, checkpoint_id=path, planner=RNGLoadPlanner())
+    else:
+        dcp.save({"rng": rng}, checkpoint_id=path)
+    return draw()
+
+
+@pytest.mark.parametrize("with_mesh", [True, False])
+def test_the_trap_of_ranks_that_work_on_one_batch(with_mesh: bool, tmp_path: Path) -> None:
+    """The page says that tensor-parallel ranks draw alike with the mesh that it names."""
+    found = job(4, tensor_parallel, str(tmp_path), False, with_mesh)
+    assert (found[0] == found[1], found[2] == found[3]) == (with_mesh, with_mesh)
+    assert found[0] != found[2]
+    assert job(4, tensor_parallel, str(tmp_path), True, with_mesh) == found

@@ -128,3 +128,24 @@ def test_the_trap_of_another_number_of_ranks(tmp_path: Path) -> None:
     assert job(RANKS, loaded_by_torchtitan, str(tmp_path), True) == expected
     for _, said in job(3, loaded_by_torchtitan, str(tmp_path), True):
         assert "Size mismatch" in said
+
+
+def without_the_last_line(folder: str, resume: bool) -> tuple[list[list[float]], bool]:
+    """Exclude the entry from torchtitan's load, and load it nowhere else."""
+    checkpointer = manager(folder, fully_shard(net()))
+    names: dict[str, Any] = {"checkpointer": checkpointer}
+    run_page("torchtitan", 0, names)
+    if resume:
+        checkpointer.load(BEFORE)
+    drawn = [draw(), draw()]
+    if not resume:
+        checkpointer.save(BEFORE)
+    return drawn, names["rng"].loaded is None
+
+
+def test_the_trap_of_excluding_without_loading(tmp_path: Path) -> None:
+    """The page says that nothing is loaded, and where that shows."""
+    started = job(RANKS, without_the_last_line, str(tmp_path), False)
+    found = job(RANKS, without_the_last_line, str(tmp_path), True)
+    # The streams are where the job started, not where it saved.
+    assert found == [(drawn, True) for drawn, _ in started]

@@ -16,6 +16,7 @@ from frameworks.training import (
     Plan,
     Run,
     Verdict,
+    assert_import_continues,
     data,
     distinct,
     net,
@@ -93,3 +94,27 @@ def test_the_trap_of_the_data_seed(tmp_path: Path) -> None:
     assert seen == of == RANKS * BATCH * (BEFORE + AFTER)
     seen, of = distinct(job(RANKS, train, plan, None))
     assert seen < of
+
+
+def save_by_itself(path: str) -> list[float]:
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    drawn: list[float] = []
+
+    class Notes(TrainerCallback):  # type: ignore[misc]
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            draw(args.process_index + 1)  # the Trainer seeds all alike
+
+        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            drawn.extend(draw())
+
+    arguments = TrainingArguments(
+        output_dir=path, use_cpu=True, max_steps=1, save_steps=1, report_to=[], disable_tqdm=True
+    )
+    dataset = [{"x": sample} for sample in data()]
+    Trainer(model=Model(), args=arguments, train_dataset=dataset, callbacks=[Notes()]).train()
+    return drawn
+
+
+def test_import_reads_its_files(tmp_path: Path) -> None:
+    assert_import_continues(save_by_itself, tmp_path)

@@ -18,6 +18,8 @@ import torch.distributed as dist
 from torch import nn
 
 from jobs import JobError, job
+from nemo_rng_dcp import StatefulRNG
+from nemo_rng_dcp.cli.main import main
 from streams import draw
 
 PAGES = Path(__file__).parents[2] / "docs" / "frameworks"
@@ -177,6 +179,27 @@ def _ranks(ranks: list[int], its: str) -> str:
         return f"rank {ranks[0]} {its}"
     plural = its.replace("continues", "continue").replace("differs", "differ")
     return f"ranks {', '.join(map(str, ranks))} {plural}"
+
+
+def assert_import_continues(
+    save: Callable[[str], list[float]], folder: Path, checkpoint: str = ""
+) -> None:
+    """Make sure that ``nemo-rng-dcp import`` makes records of what a framework saved by itself.
+
+    Args:
+        save: Saves through the framework and returns what each rank draws after that.
+        folder: An empty one.
+        checkpoint: The checkpoint in the folder that is saved to.
+    """
+    expected = job(RANKS, save, str(folder / "theirs"))
+    assert expected[0] != expected[1]
+    assert main(["import", str(folder / "theirs" / checkpoint), str(folder / "ours")]) == 0
+    assert job(RANKS, loaded, str(folder / "ours")) == expected
+
+
+def loaded(path: str) -> list[float]:
+    StatefulRNG(1, ranked=True).load(path)
+    return draw()
 
 
 def distinct(runs: list[Run]) -> tuple[int, int]:

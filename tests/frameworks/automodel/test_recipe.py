@@ -11,6 +11,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, DistributedSampler
 
+import nemo_rng_dcp
 from frameworks.training import (
     AFTER,
     BATCH,
@@ -19,6 +20,7 @@ from frameworks.training import (
     Plan,
     Run,
     Verdict,
+    assert_import_continues,
     data,
     net,
     run_page,
@@ -64,12 +66,11 @@ def train(plan: Plan) -> Run:
     names = {"recipe": recipe}
     if plan.ours:
         run_page("automodel", 0, names)
+        run_page("automodel", 1, names)
     else:
         recipe.rng = StatefulRNG(42, ranked=True)
     if plan.resume:
         draw(plan.elsewhere)
-        if plan.ours:
-            run_page("automodel", 1, names)
         recipe.load_checkpoint(f"epoch_0_step_{BEFORE}")
         iterator = batches(BEFORE)
     else:
@@ -89,7 +90,7 @@ def test_base_recipe(assert_adopted: Callable[..., Verdict]) -> None:
 
 def without_the_elastic_checkpointer(plan: Plan) -> tuple[list[float], str]:
     recipe = set_up(plan.folder)
-    run_page("automodel", 0, {"recipe": recipe})
+    recipe.rng = nemo_rng_dcp.StatefulRNG(seed=42, ranked=True)
     if not plan.resume:
         recipe.save_checkpoint(0, BEFORE, 0.0)
         return draw(), ""
@@ -107,3 +108,17 @@ def test_the_trap_of_another_number_of_ranks(tmp_path: Path) -> None:
     assert job(RANKS, without_the_elastic_checkpointer, resume) == expected
     for _, said in job(3, without_the_elastic_checkpointer, resume):
         assert "Size mismatch" in said
+
+
+def save_by_itself(path: str) -> list[float]:
+    from nemo_automodel.components.training.rng import StatefulRNG
+
+    recipe = set_up(Path(path))
+    recipe.rng = StatefulRNG(42, ranked=True)
+    draw()
+    recipe.save_checkpoint(0, BEFORE, 0.0)
+    return draw()
+
+
+def test_import_reads_its_files(tmp_path: Path) -> None:
+    assert_import_continues(save_by_itself, tmp_path, f"epoch_0_step_{BEFORE}")

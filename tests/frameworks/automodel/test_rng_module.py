@@ -38,7 +38,7 @@ def test_their_states_are_ours_and_ours_are_theirs() -> None:
 
 
 def test_their_unit_tests_pass_on_ours(tmp_path: Path) -> None:
-    """No package of theirs holds its tests: AUTOMODEL_REPO names a clone of their repository."""
+    """Neither wheel nor sdist of theirs holds them: AUTOMODEL_REPO names a clone of their code."""
     if "AUTOMODEL_REPO" not in os.environ:
         pytest.skip("needs AUTOMODEL_REPO, a git clone of NVIDIA-NeMo/Automodel")
     show = ["git", "-C", os.environ["AUTOMODEL_REPO"], "show"]

@@ -1,0 +1,76 @@
+"""What ``nemo-rng-dcp import`` reads, and what it writes: a checkpoint of records."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import torch
+
+from nemo_rng_dcp import standalone
+from nemo_rng_dcp.cli.checkpoint import checkpoints_in
+from nemo_rng_dcp.cli.foreign import find_foreign, ranks_that_wrote
+from nemo_rng_dcp.cli.per_rank import COMPOSER, Files, find_files, read_files
+from nemo_rng_dcp.cli.rank_keys import read_keys
+from nemo_rng_dcp.cli.states import JobStates
+from nemo_rng_dcp.errors import RNGStateError
+from nemo_rng_dcp.record import KEY, Record
+
+
+def read_states(where: Path) -> JobStates:
+    """Return the states of a job's ranks from a folder, one below it, or Composer's file.
+
+    Files that a framework writes for its ranks are taken first, then rank-named keys of a DCP
+    checkpoint.
+
+    Raises:
+        RNGStateError: There are none, or those of several checkpoints; or they cannot be read.
+        OSError: A file cannot be read.
+    """
+    if where.is_file():
+        return read_files(Files(COMPOSER, where.parent, {0: where.name}))
+    below = sorted(each for each in where.iterdir() if each.is_dir())
+    found = [
+        files
+        for place in (where, *below)
+        for files in find_files(place, [each.name for each in place.iterdir()])
+    ]
+    if len(found) == 1:
+        return read_files(found[0])
+    if found:
+        places = ", ".join(map(str, found[:6]))
+        raise RNGStateError(
+            f"{where}: the RNG files of {len(found)} checkpoints, name one: {places}"
+        )
+    checkpoints = checkpoints_in(str(where))
+    jobs = [job for each in checkpoints if (job := read_keys(each))]
+    if len(jobs) == 1:
+        return jobs[0]
+    if jobs:
+        places = ", ".join(job.where for job in jobs[:6])
+        raise RNGStateError(f"{where}: {len(jobs)} checkpoints have RNG state, name one: {places}")
+    notes = [
+        note
+        for each in checkpoints
+        for state in find_foreign(each)
+        for note in state.notes(ranks_that_wrote(each.files))
+    ]
+    raise RNGStateError(
+        f"{where}: no RNG files of a rank in it or in a folder below, such as "
+        "rng/rng_global_rank_0.pt (NeMo Automodel), random_states_0.pkl (Accelerate) or "
+        f"rng_state_0.pth (Transformers), and no rank-named keys of a DCP checkpoint. "
+        f"{' '.join(notes)}"
+    )
+
+
+def save_records(records: list[Record], folder: Path) -> None:
+    """Write records as a checkpoint that ``StatefulRNG.load`` and ``dcp.load`` take.
+
+    Raises:
+        RNGStateError: The folder holds a checkpoint of other things, or it cannot be written to.
+    """
+    table = torch.cat([record.to_tensor() for record in records])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        warnings.filterwarnings("ignore", "Detected an existing checkpoint")
+        standalone.save({KEY: table}, folder, None)

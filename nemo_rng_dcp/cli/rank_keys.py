@@ -1,0 +1,79 @@
+"""RNG state under rank-named keys of a DCP checkpoint, such as ``rng.3.torch``."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+from typing import Any
+
+from nemo_rng_dcp.cli import restricted
+from nemo_rng_dcp.cli.checkpoint import Checkpoint
+from nemo_rng_dcp.cli.foreign import find_keys, ranks_that_wrote
+from nemo_rng_dcp.cli.states import JobStates, RankStates, require_ranks
+from nemo_rng_dcp.errors import RNGStateError
+
+_WORDS = {
+    "numpy": {"numpy", "np"},
+    "cuda": {"cuda"},
+    "torch": {"torch", "cpu"},
+    "python": {"python", "random"},
+}
+"""What a key says of a generator; the first that it says is meant: ``random_state.0.numpy``."""
+
+_COMPOSER = re.compile(r"rng\.\d+\.(python|numpy|torch|cuda)")
+_MEGATRON = re.compile(r"rng_state/shard_")
+_DEVICE = re.compile(r"cuda\w*\.\d+")
+
+
+def read_keys(checkpoint: Checkpoint) -> JobStates | None:
+    """Return the states under a checkpoint's rank-named keys; ``None`` if it has no such key.
+
+    Raises:
+        RNGStateError: A rank is missing, or a value is damaged, refused, or no state that is known.
+        OSError: A file cannot be read.
+    """
+    where = checkpoint.where
+    found = [(rank, each) for each in find_keys(checkpoint) if (rank := each.rank) is not None]
+    if not found:
+        return None
+    if megatron := [each.key for _, each in found if _MEGATRON.match(each.key)]:
+        raise RNGStateError(
+            f"{where}: found {megatron[0]}: Megatron's, one state for each pipeline and tensor "
+            "rank and with it its tracker's CUDA streams. Expected one state for each rank"
+        )
+    require_ranks(where, {rank for rank, _ in found}, ranks_that_wrote(checkpoint.files))
+    written = os.stat(where).st_mtime_ns  # the last file of a save is put there by renaming it
+    ranks: dict[int, RankStates] = {}
+    for rank, each in found:
+        # A path ends with the rank's place.
+        its = ranks.setdefault(rank, RankStates(f"{each.path[:-1]}{rank}", written, {})).states
+        name, value = _generator(where, each.key), _value(checkpoint, each.key)
+        if _DEVICE.fullmatch(each.rest):
+            # DCP took a list of devices' states apart.
+            its.setdefault(name, []).append(value)
+        elif name in its:
+            raise RNGStateError(f"{where}: {each.key} is not rank {rank}'s only state of {name}")
+        else:
+            its[name] = value
+    composer = all(_COMPOSER.fullmatch(each.key) for _, each in found)
+    return JobStates("Composer" if composer else "rank-named keys", where, ranks)
+
+
+def _generator(where: str, key: str) -> str:
+    said = set(re.findall(r"[a-z]+", key.lower()))
+    for name, words in _WORDS.items():
+        if words & said:
+            return name
+    raise RNGStateError(f"{where}: {key} does not say whether it is python, numpy, torch or cuda")
+
+
+def _value(checkpoint: Checkpoint, key: str) -> Any:
+    chunks = list(checkpoint.chunks(key))
+    if [chunk.sizes for chunk in chunks] != [checkpoint.keys[key].size]:
+        raise RNGStateError(f"{checkpoint.where}: {key} is in {len(chunks)} parts, expected one")
+    try:
+        content = checkpoint.content(chunks[0])
+    except ValueError as error:
+        raise RNGStateError(f"{checkpoint.where}: {key}: {error}") from error
+    return restricted.load(io.BytesIO(content), f"{checkpoint.where}: {key}")

@@ -1,0 +1,53 @@
+"""What ``torch.save`` wrote, read by torch's unpickler of weights: it executes nothing.
+
+That unpickler refuses by name whatever is not on its list. To the list are added NumPy's arrays and
+numbers, NeMo Automodel's older dataclass, in whose place ``RNGState`` is made, and the times and
+the version of torch that Composer keeps beside its states.
+"""
+
+from __future__ import annotations
+
+import re
+from datetime import timedelta
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+
+from nemo_rng_dcp.automodel import RNGState
+from nemo_rng_dcp.errors import RNGStateError
+
+_OLDER_RNG_STATE = "nemo_automodel.components.training.rng.RNGState"
+
+
+def load(source: Path | IO[bytes], where: str) -> Any:
+    """Return what is in a file, on the CPU.
+
+    Args:
+        source: The file.
+        where: What an error calls it.
+
+    Raises:
+        RNGStateError: It is damaged, or names something that is in no RNG state.
+        OSError: It cannot be read.
+    """
+    reconstruct, scalar = np.zeros(1).__reduce__()[0], np.int64(0).__reduce__()[0]
+    allowed: list[Any] = [np.ndarray, np.dtype, (RNGState, _OLDER_RNG_STATE)]
+    allowed += [timedelta, torch.torch_version.TorchVersion]
+    allowed += [type(np.dtype(kind)) for kind in ("uint32", "int32", "int64", "float64")]
+    for module in ("numpy._core.multiarray", "numpy.core.multiarray"):  # NumPy 2 and 1
+        allowed += [(reconstruct, f"{module}._reconstruct"), (scalar, f"{module}.scalar")]
+    try:
+        with torch.serialization.safe_globals(allowed):
+            return torch.load(source, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:
+        found = re.search(r"GLOBAL (\S+)|class (\S+) |function (\S+)", str(error))
+        if found:
+            name = next(filter(None, found.groups()))
+            reason = f"refused: it names {name}, which is in no RNG state. Nothing in it was run"
+        else:
+            reason = "damaged, or not written by torch.save"
+        raise RNGStateError(f"{where}: {reason}") from error

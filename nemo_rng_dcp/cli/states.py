@@ -1,0 +1,127 @@
+"""The states that every rank of a job left in a framework's checkpoint, and a record of each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from typing import Any
+
+from nemo_rng_dcp.errors import RNGStateError
+from nemo_rng_dcp.generators.mt19937 import MT19937State
+from nemo_rng_dcp.generators.torch_random import to_bytes
+from nemo_rng_dcp.record import Record, Stream
+
+
+@dataclass(frozen=True)
+class RankStates:
+    """The states of one rank.
+
+    Attributes:
+        place: The file or the key that they were in.
+        taken_at: When they were written, in ns since 1970, UTC.
+        states: Some of "python", "numpy", "torch" and "cuda", each as ``random.getstate()`` or its
+            library's function gives it, "cuda" also as a list of the states of several devices.
+    """
+
+    place: str
+    taken_at: int
+    states: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class JobStates:
+    """The states of all ranks of a job.
+
+    Attributes:
+        framework: Whose checkpoint it is.
+        where: The folder or file.
+        ranks: By rank.
+    """
+
+    framework: str
+    where: str
+    ranks: Mapping[int, RankStates]
+
+
+def require_ranks(where: str, found: set[int], expected: set[int]) -> None:
+    """Make sure that no rank is missing.
+
+    Args:
+        where: What an error begins with.
+        found: The ranks that have states.
+        expected: Ranks that are known to be of the job. So are all below the highest of both.
+
+    Raises:
+        RNGStateError: The states of some rank are missing.
+    """
+    ranks = max(found | expected) + 1
+    if len(found) < ranks:
+        # Not all of them: a number in a name may be anything.
+        missing = islice((rank for rank in range(ranks) if rank not in found), 10)
+        raise RNGStateError(
+            f"{where}: the states of rank {', '.join(map(str, missing))} are missing; there are "
+            f"those of {len(found)} of {ranks} ranks"
+        )
+
+
+def to_records(job: JobStates) -> list[Record]:
+    """Return a record for each rank; rank r becomes row r.
+
+    Of several accelerator states, one for each device of a machine, a rank's own is taken to be the
+    one at its rank modulo their number. The seed is rank 0's, as torch's state tells it; the
+    streams count as ranked if ranks differ.
+
+    Raises:
+        RNGStateError: A state is malformed, or ranks have other states than rank 0.
+    """
+    streams = {rank: _streams(job, rank) for rank in sorted(job.ranks)}
+    states = [{name: its.state for name, its in each.items()} for each in streams.values()]
+    sizes = [{name: len(state) for name, state in each.items()} for each in states]
+    for rank, size in enumerate(sizes):
+        if size != sizes[0]:
+            raise RNGStateError(
+                f"{job.where}: rank {rank} has states of {size} bytes and rank 0 of {sizes[0]}: "
+                "they are no ranks of one job"
+            )
+    record = partial(
+        Record,
+        rows=len(streams),
+        world_size=len(streams),
+        # As torch's state begins; its generator uses 32 bits of it.
+        seed=int.from_bytes(states[0].get("torch", b"")[:4], "little"),
+        ranked=any(each != states[0] for each in states),
+        resizes=0,
+        mesh=None,
+    )
+    return [
+        record(row=rank, taken_at=job.ranks[rank].taken_at, streams=its)
+        for rank, its in streams.items()
+    ]
+
+
+def _streams(job: JobStates, rank: int) -> dict[str, Stream]:
+    its, streams = job.ranks[rank], {}
+    for name, (kind, pack) in _GENERATORS.items():
+        state = its.states.get(name)
+        if name == "cuda" and isinstance(state, list):
+            # One process saves one device's, or a list of all that it sees.
+            state = state[rank % len(state)] if state else None
+        if state is None:
+            continue
+        try:
+            streams[name] = Stream(kind, False, pack(state))
+        except (RNGStateError, ValueError, TypeError) as error:
+            raise RNGStateError(
+                f"{job.where}: {its.place}: {name}: the state is malformed: {error}"
+            ) from error
+    return streams
+
+
+_GENERATORS: dict[str, tuple[str, Callable[[Any], bytes]]] = {
+    "python": ("python", lambda state: MT19937State.from_python(state).to_bytes()),
+    "numpy": ("numpy", lambda state: MT19937State.from_numpy(state).to_bytes()),
+    "torch": ("torch.cpu", to_bytes),
+    "cuda": ("torch.cuda", to_bytes),
+}
