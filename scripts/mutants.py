@@ -35,8 +35,8 @@ LIMIT_SECONDS = 400
 """Tests that take longer have noticed a fault."""
 
 NEAREST = {
-    "record": ["record", "head", "layout", "stateful"],
-    "resume": ["head", "record", "stateful", "elastic"],
+    "record": ["record", "head", "layout_1", "hash_seed", "layout", "stateful"],
+    "resume": ["head", "record", "hash_seed", "stateful", "elastic"],
     "layout": ["layout", "stateful", "meshes", "elastic", "simulated_device"],
     "snapshot": ["snapshot", "scoped", "faults", "stateful", "generators"],
     "planner": ["planner", "elastic", "meshes"],
