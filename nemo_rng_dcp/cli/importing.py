@@ -1,9 +1,11 @@
-"""What ``nemo-rng-dcp import`` reads, and what it writes: a checkpoint of records."""
+"""``nemo-rng-dcp import``: a checkpoint of records, made of what a framework stored by rank."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,9 +14,58 @@ from nemo_rng_dcp.cli.checkpoint import checkpoints_in
 from nemo_rng_dcp.cli.foreign import find_foreign, ranks_that_wrote
 from nemo_rng_dcp.cli.per_rank import COMPOSER, Files, find_files, read_files
 from nemo_rng_dcp.cli.rank_keys import read_keys
-from nemo_rng_dcp.cli.states import JobStates
+from nemo_rng_dcp.cli.states import JobStates, to_records
+from nemo_rng_dcp.cli.terminal import Style, plural, table, within
 from nemo_rng_dcp.errors import RNGStateError
-from nemo_rng_dcp.record import KEY, Record
+from nemo_rng_dcp.record import KEY, Record, fingerprint
+
+
+class Import:
+    """What was read from a folder and written to another.
+
+    Raises:
+        RNGStateError: There is nothing to read, it cannot be read, or the other folder not written.
+        OSError: A file cannot be read.
+    """
+
+    def __init__(self, folder: str, out: str) -> None:
+        self._job, self._out = read_states(Path(folder)), out
+        self._records = to_records(self._job)
+        save_records(self._records, Path(out))
+
+    def lines(self, rows: Sequence[range] | None, style: Style) -> list[str]:
+        """Return the text; ``rows`` are those to list, ``None``: all."""
+        header = ["row", "file", *self._records[0].streams]
+        cells = [[str(row), place, *digests.values()] for row, place, digests in self._rows(rows)]
+        return [
+            f"{self._job.where}: {self._job.framework}, {plural(len(self._records), 'rank')}",
+            *table(header, cells, style),
+            "",
+            f"saved to {self._out}: load it with StatefulRNG.load()",
+        ]
+
+    def to_json(self, rows: Sequence[range] | None) -> dict[str, Any]:
+        """Return what ``--json`` prints, see docs/command.md."""
+        return {
+            "framework": self._job.framework,
+            "folder": self._job.where,
+            "out": self._out,
+            "rows": [
+                {"row": row, "file": place, "streams": digests}
+                for row, place, digests in self._rows(rows)
+            ],
+        }
+
+    def _rows(self, rows: Sequence[range] | None) -> list[tuple[int, str, dict[str, str]]]:
+        return [
+            (
+                record.row,
+                self._job.ranks[record.row].place,
+                {name: fingerprint(its.state) for name, its in record.streams.items()},
+            )
+            for record in self._records
+            if within(record.row, rows)
+        ]
 
 
 def read_states(where: Path) -> JobStates:
@@ -69,8 +120,8 @@ def save_records(records: list[Record], folder: Path) -> None:
     Raises:
         RNGStateError: The folder holds a checkpoint of other things, or it cannot be written to.
     """
-    table = torch.cat([record.to_tensor() for record in records])
+    whole = torch.cat([record.to_tensor() for record in records])
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
         warnings.filterwarnings("ignore", "Detected an existing checkpoint")
-        standalone.save({KEY: table}, folder, None)
+        standalone.save({KEY: whole}, folder, None)

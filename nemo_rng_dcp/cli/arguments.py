@@ -1,0 +1,144 @@
+"""What ``nemo-rng-dcp`` can be asked: its commands and their arguments."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+from nemo_rng_dcp import __version__
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser; of what it returns, ``command`` names the command."""
+    whole = argparse.ArgumentParser(
+        prog="nemo-rng-dcp",
+        description="Show, compare and explain the random streams in a checkpoint. It reads the "
+        "checkpoint in one process without a GPU, executes nothing in it and changes nothing.",
+    )
+    whole.add_argument("--version", action="version", version=f"nemo-rng-dcp {__version__}")
+    commands = whole.add_subparsers(required=True, dest="command", metavar="COMMAND")
+
+    one = _command(
+        commands,
+        "inspect",
+        "the streams in a checkpoint, and what is wrong with them",
+        "0 as expected, 1 findings, 2 the checkpoint cannot be read",
+        ["nemo-rng-dcp inspect runs/step-1000", "nemo-rng-dcp inspect runs/step-1000 --rows 0-7"],
+    )
+    one.add_argument("checkpoint", help="its folder")
+    one.add_argument(
+        "--fail-on",
+        choices=["damage", "lost", "suspicious"],
+        default="lost",
+        help="exit with 1 for findings of this severity or a worse one (default: lost)",
+    )
+
+    two = _command(
+        commands,
+        "diff",
+        "the streams that differ between two checkpoints",
+        "0 the same, 1 different, 2 a checkpoint cannot be read",
+        [
+            "nemo-rng-dcp diff run-a/step-1000 run-b/step-1000",
+            "nemo-rng-dcp diff run-a/step-1000 run-b/step-1000 --rows 3 --json",
+        ],
+    )
+    two.add_argument("a", help="a checkpoint's folder")
+    two.add_argument("b", help="another one's")
+
+    three = _command(
+        commands,
+        "explain",
+        "what a resume would do to each stream",
+        "0 it loads, 1 a load would raise, 2 the checkpoint cannot be read",
+        [
+            "nemo-rng-dcp explain runs/step-1000 --world-size 8",
+            "nemo-rng-dcp explain runs/step-1000 --world-size 8 --mesh dp=4,tp=2 --along dp",
+        ],
+    )
+    three.add_argument("checkpoint", help="its folder")
+    three.add_argument("--world-size", type=_positive, required=True, metavar="N")
+    three.add_argument("--mesh", type=_mesh, help="the resumed job's mesh, such as dp=4,tp=2")
+    three.add_argument(
+        "--along",
+        type=_names,
+        metavar="DIMS",
+        help="the mesh's dimensions along which streams differ, such as dp (default: all)",
+    )
+    three.add_argument(
+        "--ranked",
+        action=argparse.BooleanOptionalAction,
+        help="the resumed job's StatefulRNG(ranked=...) (default: as it was saved)",
+    )
+    three.add_argument(
+        "--generators",
+        type=_names,
+        metavar="NAMES",
+        help="all that the resumed job has, such as python,numpy,torch,cuda (default: as saved)",
+    )
+    three.add_argument(
+        "--shared",
+        type=_names,
+        metavar="NAMES",
+        help="which of them are its shared_generators (default: as saved)",
+    )
+
+    four = _command(
+        commands,
+        "import",
+        "the streams that a framework stored by rank, and write them as a checkpoint of records",
+        "0 written, 2 they cannot be read or the checkpoint not written",
+        ["nemo-rng-dcp import runs/checkpoint-1000 runs/checkpoint-1000-rng"],
+    )
+    four.add_argument("folder", help="a framework's checkpoint; of Composer's, the file")
+    four.add_argument("out", help="the folder to write to")
+    return whole
+
+
+def _command(
+    commands: Any, name: str, help_: str, exit_codes: str, examples: Sequence[str]
+) -> argparse.ArgumentParser:
+    lines = "\n".join(f"  {example}" for example in examples)
+    command: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=help_,
+        description=f"Print {help_}.",
+        epilog=f"examples:\n{lines}\n\nexit code: {exit_codes}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_argument("--rows", type=_rows, help="list only these rows, such as 12,40-44")
+    command.add_argument("--json", action="store_true", help="for machines, see docs/command.md")
+    return command
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of ranks, expected 1 or more")
+    return int(text)
+
+
+def _names(text: str) -> list[str]:
+    return [name for name in text.split(",") if name]
+
+
+def _rows(text: str) -> list[range]:
+    spans = []
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        if not first.isdecimal() or not (last or first).isdecimal():
+            raise argparse.ArgumentTypeError(f"{text!r} is no list of rows such as 12,40-44")
+        if int(last or first) < int(first):
+            raise argparse.ArgumentTypeError(f"{part!r} ends before it begins")
+        spans.append(range(int(first), int(last or first) + 1))
+    return spans
+
+
+def _mesh(text: str) -> dict[str, int]:
+    sizes = {}
+    for part in text.split(","):
+        name, _, size = part.partition("=")
+        if not name or name in sizes:
+            raise argparse.ArgumentTypeError(f"{text!r} is no mesh such as dp=4,tp=2")
+        sizes[name] = _positive(size)
+    return sizes
