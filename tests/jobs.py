@@ -185,6 +185,8 @@ def _run(
         os.dup2(file.fileno(), sys.stdout.fileno())
         os.dup2(file.fileno(), sys.stderr.fileno())
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    # A shell ignores interrupts in what it starts in the background, and so would this rank.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     # Whatever ends this rank, its last words are where it was.
     faulthandler.enable()
     faulthandler.register(signal.SIGTERM, chain=True)
