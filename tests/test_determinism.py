@@ -151,8 +151,14 @@ def test_too_late_is_an_error_and_nothing_changes(
 @pytest.mark.usefixtures("initialised_cuda")
 def test_too_late_is_a_warning_with_warn_only() -> None:
     """The variable stays, for torch takes it for the truth about cuBLAS."""
-    with pytest.warns(UserWarning, match="too late") as caught, set_deterministic(warn_only=True):
+    with pytest.warns(UserWarning, match="too late"), set_deterministic(warn_only=True):
         assert settings() == {**ON, "warn_only": True, CUBLAS_VARIABLE: None}
+
+
+@pytest.mark.usefixtures("initialised_cuda")
+def test_the_warning_names_the_line_that_switched() -> None:
+    with pytest.warns(UserWarning, match="too late") as caught, set_deterministic(warn_only=True):
+        pass
     assert caught[0].filename == __file__
 
 
