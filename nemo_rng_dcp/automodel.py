@@ -159,7 +159,7 @@ def _field(state: Any, name: str, field: str) -> Any:
             raise RNGStateError(f"{name}: the RNGState has no {key}")
     if len(values) == 1:
         return values[0]
-    return tuple(v.cpu().numpy() if isinstance(v, torch.Tensor) else v for v in values)
+    return tuple(v.detach().cpu().numpy() if isinstance(v, torch.Tensor) else v for v in values)
 
 
 def _warn(has: str) -> None:

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from nemo_rng_dcp.errors import RNGStateError, RNGStateWarning
 from nemo_rng_dcp.layout import source_row
-from nemo_rng_dcp.record import KEY, Record
+from nemo_rng_dcp.record import KEY, NOT_SAVED, Record
 
 _Path = tuple[tuple[Any, Any], ...]
 
@@ -33,7 +33,8 @@ class _Table:
 
     Attributes:
         path: The containers that it is nested in, from the outside in, each with the key in it.
-        value: The live table; once it is planned, the buffer for the record that is read instead.
+        value: The live table; once it is planned, the buffer for the record that is read instead,
+            or ``NOT_SAVED``.
         row: This process's row.
     """
 
@@ -133,6 +134,8 @@ class RNGLoadPlanner(LoadPlanner):
         # The default planner may flatten the state dict a second time here.
         with self._taken_out():
             plan = self.planner.create_local_plan()
+            for table in self._tables.values():
+                table.value = NOT_SAVED
             for read in self._reads:
                 # The record comes as it was saved: StatefulRNG is given it instead of the live one.
                 buffer = torch.zeros(read.lengths, dtype=torch.int64)

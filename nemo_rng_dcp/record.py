@@ -26,6 +26,9 @@ from nemo_rng_dcp.errors import RNGStateError
 KEY = "rng_streams"
 """The key under which records are stored, and by which they are found."""
 
+NOT_SAVED = torch.empty(0, dtype=torch.int64)
+"""Stands for a record that a checkpoint does not have."""
+
 LAYOUT_VERSION = 1
 
 Mesh = tuple[tuple[str, int], ...]
@@ -257,7 +260,7 @@ def _parse_contents(content: bytes, size: int) -> tuple[Mesh | None, str, dict[s
             raise ValueError(f"{len(content) - _CHECK_BYTES} bytes, of which {place} are described")
         mesh = None if mesh is None else tuple((str(n), int(s)) for n, s in mesh)
         return mesh, str(contents.get("hash_seed", UNSEEDED)), streams
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
         # Its check word fits, so it is no damage: another program wrote it.
         raise RNGStateError(f"{KEY}: a record's contents make no sense: {error!r}") from error
 

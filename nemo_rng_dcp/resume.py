@@ -98,10 +98,14 @@ def resume(record: Record, job: Job) -> Resume:
             )
     saved = [name for name in job.generators if name in record.streams]
     resizes = record.resizes + (record.rows != job.rows)
-    forked = [] if job.row == record.row else _forked(record, job, saved)
-    seeds = {name: fork_seed(name, job.row, resizes, record.streams[name].state) for name in forked}
+    forked = _forked(record, job, saved)
+    seeds = {
+        name: fork_seed(name, job.row, resizes, record.streams[name].state)
+        for name in forked
+        if job.row != record.row
+    }
     restored = tuple(name for name in saved if name not in seeds)
-    return Resume(restored, seeds, resizes, tuple(_remarks(record, job, saved)))
+    return Resume(restored, seeds, resizes, tuple(_remarks(record, job, saved, forked)))
 
 
 def fork_seed(name: str, row: int, resizes: int, state: bytes) -> int:
@@ -124,7 +128,7 @@ def fork_seed(name: str, row: int, resizes: int, state: bytes) -> int:
 
 
 def _forked(record: Record, job: Job, saved: list[str]) -> list[str]:
-    """Return the generators that start a new stream on a new row."""
+    """Return the generators that start a new stream where the row is a new one."""
     ranked = record.ranked or job.ranked
     return [
         name
@@ -133,12 +137,11 @@ def _forked(record: Record, job: Job, saved: list[str]) -> list[str]:
     ]
 
 
-def _remarks(record: Record, job: Job, saved: list[str]) -> Iterator[str]:
+def _remarks(record: Record, job: Job, saved: list[str], forked: list[str]) -> Iterator[str]:
     rows, now = record.rows, job.rows
     if now < rows:
         yield f"{rows} rows were saved and {now} are loaded: {_rows(now, rows)} dropped"
     elif now > rows:
-        forked = _forked(record, job, saved)
         as_it_is = [name for name in saved if name not in forked]
         done = [f"{', '.join(forked)} forked"] * bool(forked)
         done += [f"{', '.join(as_it_is)} taken as saved"] * bool(as_it_is)
@@ -150,6 +153,11 @@ def _remarks(record: Record, job: Job, saved: list[str]) -> Iterator[str]:
         yield (
             f"the rows were saved along {_mesh(record.mesh)} and are loaded along "
             f"{_mesh(job.mesh)}: row r may belong to another coordinate now"
+        )
+    if record.ranked != job.ranked and min(rows, now) > 1 and job.global_names:
+        yield (
+            f"saved with ranked={record.ranked}, and this job has ranked={job.ranked}: saved rows "
+            "continue as they were"
         )
     absent = [name for name in job.generators if name not in record.streams]
     if absent:

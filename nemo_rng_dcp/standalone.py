@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -12,7 +12,6 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import (
     DefaultLoadPlanner,
     DefaultSavePlanner,
-    FileSystemReader,
     LoadPlan,
     ReadItem,
     StorageReader,
@@ -23,14 +22,14 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
 from nemo_rng_dcp.errors import RNGStateError
 from nemo_rng_dcp.planner import read_of_row, record_keys
-from nemo_rng_dcp.record import KEY
+from nemo_rng_dcp.record import KEY, NOT_SAVED
 
-Checkpoint = str | os.PathLike[str] | None
+CheckpointId = str | os.PathLike[str] | None
 """A folder or URL as DCP's ``checkpoint_id`` takes it; ``None``: the storage object knows it."""
 
 
 def save(
-    state_dict: dict[str, torch.Tensor], path: Checkpoint, writer: StorageWriter | None
+    state_dict: dict[str, torch.Tensor], path: CheckpointId, writer: StorageWriter | None
 ) -> None:
     """Write a checkpoint with nothing but a record; a collective, as ``dcp.save`` is.
 
@@ -45,7 +44,7 @@ def save(
 
 
 def load(
-    row: int, path: Checkpoint, reader: StorageReader | None, key: str | None
+    row: int, path: CheckpointId, reader: StorageReader | None, key: str | None
 ) -> dict[str, torch.Tensor]:
     """Return the saved record for a row, and read nothing else; a collective, as ``dcp.load`` is.
 
@@ -83,7 +82,7 @@ class _SavePlanner(DefaultSavePlanner):
         is_coordinator: bool = False,
     ) -> None:
         if is_coordinator and storage_meta is not None and storage_meta.checkpoint_id is not None:
-            _refuse_to_replace(Path(storage_meta.checkpoint_id))
+            _refuse_to_replace(storage_meta.checkpoint_id)
         super().set_up_planner(state_dict, storage_meta, is_coordinator)
 
 
@@ -97,7 +96,8 @@ class _LoadPlanner(DefaultLoadPlanner):
         super().__init__()
         self._row = row
         self._key = key
-        self.record = torch.empty(0, dtype=torch.int64)
+        self._reads: list[ReadItem] = []
+        self.record = NOT_SAVED
 
     def set_up_planner(
         self,
@@ -108,17 +108,34 @@ class _LoadPlanner(DefaultLoadPlanner):
         assert metadata is not None
         saved = metadata.state_dict_metadata
         key = _chosen(saved, self._key)
-        self._read = read_of_row(key, self._row, saved[key])
-        self.record = torch.zeros(self._read.lengths, dtype=torch.int64)
+        read = read_of_row(key, self._row, saved[key])
+        self._reads = [read]
+        self.record = torch.zeros(read.lengths, dtype=torch.int64)
 
     def create_local_plan(self) -> LoadPlan:
-        return LoadPlan([self._read])
+        return LoadPlan(self._reads)
 
     def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
         return self.record
 
     def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
         pass  # it was read into the record itself
+
+
+class _ContentsPlanner(DefaultLoadPlanner):
+    """Reads nothing, and knows what a checkpoint holds."""
+
+    def set_up_planner(
+        self,
+        state_dict: dict[str, Any],
+        metadata: Metadata | None = None,
+        is_coordinator: bool = False,
+    ) -> None:
+        assert metadata is not None
+        self.saved = metadata.state_dict_metadata
+
+    def create_local_plan(self) -> LoadPlan:
+        return LoadPlan([])
 
 
 def _chosen(saved: Mapping[str, Any], key: str | None) -> str:
@@ -141,16 +158,30 @@ def _chosen(saved: Mapping[str, Any], key: str | None) -> str:
     raise RNGStateError(f"the checkpoint holds no record {key!r}, only {', '.join(found)}")
 
 
-def _refuse_to_replace(folder: Path) -> None:
-    if not (folder / ".metadata").exists():
-        return
-    saved = FileSystemReader(folder).read_metadata().state_dict_metadata
-    others = sorted(saved.keys() - record_keys(saved))
+def _refuse_to_replace(path: str | os.PathLike[str]) -> None:
+    if not _holds_a_checkpoint(os.fspath(path)):
+        return  # DCP would log that as if something had failed
+    planner = _ContentsPlanner()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        dcp.load({}, checkpoint_id=path, planner=planner, no_dist=True)
+    others = sorted(planner.saved.keys() - record_keys(planner.saved))
     if others:
         raise RNGStateError(
-            f"{folder} holds a checkpoint of other things ({others[0]}, for one), which would be "
-            f"lost. Save the record to a folder of its own, such as {folder}/rng."
+            f"{path} holds a checkpoint of other things ({others[0]}, for one), which would be "
+            f"lost. Save the record to a folder of its own, such as {path}/rng."
         )
+
+
+def _holds_a_checkpoint(path: str) -> bool:
+    # The second is that of a save with use_collectives=False.
+    files = [f"{path}/{name}" for name in (".metadata", "__0.metadata")]
+    if "://" not in path:
+        return any(os.path.exists(file) for file in files)
+    from fsspec.core import url_to_fs  # type: ignore[import-untyped]
+
+    storage, _ = url_to_fs(path)
+    return any(storage.exists(file) for file in files)
 
 
 def _raise_first_cause(error: CheckpointException, what: str) -> NoReturn:

@@ -24,7 +24,7 @@ from nemo_rng_dcp.generators import (
     registered_generators,
 )
 from nemo_rng_dcp.layout import Layout, global_rank, world_size
-from nemo_rng_dcp.record import KEY, Record, Stream, fingerprint
+from nemo_rng_dcp.record import KEY, NOT_SAVED, Record, Stream, fingerprint
 from nemo_rng_dcp.resume import Job, Kind, Loaded, resume
 from nemo_rng_dcp.seeding import check_ranked, check_seed, seed_all
 
@@ -201,6 +201,11 @@ class StatefulRNG:
         generators = self._generators()
         if is_automodel_state(state_dict):
             # It knows the global streams only; registered ones stay as they are.
+            if not self.global_generators:
+                raise RNGStateError(
+                    "the state is of the global generators, which this StatefulRNG leaves alone "
+                    "(global_generators=False): load it with the one that stores them"
+                )
             packed = packed_states(state_dict, self.device)
             states = snapshot.unpack(global_generators(self.device), packed)
             self._watch.warn_if_another_is_current()
@@ -217,12 +222,11 @@ class StatefulRNG:
                 f"{KEY}: the state has no such entry, only {sorted(map(str, state_dict))}; it is "
                 "no state of a StatefulRNG"
             )
-        record = layout.own_record(state_dict[KEY])
-        if self._was_not_loaded(record, state_dict[KEY]):
+        record = None if state_dict[KEY] is NOT_SAVED else layout.own_record(state_dict[KEY])
+        if record is None or self._was_not_loaded(record, state_dict[KEY]):
             warnings.warn(
-                f"rank {global_rank()}: the load restored no random stream. It was given the "
-                "record that state_dict() handed out for it, and no stream has moved since: the "
-                f"checkpoint holds no {KEY} for row {layout.row}.",
+                f"rank {global_rank()}: the load restored no random stream: the checkpoint holds "
+                f"no {KEY} for row {layout.row}, or this is what state_dict() has just returned.",
                 RNGStateWarning,
                 stacklevel=2,
             )
@@ -241,7 +245,7 @@ class StatefulRNG:
 
     def save(
         self,
-        path: standalone.Checkpoint = None,
+        path: standalone.CheckpointId = None,
         *,
         storage_writer: StorageWriter | None = None,
     ) -> None:
@@ -264,7 +268,7 @@ class StatefulRNG:
 
     def load(
         self,
-        path: standalone.Checkpoint = None,
+        path: standalone.CheckpointId = None,
         *,
         storage_reader: StorageReader | None = None,
         key: str | None = None,
@@ -325,8 +329,10 @@ class StatefulRNG:
             RuntimeError: In that forward: it runs inside an activation checkpoint. Checkpoints
                 inside the model are fine.
         """
-        parts = [model] if isinstance(model, torch.nn.Module) else list(model)
-        rewind_at_first_forward(parts, lambda: self.loaded is not None, self.rewind)
+        # A ModuleList is a list here: it has no forward of its own.
+        whole, parts = torch.nn.Module, torch.nn.ModuleList
+        models = [model] if isinstance(model, whole) and not isinstance(model, parts) else [*model]
+        rewind_at_first_forward(models, lambda: self.loaded is not None, self.rewind)
 
     @overload
     def fingerprint(self, gather: Literal[False] = False) -> dict[str, str]: ...

@@ -143,6 +143,12 @@ def test_a_missing_entry_is_named_and_nothing_moves(
         restore(state)
 
 
+def test_what_leaves_the_global_streams_alone_does_not_restore_them() -> None:
+    rng = StatefulRNG(1, generators={"own": random.Random(1)}, global_generators=False)
+    with unmoved(), pytest.raises(RNGStateError, match="which this StatefulRNG leaves alone"):
+        rng.load_state_dict(present_dict())
+
+
 def test_an_unknown_key_is_a_key_error() -> None:
     with pytest.raises(KeyError):
         _get_rng_state()["seed"]

@@ -1,6 +1,7 @@
 """A rewind at the first forward, on every kind of module that a training step calls."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -145,9 +146,10 @@ def test_a_resumed_step_is_exact_on_every_rank(create: Callable[[], nn.Module]) 
     assert found[0] != found[1]
 
 
-def test_the_part_that_runs_first_rewinds_and_the_others_do_not() -> None:
+@pytest.mark.parametrize("several", [list, nn.ModuleList])
+def test_the_part_that_runs_first_rewinds_and_the_others_do_not(several: Any) -> None:
     rng = StatefulRNG(1)
-    parts = [Block(), Block()]
+    parts = several([Block(), Block()])
     state = rng.state_dict()
     x = torch.ones(1, 4)
     expected = [parts[1](x).tolist(), parts[0](x).tolist(), draw()]

@@ -156,6 +156,26 @@ def test_a_load_that_restores_nothing_says_so_on_each_rank(planner: Any, tmp_pat
         assert f"rank {rank}: the load restored no random stream" in text
 
 
+class Drawing:
+    """An entry that draws while it is loaded."""
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return {"weight": torch.ones(3)}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        draw()
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_draw_during_the_load_does_not_hide_that_nothing_was_restored(tmp_path: Path) -> None:
+    dcp.save({"app": Drawing()}, checkpoint_id=tmp_path)
+    rng = StatefulRNG(1)
+    state = {"app": Drawing(), "rng": rng}
+    [text] = said(lambda: dcp.load(state, checkpoint_id=tmp_path, planner=RNGLoadPlanner()))
+    assert "rank 0: the load restored no random stream" in text
+    assert rng.loaded is None
+
+
 def save_alone(path: Path) -> None:
     rng = StatefulRNG(42, ranked=True)
     if dist.get_rank() == 0:

@@ -1,5 +1,6 @@
 """The record: what it is made of, byte by byte, and what becomes of it on a new row."""
 
+import dataclasses
 import hashlib
 import json
 import random
@@ -98,6 +99,7 @@ def resealed(content: bytes) -> torch.Tensor:
         (14 * 8 + 2, b"nesh"),
         (RECORD.to_tensor().numpy().tobytes().index(b'"bytes":5') + 8, b"9"),
         (RECORD.to_tensor().numpy().tobytes().index(b'"bytes":8') + 8, b"0"),
+        (RECORD.to_tensor().numpy().tobytes().index(b'["dp",4]') + 6, b'1e999],["pp",2]]'),
     ],
 )
 def test_contents_that_make_no_sense_are_refused(place: int, text: bytes) -> None:
@@ -188,6 +190,26 @@ def test_another_mesh_of_as_many_rows_is_said(then: object, now: object, said: s
     rows = 4 if said == "" else 8
     record = saved(rows, ranked=True, mesh=then)  # type: ignore[arg-type]
     its = resume(record, job_of(0, rows, ranked=True, mesh=now))  # type: ignore[arg-type]
+    assert said in " ".join(its.remarks)
+    assert bool(its.remarks) == bool(said)
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "rows", "global_names", "said"),
+    [
+        (False, True, 2, {"python"}, "saved with ranked=False, and this job has ranked=True"),
+        (True, False, 2, {"python"}, "saved with ranked=True, and this job has ranked=False"),
+        (True, True, 2, {"python"}, ""),
+        (False, True, 1, {"python"}, ""),  # one row: it makes no difference
+        (False, True, 2, set(), ""),  # nor where no global stream is stored
+    ],
+)
+def test_another_ranked_is_said(
+    then: bool, now: bool, rows: int, global_names: set[str], said: str
+) -> None:
+    job = job_of(0, rows, ranked=now, mesh=None)
+    job = dataclasses.replace(job, global_names=frozenset(global_names))
+    its = resume(saved(rows, ranked=then, mesh=None), job)
     assert said in " ".join(its.remarks)
     assert bool(its.remarks) == bool(said)
 

@@ -163,14 +163,25 @@ def test_a_checkpoint_of_other_things_is_not_replaced(tmp_path: Path) -> None:
     assert torch.equal(state["weight"], weight)
 
 
+def test_nor_is_one_behind_a_url_or_with_metadata_of_every_rank(tmp_path: Path) -> None:
+    writer = dcp.FileSystemWriter(tmp_path / "each")
+    dcp.save({"weight": torch.rand(3)}, storage_writer=writer, use_collectives=False)
+    dcp.save({"weight": torch.rand(3)}, checkpoint_id=tmp_path / "one")
+    for path in (tmp_path / "each", f"file://{tmp_path}/one"):
+        with pytest.raises(RNGStateError, match=r"other things \(weight, for one\)"):
+            StatefulRNG(1).save(path)
+
+
 @pytest.mark.filterwarnings("ignore:Detected an existing checkpoint")
-def test_a_record_saved_before_is_replaced(tmp_path: Path) -> None:
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_a_record_saved_before_is_replaced(scheme: str, tmp_path: Path) -> None:
+    path = f"{scheme}{tmp_path}"
     rng = StatefulRNG(1)
-    rng.save(tmp_path)
+    rng.save(path)
     draw()
-    rng.save(tmp_path)
+    rng.save(path)
     expected = draw()
-    rng.load(tmp_path)
+    rng.load(path)
     assert draw() == expected
 
 

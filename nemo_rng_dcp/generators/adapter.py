@@ -55,7 +55,10 @@ class GeneratorAdapter(Protocol):
         ...
 
     def set(self, state: Any) -> None:
-        """Put the generator into a state that :meth:`get` or :meth:`unpack` returned."""
+        """Put the generator into a state that :meth:`get` or :meth:`unpack` returned.
+
+        ``state`` stays the caller's: later draws must not change it.
+        """
         ...
 
     def pack(self, state: Any) -> bytes:
