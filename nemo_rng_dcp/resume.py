@@ -156,8 +156,8 @@ def _remarks(record: Record, job: Job, saved: list[str], forked: list[str]) -> I
         )
     if record.ranked != job.ranked and min(rows, now) > 1 and job.global_names:
         yield (
-            f"saved with ranked={record.ranked}, and this job has ranked={job.ranked}: saved rows "
-            "continue as they were"
+            f"saved with ranked={record.ranked}, now ranked={job.ranked}: saved rows continue as "
+            "they were"
         )
     absent = [name for name in job.generators if name not in record.streams]
     if absent:

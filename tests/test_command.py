@@ -92,6 +92,7 @@ def test_colour_is_for_terminals(checkpoint: Path) -> None:
     [
         ["inspect", ".", "--rows", "a-b"],
         ["inspect", ".", "--rows", "9-3"],
+        ["inspect", ".", "--rows", "1-"],
         ["inspect", ".", "--fail-on", "everything"],
         ["explain", ".", "--world-size", "0"],
         ["explain", ".", "--world-size", "4", "--mesh", "dp4"],

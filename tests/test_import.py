@@ -9,6 +9,7 @@ import io
 import json
 import os
 import random
+import subprocess
 import sys
 import types
 import warnings
@@ -250,6 +251,77 @@ def test_of_several_devices_a_rank_has_its_own(tmp_path: Path) -> None:
     records = read_records(tmp_path)
     assert [its.streams["cuda"].state for its in records] == [bytes([d] * 16) for d in (0, 1, 0, 1)]
     assert records[0].streams["cuda"].kind == "torch.cuda"
+
+
+def test_the_number_of_a_dp_rank_chooses_no_device(tmp_path: Path) -> None:
+    devices = [torch.full((16,), device, dtype=torch.uint8) for device in range(2)]
+    for rank in range(2):
+        state = {**automodel(), "cuda_rng_state": devices}
+        torch.save(state, tmp_path / f"rng_dp_rank_{rank}.pt")
+    with pytest.raises(RNGStateError, match="found the states of 2 devices"):
+        read_records(tmp_path)
+
+
+def save_devices(path: Path) -> None:
+    devices = [torch.full((16,), device, dtype=torch.uint8) for device in range(12)]
+    states = {
+        f"rank_{rank}": {"torch": torch.get_rng_state(), "cuda": devices} for rank in range(12)
+    }
+    dcp.save({"rng": states}, checkpoint_id=path)
+
+
+def test_more_than_ten_devices_of_a_checkpoint_are_taken_by_number(tmp_path: Path) -> None:
+    save_devices(tmp_path)
+    states = [its.streams["cuda"].state for its in read_records(tmp_path)]
+    assert states == [bytes([rank] * 16) for rank in range(12)]
+
+
+def test_what_is_not_read_of_a_file_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = {**accelerate(), "torch_xpu_manual_seed": [torch.zeros(16, dtype=torch.uint8)]}
+    torch.save(state, tmp_path / "random_states_0.pkl")
+    assert read_states(tmp_path).unread == ("torch_xpu_manual_seed",)
+    assert main(["import", str(tmp_path), str(tmp_path / "out")]) == 0
+    assert "note: not read: torch_xpu_manual_seed" in capsys.readouterr().out
+
+
+def test_a_state_that_torch_would_not_take_is_refused(tmp_path: Path) -> None:
+    torch.save(
+        {**transformers(), "cpu": torch.zeros(7, dtype=torch.uint8)}, tmp_path / "rng_state.pth"
+    )
+    with pytest.raises(RNGStateError, match=r"torch: the state is malformed.*\(7,\)"):
+        read_records(tmp_path)
+
+
+@pytest.mark.parametrize("folder", ["", "s3://bucket/run"])
+def test_only_a_folder_of_this_machine_is_imported(
+    folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["import", folder, str(tmp_path)]) == 2
+    assert "expected a folder of this machine" in capsys.readouterr().err
+
+
+def test_a_url_is_written_to(tmp_path: Path) -> None:
+    expected = saved(tmp_path, "random_states_RANK.pkl", accelerate)
+    url = f"file://{tmp_path}/out"
+    assert main(["import", str(tmp_path), url]) == 0
+    assert [numbers for numbers, _ in job(2, loaded, tmp_path / "out")] == expected
+
+
+def test_letters_that_stdout_has_not_are_escaped(tmp_path: Path) -> None:
+    folder = tmp_path / "stép"
+    saved(folder, "random_states_RANK.pkl", accelerate)
+    done = subprocess.run(
+        [sys.executable, "-m", "nemo_rng_dcp", "import", str(folder), str(tmp_path / "out")],
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.stderr == ""
+    assert "st\\xe9p: Accelerate, 2 ranks" in done.stdout
 
 
 def test_a_missing_rank_is_an_error(tmp_path: Path) -> None:

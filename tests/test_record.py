@@ -197,8 +197,8 @@ def test_another_mesh_of_as_many_rows_is_said(then: object, now: object, said: s
 @pytest.mark.parametrize(
     ("then", "now", "rows", "global_names", "said"),
     [
-        (False, True, 2, {"python"}, "saved with ranked=False, and this job has ranked=True"),
-        (True, False, 2, {"python"}, "saved with ranked=True, and this job has ranked=False"),
+        (False, True, 2, {"python"}, "saved with ranked=False, now ranked=True"),
+        (True, False, 2, {"python"}, "saved with ranked=True, now ranked=False"),
         (True, True, 2, {"python"}, ""),
         (False, True, 1, {"python"}, ""),  # one row: it makes no difference
         (False, True, 2, set(), ""),  # nor where no global stream is stored

@@ -125,8 +125,8 @@ def _names(text: str) -> list[str]:
 def _rows(text: str) -> list[range]:
     spans = []
     for part in text.split(","):
-        first, _, last = part.partition("-")
-        if not first.isdecimal() or not (last or first).isdecimal():
+        first, dash, last = part.partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
             raise argparse.ArgumentTypeError(f"{text!r} is no list of rows such as 12,40-44")
         if int(last or first) < int(first):
             raise argparse.ArgumentTypeError(f"{part!r} ends before it begins")

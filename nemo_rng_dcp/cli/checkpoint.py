@@ -178,7 +178,7 @@ def _known_files(folder: Folder) -> str:
         except OSError:  # a folder of somebody else's
             continue
         if found:
-            return f" {place.where}: RNG files of {found[0].layout.framework}, `import` reads these"
+            return f" {place.where}: RNG files of {found[0].naming.framework}, `import` reads these"
     return ""
 
 

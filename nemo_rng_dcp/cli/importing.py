@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,11 @@ class Import:
     """
 
     def __init__(self, folder: str, out: str) -> None:
+        if not folder or "://" in folder:
+            raise RNGStateError(f"found {folder!r}, expected a folder of this machine's")
         self._job, self._out = read_states(Path(folder)), out
         self._records = to_records(self._job)
-        save_records(self._records, Path(out))
+        save_records(self._records, out)
 
     def lines(self, rows: Sequence[range] | None, style: Style) -> list[str]:
         """Return the text; ``rows`` are those to list, ``None``: all."""
@@ -40,6 +43,7 @@ class Import:
         return [
             f"{self._job.where}: {self._job.framework}, {plural(len(self._records), 'rank')}",
             *table(header, cells, style),
+            *([f"note: not read: {', '.join(self._job.unread)}"] if self._job.unread else []),
             "",
             f"saved to {self._out}: load it with StatefulRNG.load()",
         ]
@@ -50,6 +54,7 @@ class Import:
             "framework": self._job.framework,
             "folder": self._job.where,
             "out": self._out,
+            "unread": self._job.unread,
             "rows": [
                 {"row": row, "file": place, "streams": digests}
                 for row, place, digests in self._rows(rows)
@@ -81,11 +86,10 @@ def read_states(where: Path) -> JobStates:
     if where.is_file():
         return read_files(Files(COMPOSER, where.parent, {0: where.name}))
     below = sorted(each for each in where.iterdir() if each.is_dir())
-    found = [
-        files
-        for place in (where, *below)
-        for files in find_files(place, [each.name for each in place.iterdir()])
-    ]
+    found = find_files(where, names_in(where))
+    for place in below:
+        with suppress(OSError):  # a folder of somebody else's
+            found += find_files(place, names_in(place))
     if len(found) == 1:
         return read_files(found[0])
     if found:
@@ -114,7 +118,16 @@ def read_states(where: Path) -> JobStates:
     )
 
 
-def save_records(records: list[Record], folder: Path) -> None:
+def names_in(folder: Path) -> list[str]:
+    """Return the names of what is in a folder.
+
+    Raises:
+        OSError: It cannot be listed.
+    """
+    return [each.name for each in folder.iterdir()]
+
+
+def save_records(records: list[Record], out: str | Path) -> None:
     """Write records as a checkpoint that ``StatefulRNG.load`` and ``dcp.load`` take.
 
     Raises:
@@ -124,4 +137,4 @@ def save_records(records: list[Record], folder: Path) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
         warnings.filterwarnings("ignore", "Detected an existing checkpoint")
-        standalone.save({KEY: whole}, folder, None)
+        standalone.save({KEY: whole}, out, None)

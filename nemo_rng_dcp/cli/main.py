@@ -50,7 +50,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             gc.enable()
     try:
         if answer.lines:
-            sys.stdout.write("\n".join(answer.lines) + "\n")
+            # A folder's name may have letters that stdout has not.
+            encoding = sys.stdout.encoding or "utf-8"
+            text = "\n".join(answer.lines).encode(encoding, "backslashreplace").decode(encoding)
+            sys.stdout.write(text + "\n")
             sys.stdout.flush()
     except OSError as error:
         # Python would complain at exit of what could not be printed.

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from nemo_rng_dcp.cli import restricted
 from nemo_rng_dcp.cli.states import JobStates, RankStates, require_ranks
 from nemo_rng_dcp.errors import RNGStateError
 
 
-class Layout(NamedTuple):
+class Naming(NamedTuple):
     """How a framework names its files, and the fields in them.
 
     Attributes:
@@ -22,12 +24,14 @@ class Layout(NamedTuple):
         fields: By generator, where its state is; of several fields it is the tuple of them.
         within: The field whose value has these fields, "" if the file itself has them. It may be a
             list, with an item for each rank.
+        global_ranks: Whether the rank is the global one.
     """
 
     framework: str
     name: str
     fields: Mapping[str, str | tuple[str, ...]]
     within: str = ""
+    global_ranks: bool = True
 
 
 _AUTOMODEL: dict[str, str | tuple[str, ...]] = {
@@ -53,24 +57,25 @@ _COMPOSER = {"python": "python", "numpy": "numpy", "torch": "torch", "cuda": "cu
 _VERL = {"python": "random", "numpy": "numpy", "torch": "cpu", "cuda": "cuda"}
 _MILES = {"torch": "torch", "cuda": "cuda"}
 
-COMPOSER = Layout("Composer", r"ep\d+-ba\d+-rank(?P<rank>\d{1,9})\.pt", _COMPOSER, within="rng")
-LAYOUTS = (
-    Layout("NeMo Automodel", r"rng_global_rank_(?P<rank>\d{1,9})\.pt", _AUTOMODEL),
-    Layout(
+COMPOSER = Naming("Composer", r"ep\d+-ba\d+-rank(?P<rank>\d{1,9})\.pt", _COMPOSER, within="rng")
+NAMINGS = (
+    Naming("NeMo Automodel", r"rng_global_rank_(?P<rank>\d{1,9})\.pt", _AUTOMODEL),
+    Naming(
         "NeMo Automodel, a file for each dp rank",
         r"rng_dp_rank_(?P<rank>\d{1,9})\.pt",
         _AUTOMODEL,
+        global_ranks=False,
     ),
-    Layout("Accelerate", r"random_states_(?P<rank>\d{1,9})\.pkl", _ACCELERATE),
-    Layout("Transformers", r"rng_state_(?P<rank>\d{1,9})\.pth", _TRANSFORMERS),
-    Layout("Transformers, one process", r"rng_state(?P<rank>)\.pth", _TRANSFORMERS),
-    Layout(
+    Naming("Accelerate", r"random_states_(?P<rank>\d{1,9})\.pkl", _ACCELERATE),
+    Naming("Transformers", r"rng_state_(?P<rank>\d{1,9})\.pth", _TRANSFORMERS),
+    Naming("Transformers, one process", r"rng_state(?P<rank>)\.pth", _TRANSFORMERS),
+    Naming(
         "verl",
         r"extra_state_world_size_(?P<ranks>\d{1,9})_rank_(?P<rank>\d{1,9})\.pt",
         _VERL,
         within="rng",
     ),
-    Layout("miles", r"rng_rank_(?P<rank>\d{1,9})\.pt", _MILES),
+    Naming("miles", r"rng_rank_(?P<rank>\d{1,9})\.pt", _MILES),
     COMPOSER,
 )
 
@@ -80,33 +85,33 @@ class Files:
     """The files of one checkpoint of a framework in a folder.
 
     Attributes:
-        layout: Whose they are.
+        naming: Whose they are.
         folder: Where they are.
         names: By rank.
         expected: How many ranks there were, by the files' names; 0 if they do not say.
     """
 
-    layout: Layout
+    naming: Naming
     folder: Path
     names: dict[int, str]
     expected: int = 0
 
     def __str__(self) -> str:
-        return f"{self.folder / self.names[min(self.names)]} ({self.layout.framework})"
+        return f"{self.folder / self.names[min(self.names)]} ({self.naming.framework})"
 
 
 def find_files(folder: Path, names: Iterable[str]) -> list[Files]:
-    """Return the files that :data:`LAYOUTS` knows among the names in a folder."""
+    """Return the files that :data:`NAMINGS` knows among the names in a folder."""
     names = list(names)
     found: dict[tuple[str, str], Files] = {}
-    for layout in LAYOUTS:
+    for naming in NAMINGS:
         for name in names:
-            if not (match := re.fullmatch(layout.name, name)):
+            if not (match := re.fullmatch(naming.name, name)):
                 continue
             # What differs in more than the rank is of another checkpoint.
-            beside = layout.name, name[: match.start("rank")]
+            beside = naming.name, name[: match.start("rank")]
             expected = int(match.groupdict().get("ranks") or 0)
-            files = found.setdefault(beside, Files(layout, folder, {}, expected))
+            files = found.setdefault(beside, Files(naming, folder, {}, expected))
             files.names[int(match["rank"] or 0)] = name
     return list(found.values())
 
@@ -118,32 +123,50 @@ def read_files(files: Files) -> JobStates:
         RNGStateError: A rank's file is missing, is damaged, or holds something else.
         OSError: A file cannot be read.
     """
-    layout, where = files.layout, str(files.folder)
+    naming, where = files.naming, str(files.folder)
     require_ranks(where, set(files.names), set(range(files.expected)))
     ranks: dict[int, RankStates] = {}
+    unread: set[str] = set()
     for rank, name in sorted(files.names.items()):
         file = files.folder / name
         content = restricted.load(file, str(file))
-        if layout.within:
-            content = _field(content, layout.within, file)
+        if naming.within:
+            content = _field(content, naming.within, file)
         written = file.stat().st_mtime_ns
-        items = content if layout.within and isinstance(content, list) else [content]
+        items = content if naming.within and isinstance(content, list) else [content]
         if not items or (len(items) > 1 and len(files.names) > 1):
             raise RNGStateError(f"{file}: found {len(items)} ranks' states, expected one rank's")
         for number, item in enumerate(items, rank):
-            ranks[number] = RankStates(name, written, _fields(item, layout, file))
-    return JobStates(layout.framework, where, ranks)
+            ranks[number] = RankStates(name, written, _fields(item, naming, file))
+            unread |= _others(item, naming)
+    return JobStates(naming.framework, where, ranks, naming.global_ranks, tuple(sorted(unread)))
 
 
-def _fields(content: Any, layout: Layout, file: Path) -> dict[str, Any]:
+def _fields(content: Any, naming: Naming, file: Path) -> dict[str, Any]:
     states = {}
-    for generator, name in layout.fields.items():
+    for generator, name in naming.fields.items():
         if isinstance(name, tuple):
             states[generator] = tuple(_field(content, each, file) for each in name)
         # Without an accelerator it has no such field.
         elif generator != "cuda" or name in _dict(content, file):
             states[generator] = _field(content, name, file)
     return states
+
+
+def _others(content: Mapping[str, Any], naming: Naming) -> set[str]:
+    """Return the fields beside the known ones that look like generators' states."""
+    known: set[str] = set()
+    for names in naming.fields.values():
+        known |= {names} if isinstance(names, str) else set(names)
+    return {name for name, its in content.items() if name not in known and _is_state(its)}
+
+
+def _is_state(value: Any) -> bool:
+    """Return whether something may be a state: Python's and NumPy's are tuples, torch's bytes."""
+    if isinstance(value, tuple):
+        return True
+    values = value if isinstance(value, list) and value else [value]
+    return all(isinstance(its, torch.Tensor) and its.dtype == torch.uint8 for its in values)
 
 
 def _field(content: Any, name: str, file: Path) -> Any:

@@ -19,11 +19,12 @@ _WORDS = {
     "torch": {"torch", "cpu"},
     "python": {"python", "random"},
 }
-"""What a key says of a generator; the first that it says is meant: ``random_state.0.numpy``."""
+"""What a key says of a generator; the first of these is meant, as in ``random_state_0.numpy``."""
 
 _COMPOSER = re.compile(r"rng\.\d+\.(python|numpy|torch|cuda)")
 _MEGATRON = re.compile(r"rng_state/shard_")
-_DEVICE = re.compile(r"cuda\w*\.\d+")
+_DEVICE = re.compile(r"cuda\w*\.(\d+)")
+_NO_GLOBAL_RANK = re.compile(r"[a-z]_rank")
 
 
 def read_keys(checkpoint: Checkpoint) -> JobStates | None:
@@ -49,15 +50,19 @@ def read_keys(checkpoint: Checkpoint) -> JobStates | None:
         # A path ends with the rank's place.
         its = ranks.setdefault(rank, RankStates(f"{each.path[:-1]}{rank}", written, {})).states
         name, value = _generator(where, each.key), _value(checkpoint, each.key)
-        if _DEVICE.fullmatch(each.rest):
+        if device := _DEVICE.fullmatch(each.rest):
             # DCP took a list of devices' states apart.
-            its.setdefault(name, []).append(value)
+            its.setdefault(name, {})[int(device[1])] = value
         elif name in its:
             raise RNGStateError(f"{where}: {each.key} is not rank {rank}'s only state of {name}")
         else:
             its[name] = value
+    for state in ranks.values():
+        if isinstance(devices := state.states.get("cuda"), dict):
+            state.states["cuda"] = [devices[number] for number in sorted(devices)]
     composer = all(_COMPOSER.fullmatch(each.key) for _, each in found)
-    return JobStates("Composer" if composer else "rank-named keys", where, ranks)
+    global_ranks = not any(_NO_GLOBAL_RANK.search(each.key.lower()) for _, each in found)
+    return JobStates("Composer" if composer else "rank-named keys", where, ranks, global_ranks)
 
 
 def _generator(where: str, key: str) -> str:

@@ -8,6 +8,8 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
+import torch
+
 from nemo_rng_dcp.errors import RNGStateError
 from nemo_rng_dcp.generators.mt19937 import MT19937State
 from nemo_rng_dcp.generators.torch_random import to_bytes
@@ -38,11 +40,15 @@ class JobStates:
         framework: Whose checkpoint it is.
         where: The folder or file.
         ranks: By rank.
+        global_ranks: Whether these are global ranks, and not those of one dimension of a mesh.
+        unread: What looks like state of other generators.
     """
 
     framework: str
     where: str
     ranks: Mapping[int, RankStates]
+    global_ranks: bool = True
+    unread: tuple[str, ...] = ()
 
 
 def require_ranks(where: str, found: set[int], expected: set[int]) -> None:
@@ -107,6 +113,12 @@ def _streams(job: JobStates, rank: int) -> dict[str, Stream]:
         state = its.states.get(name)
         if name == "cuda" and isinstance(state, list):
             # One process saves one device's, or a list of all that it sees.
+            if len(state) > 1 and not job.global_ranks:
+                raise RNGStateError(
+                    f"{job.where}: {its.place}: cuda: found the states of {len(state)} devices; "
+                    f"{rank} is no global rank and does not tell which was this rank's. Keep that "
+                    "one alone in the list"
+                )
             state = state[rank % len(state)] if state else None
         if state is None:
             continue
@@ -119,9 +131,15 @@ def _streams(job: JobStates, rank: int) -> dict[str, Stream]:
     return streams
 
 
+def _torch_bytes(state: torch.Tensor) -> bytes:
+    packed = to_bytes(state)
+    MT19937State.from_torch(state)  # which refuses what torch would not take
+    return packed
+
+
 _GENERATORS: dict[str, tuple[str, Callable[[Any], bytes]]] = {
     "python": ("python", lambda state: MT19937State.from_python(state).to_bytes()),
     "numpy": ("numpy", lambda state: MT19937State.from_numpy(state).to_bytes()),
-    "torch": ("torch.cpu", to_bytes),
+    "torch": ("torch.cpu", _torch_bytes),
     "cuda": ("torch.cuda", to_bytes),
 }
