@@ -46,7 +46,7 @@ test-frameworks: $(FRAMEWORKS)/ready $(AUTOMODEL)/ready
 	PYTHONPATH=. $(FRAMEWORKS)/bin/python -m pytest -m frameworks --ignore=tests/frameworks/automodel tests/frameworks
 	PYTHONPATH=. $(AUTOMODEL)/bin/python -m pytest -m frameworks tests/frameworks/automodel
 
-# The libraries that docs/reproducibility.md names, in the same way: 3 GB, 3 minutes after that.
+# The libraries that docs/libraries.md names, in the same way: 3 GB, 3 minutes after that.
 test-libraries: $(LIBRARIES)/ready
 	PYTHONPATH=. $(LIBRARIES)/bin/python -m pytest -m libraries tests/libraries
 

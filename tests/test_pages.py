@@ -108,7 +108,7 @@ def test_the_index_names_every_page() -> None:
     assert {page.name for page in (ROOT / "docs").glob("*.md")} - listed == {"README.md"}
 
 
-def test_every_module_is_in_the_table_of_the_house() -> None:
+def test_every_module_is_in_the_table_of_modules() -> None:
     package = ROOT / "nemo_rng_dcp"
     rooms = {str(path.relative_to(package)) for path in package.glob("*.py")}
     rooms |= {f"{path.parent.name}/" for path in package.glob("*/__init__.py")}

@@ -1,4 +1,4 @@
-"""What each library that docs/reproducibility.md names draws from our streams, and from a seed."""
+"""What each library that docs/libraries.md names draws from our streams, and from a seed."""
 
 import contextlib
 from collections.abc import Callable
