@@ -5,14 +5,19 @@ BIN := $(VENV)/bin
 FRAMEWORKS := $(VENV)-frameworks
 AUTOMODEL := $(VENV)-automodel
 LIBRARIES := $(VENV)-libraries
+VERSIONS := $(VENV)-versions
+OLDEST_PYTHON ?= python3.10
+NEWEST_PYTHON ?= python3.13
 # Several ranks share few cores here: more threads than one each only fight over them.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup test test-device test-frameworks test-libraries fuzz mutants lint format docs dist demo plot recipes bench clean
+.PHONY: setup test test-device test-versions test-frameworks test-libraries fuzz mutants lint format \
+	docs dist demo plot recipes bench clean
 
 # The stamp names the place: a checkout that was moved or copied sets up anew, and does not run the
 # code of another folder. What fails half-way is removed.
-READY := $(VENV)/ready-$(shell pwd | cksum | cut -d' ' -f1)
+STAMP := ready-$(shell pwd | cksum | cut -d' ' -f1)
+READY := $(VENV)/$(STAMP)
 
 setup: $(READY)
 
@@ -56,6 +61,22 @@ $(VENV)-%/ready: %.txt
 	$(@D)/bin/python -m pip install --quiet --no-deps --requirement $<
 	touch $@
 
+# The suite on the oldest and the newest versions, in environments of their own: 4 GB each.
+test-versions: $(VERSIONS)/oldest/$(STAMP) $(VERSIONS)/newest/$(STAMP)
+	$(PYTHON) scripts/versions.py $(VERSIONS)/oldest/bin/python $(VERSIONS)/newest/bin/python
+
+$(VERSIONS)/oldest/$(STAMP): BASE = $(OLDEST_PYTHON)
+$(VERSIONS)/newest/$(STAMP): BASE = $(NEWEST_PYTHON)
+
+$(VERSIONS)/%/$(STAMP): tests/versions/%.txt
+	@command -v $(BASE) || { echo "$(BASE) is not on PATH: put it there, or name another one" \
+		"with OLDEST_PYTHON= or NEWEST_PYTHON=" >&2; exit 1; }
+	rm -rf $(@D)
+	$(BASE) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --no-deps --requirement $<
+	$(@D)/bin/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
 lint: setup
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
@@ -92,4 +113,5 @@ bench: setup
 	$(BIN)/python -m scripts.bench --json runs/bench.json
 
 clean:
-	rm -rf $(VENV) $(FRAMEWORKS) $(AUTOMODEL) $(LIBRARIES) runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(FRAMEWORKS) $(AUTOMODEL) $(LIBRARIES) $(VERSIONS) runs build dist *.egg-info \
+		.pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -225,9 +225,6 @@ def load_safetensors(path: Path) -> Numbers:
     return draw()
 
 
-@pytest.mark.skipif(
-    not hasattr(dcp, "HuggingFaceStorageWriter"), reason="not public before torch 2.7"
-)
 def test_hugging_face_storage(tmp_path: Path) -> None:
     saved = job(4, save_as_safetensors, tmp_path)
     for size in (2, 5):

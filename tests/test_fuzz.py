@@ -314,8 +314,9 @@ def numbers(stream: Any, count: int) -> list[float]:
     """Draw normals: libraries draw them in pairs or blocks and keep what is left for later."""
     if isinstance(stream, torch.Generator):
         return [torch.randn(1, generator=stream).item() for _ in range(count)]
-    draw = getattr(stream, "standard_normal", None) or stream.gauss
-    return [float(draw()) for _ in range(count)]
+    if hasattr(stream, "standard_normal"):
+        return [float(stream.standard_normal()) for _ in range(count)]
+    return [stream.gauss(0, 1) for _ in range(count)]
 
 
 class Uses:

@@ -131,7 +131,7 @@ def lie(dice: Dice, metadata: Any) -> None:
                 object.__setattr__(index, "offset", dice.choice(LIES)(dice))
             else:
                 setattr(thing, dice.choice(names), dice.choice(LIES)(dice))
-        except (AttributeError, IndexError, TypeError):
+        except (AttributeError, LookupError, TypeError):
             return  # an earlier lie has left nothing to lie about
 
 

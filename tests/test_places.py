@@ -89,7 +89,6 @@ def save_safetensors(path: Path) -> Fingerprints:
     return rng.fingerprint()
 
 
-@pytest.mark.skipif(not hasattr(dcp, "HuggingFaceStorageWriter"), reason="not in this torch")
 def test_safetensors_are_read(tmp_path: Path, capsys: Capture) -> None:
     saved = job(3, save_safetensors, tmp_path)
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".safetensors"] * 3

@@ -26,10 +26,6 @@ LIMIT_SECONDS = 600
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="g++ compiles the simulated device"),
-    pytest.mark.skipif(
-        tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13),
-        reason="the simulated device is written for the C++ interface of torch 2.13",
-    ),
 ]
 
 

@@ -15,6 +15,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save, torch_save_to_dcp
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 
 from jobs import job
@@ -22,11 +23,6 @@ from nemo_rng_dcp import RNGLoadPlanner, RNGStateError, StatefulRNG
 from ranks import kills
 from scripts.demo.launch import Launch
 from streams import draw, unmoved
-
-try:
-    from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
-except ImportError:  # before torch 2.8
-    DefaultStager = None  # type: ignore[assignment, misc]
 
 Numbers = list[float]
 
@@ -78,17 +74,7 @@ def save_async(path: Path, way: str) -> Numbers:
     return expected
 
 
-@pytest.mark.parametrize(
-    "way",
-    [
-        "thread",
-        "process",
-        pytest.param(
-            "stager",
-            marks=pytest.mark.skipif(DefaultStager is None, reason="came with torch 2.8"),
-        ),
-    ],
-)
+@pytest.mark.parametrize("way", ["thread", "process", "stager"])
 def test_async_save_while_training_goes_on(way: str, tmp_path: Path) -> None:
     """The checkpoint holds the state of the call, not that of the write."""
     assert_continues(tmp_path, job(2, save_async, tmp_path, way))
@@ -263,9 +249,6 @@ def consolidate(path: Path, tensor: torch.Tensor) -> str:
     return ""
 
 
-@pytest.mark.skipif(
-    not hasattr(dcp, "HuggingFaceStorageWriter"), reason="not public before torch 2.7"
-)
 def test_torch_itself_consolidates_no_integers_into_safetensors(tmp_path: Path) -> None:
     """The pages say so. When this fails, torch has mended it, and they need not any more."""
     [floats] = job(1, consolidate, tmp_path / "floats", torch.ones(3))

@@ -376,12 +376,23 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("native_dropout", &native_dropout);
 }
 
+constexpr const char* kCollectives[] = {
+    "broadcast_", "allreduce_", "allreduce_coalesced_", "allgather_", "_allgather_base_",
+    "allgather_into_tensor_coalesced_", "reduce_", "reduce_scatter_", "_reduce_scatter_base_",
+    "reduce_scatter_tensor_coalesced_", "gather_", "scatter_", "alltoall_", "alltoall_base_"};
+
 TORCH_LIBRARY_IMPL(c10d, PrivateUse1, m) {
-  for (const char* name :
-       {"broadcast_", "allreduce_", "allreduce_coalesced_", "allgather_", "_allgather_base_",
-        "allgather_into_tensor_coalesced_", "reduce_", "reduce_scatter_", "_reduce_scatter_base_",
-        "reduce_scatter_tensor_coalesced_", "gather_", "scatter_", "alltoall_", "alltoall_base_"})
+  for (const char* name : kCollectives)
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&collective>());
+}
+
+// Not every torch lets these pass autograd by itself.
+TORCH_LIBRARY_IMPL(c10d, AutogradPrivateUse1, m) {
+  for (const char* name : kCollectives) m.impl(name, torch::CppFunction::makeFallthrough());
+}
+TORCH_LIBRARY_IMPL(fsdp, AutogradPrivateUse1, m) {
+  for (const char* name : {"all_gather_copy_in", "split_with_sizes_copy", "chunk_cat"})
+    m.impl(name, torch::CppFunction::makeFallthrough());
 }
 
 // What the Python module is made of.
