@@ -192,23 +192,13 @@ def _cublas_may_have_started() -> bool:
 
 
 def _float32_precision() -> dict[str, str]:
+    # The older flags (allow_tf32) raise in a job that has set one of these.
     backends: Any = torch.backends
-    if hasattr(backends.cudnn, "conv"):
-        # Since torch 2.9. The flags below then raise in a job that has set one of these.
-        parts = {
-            "cuda_matmul": backends.cuda.matmul,
-            "cudnn_conv": backends.cudnn.conv,
-            "cudnn_rnn": backends.cudnn.rnn,
-            "cpu_matmul": backends.mkldnn.matmul,
-        }
-        return {name: part.fp32_precision for name, part in parts.items()}
-    cudnn = "tf32" if backends.cudnn.allow_tf32 else "ieee"
-    words = {"highest": "ieee", "high": "tf32", "medium": "bf16"}
     return {
-        "cuda_matmul": "tf32" if backends.cuda.matmul.allow_tf32 else "ieee",
-        "cudnn_conv": cudnn,
-        "cudnn_rnn": cudnn,
-        "cpu_matmul": words[torch.get_float32_matmul_precision()],
+        "cuda_matmul": backends.cuda.matmul.fp32_precision,
+        "cudnn_conv": backends.cudnn.conv.fp32_precision,
+        "cudnn_rnn": backends.cudnn.rnn.fp32_precision,
+        "cpu_matmul": backends.mkldnn.matmul.fp32_precision,
     }
 
 
