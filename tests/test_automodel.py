@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from nemo_rng_dcp import RNGState, RNGStateError, StatefulRNG
+from nemo_rng_dcp import RNGState, RNGStateError, RNGStateWarning, StatefulRNG
 from nemo_rng_dcp.automodel import _get_rng_state, _restore_rng_state
 from nemo_rng_dcp.generators import own_device
 from streams import draw, unmoved
@@ -147,6 +147,15 @@ def test_what_leaves_the_global_streams_alone_does_not_restore_them() -> None:
     rng = StatefulRNG(1, generators={"own": random.Random(1)}, global_generators=False)
     with unmoved(), pytest.raises(RNGStateError, match="which this StatefulRNG leaves alone"):
         rng.load_state_dict(present_dict())
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="needs a machine without accelerator")
+@restores
+def test_the_warning_names_the_line_that_restored(restore: Callable[[Any], None]) -> None:
+    state = {**present_dict(), "cuda_rng_state": [torch.zeros(16, dtype=torch.uint8)]}
+    with pytest.warns(RNGStateWarning, match="which this rank has not: dropped") as caught:
+        restore(state)
+    assert caught[0].filename == __file__
 
 
 def test_an_unknown_key_is_a_key_error() -> None:
