@@ -66,7 +66,7 @@ class RNGLoadPlanner(LoadPlanner):
     - As many rows or fewer than were saved: row r reads row r. The others are dropped.
     - More rows: a row that was saved is read by its own rank, bit for bit. A new row r reads row
       ``r % saved``, and ``StatefulRNG`` then forks streams of its own from it.
-    - An entry that the checkpoint lacks is left as it is, and ``StatefulRNG`` says so.
+    - For an entry that the checkpoint lacks, no stream moves, and ``StatefulRNG`` says so.
 
     RNG entries are found by themselves, at the top level or nested, in the state dict and in the
     checkpoint. The other planner never sees them.

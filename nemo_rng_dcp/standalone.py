@@ -86,42 +86,6 @@ class _SavePlanner(DefaultSavePlanner):
         super().set_up_planner(state_dict, storage_meta, is_coordinator)
 
 
-class _LoadPlanner(DefaultLoadPlanner):
-    """Reads one record, wherever it lies in the checkpoint.
-
-    The record is chosen in here, because DCP tells every rank what is raised in a planner.
-    """
-
-    def __init__(self, row: int, key: str | None) -> None:
-        super().__init__()
-        self._row = row
-        self._key = key
-        self._reads: list[ReadItem] = []
-        self.record = NOT_SAVED
-
-    def set_up_planner(
-        self,
-        state_dict: dict[str, Any],
-        metadata: Metadata | None = None,
-        is_coordinator: bool = False,
-    ) -> None:
-        assert metadata is not None
-        saved = metadata.state_dict_metadata
-        key = _chosen(saved, self._key)
-        read = read_of_row(key, self._row, saved[key])
-        self._reads = [read]
-        self.record = torch.zeros(read.lengths, dtype=torch.int64)
-
-    def create_local_plan(self) -> LoadPlan:
-        return LoadPlan(self._reads)
-
-    def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
-        return self.record
-
-    def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
-        pass  # it was read into the record itself
-
-
 class _ContentsPlanner(DefaultLoadPlanner):
     """Reads nothing, and knows what a checkpoint holds."""
 
@@ -136,6 +100,31 @@ class _ContentsPlanner(DefaultLoadPlanner):
 
     def create_local_plan(self) -> LoadPlan:
         return LoadPlan([])
+
+
+class _LoadPlanner(_ContentsPlanner):
+    """Reads one record, wherever it lies in the checkpoint.
+
+    The record is chosen in here, because DCP tells every rank what is raised in a planner.
+    """
+
+    def __init__(self, row: int, key: str | None) -> None:
+        super().__init__()
+        self._row = row
+        self._key = key
+        self.record = NOT_SAVED
+
+    def create_local_plan(self) -> LoadPlan:
+        key = _chosen(self.saved, self._key)
+        read = read_of_row(key, self._row, self.saved[key])
+        self.record = torch.zeros(read.lengths, dtype=torch.int64)
+        return LoadPlan([read])
+
+    def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
+        return self.record
+
+    def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
+        pass  # it was read into the record itself
 
 
 def _chosen(saved: Mapping[str, Any], key: str | None) -> str:

@@ -329,10 +329,12 @@ class StatefulRNG:
             RuntimeError: In that forward: it runs inside an activation checkpoint. Checkpoints
                 inside the model are fine.
         """
-        # A ModuleList is a list here: it has no forward of its own.
-        whole, parts = torch.nn.Module, torch.nn.ModuleList
-        models = [model] if isinstance(model, whole) and not isinstance(model, parts) else [*model]
-        rewind_at_first_forward(models, lambda: self.loaded is not None, self.rewind)
+        # A ModuleList has no forward of its own.
+        if isinstance(model, torch.nn.ModuleList) or not isinstance(model, torch.nn.Module):
+            parts = list(model)
+        else:
+            parts = [model]
+        rewind_at_first_forward(parts, lambda: self.loaded is not None, self.rewind)
 
     @overload
     def fingerprint(self, gather: Literal[False] = False) -> dict[str, str]: ...

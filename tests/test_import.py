@@ -9,6 +9,7 @@ import io
 import json
 import os
 import random
+import subprocess
 import sys
 import types
 import warnings
@@ -33,7 +34,8 @@ from nemo_rng_dcp.cli.checkpoint import open_checkpoint
 from nemo_rng_dcp.cli.importing import read_states, save_records
 from nemo_rng_dcp.cli.main import main
 from nemo_rng_dcp.cli.states import to_records
-from nemo_rng_dcp.record import Record
+from nemo_rng_dcp.cli.tables import find_tables
+from nemo_rng_dcp.record import UNSEEDED, Record
 from streams import draw, unmoved
 
 Numbers = list[float]
@@ -306,6 +308,21 @@ def test_a_url_is_written_to(tmp_path: Path) -> None:
     url = f"file://{tmp_path}/out"
     assert main(["import", str(tmp_path), url]) == 0
     assert [numbers for numbers, _ in job(2, loaded, tmp_path / "out")] == expected
+
+
+def test_the_commands_own_hash_seed_is_not_the_jobs(tmp_path: Path) -> None:
+    saved(tmp_path, "random_states_RANK.pkl", accelerate)
+    subprocess.run(
+        [sys.executable, "-m", "nemo_rng_dcp", "import", str(tmp_path), str(tmp_path / "out")],
+        env={**os.environ, "PYTHONHASHSEED": "3"},
+        stdout=subprocess.DEVNULL,
+        timeout=100,
+        check=True,
+    )
+    [table] = find_tables(open_checkpoint(str(tmp_path / "out")))
+    record = table.read(0)
+    assert isinstance(record, Record)
+    assert record.hash_seed == UNSEEDED
 
 
 def test_letters_that_stdout_has_not_are_escaped(

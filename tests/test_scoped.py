@@ -1,13 +1,37 @@
 import functools
 import random
 from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
-from nemo_rng_dcp import RNGStateError, ScopedRNG, init_all_rng
+from jobs import job
+from nemo_rng_dcp import RNGStateError, ScopedRNG, StatefulRNG, init_all_rng
 from streams import draw, unmoved
+
+
+def weights_of_replicas(scoped: bool) -> list[float]:
+    StatefulRNG(42, ranked=True)
+    with ScopedRNG(7) if scoped else nullcontext():
+        model = torch.nn.Linear(2, 2)
+    mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
+    fully_shard(model, mesh=mesh)
+    weight: Any = model.weight
+    numbers: list[float] = weight.to_local().flatten().tolist()
+    return numbers
+
+
+def test_replicas_start_alike_if_the_model_is_built_in_a_scope() -> None:
+    """And not otherwise with ``ranked=True``: FSDP2 sends no weights to the other replicas."""
+    first, second = job(2, weights_of_replicas, True)
+    assert first == second
+    first, second = job(2, weights_of_replicas, False)
+    assert first != second
 
 
 def test_draws_inside_are_those_of_the_seed_and_leave_no_trace() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
@@ -86,10 +87,10 @@ def read_states(where: Path) -> JobStates:
     if where.is_file():
         return read_files(Files(COMPOSER, where.parent, {0: where.name}))
     below = sorted(each for each in where.iterdir() if each.is_dir())
-    found = find_files(where, names_in(where))
+    found = find_files(where, os.listdir(where))
     for place in below:
         with suppress(OSError):  # a folder of somebody else's
-            found += find_files(place, names_in(place))
+            found += find_files(place, os.listdir(place))
     if len(found) == 1:
         return read_files(found[0])
     if found:
@@ -116,15 +117,6 @@ def read_states(where: Path) -> JobStates:
         f"rng_state_0.pth (Transformers), and no rank-named keys of a DCP checkpoint. "
         f"{' '.join(notes)}"
     )
-
-
-def names_in(folder: Path) -> list[str]:
-    """Return the names of what is in a folder.
-
-    Raises:
-        OSError: It cannot be listed.
-    """
-    return [each.name for each in folder.iterdir()]
 
 
 def save_records(records: list[Record], out: str | Path) -> None:

@@ -13,7 +13,7 @@ import torch
 from nemo_rng_dcp.errors import RNGStateError
 from nemo_rng_dcp.generators.mt19937 import MT19937State
 from nemo_rng_dcp.generators.torch_random import to_bytes
-from nemo_rng_dcp.record import Record, Stream
+from nemo_rng_dcp.record import UNSEEDED, Record, Stream
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,7 @@ def to_records(job: JobStates) -> list[Record]:
         ranked=any(each != states[0] for each in states),
         resizes=0,
         mesh=None,
+        hash_seed=UNSEEDED,  # that of the job is not known, and not this command's
     )
     return [
         record(row=rank, taken_at=job.ranks[rank].taken_at, streams=its)
