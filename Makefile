@@ -41,10 +41,10 @@ fuzz: setup
 	FUZZ_EXAMPLES=$${FUZZ_EXAMPLES:-10000} \
 		$(BIN)/python -m pytest -n 2 --dist=load tests/test_fuzz_metadata.py
 
-# Plants faults one at a time and looks whether the nearest tests notice; an hour on 2 cores.
+# Plants faults one at a time and looks whether the tests that reach them notice; an hour on 2 cores.
 mutants: setup
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt mutmut
-	$(BIN)/python scripts/mutants.py
+	$(BIN)/python -m scripts.mutants
 
 # The frameworks' real packages on the CPU, in environments of their own: 15 minutes with set-up.
 test-frameworks: $(FRAMEWORKS)/ready $(AUTOMODEL)/ready
@@ -69,7 +69,7 @@ $(VERSIONS)/oldest/$(STAMP): BASE = $(OLDEST_PYTHON)
 $(VERSIONS)/newest/$(STAMP): BASE = $(NEWEST_PYTHON)
 
 $(VERSIONS)/%/$(STAMP): tests/versions/%.txt
-	@command -v $(BASE) || { echo "$(BASE) is not on PATH: put it there, or name another one" \
+	@$(BASE) --version || { echo "$(BASE) does not run: put it on PATH, or name another one" \
 		"with OLDEST_PYTHON= or NEWEST_PYTHON=" >&2; exit 1; }
 	rm -rf $(@D)
 	$(BASE) -m venv $(@D)

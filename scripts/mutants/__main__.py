@@ -1,0 +1,162 @@
+"""Plant faults in the library, one at a time, and look whether the tests that reach them notice.
+
+mutmut makes the faults. Its own runner would not see what happens in other processes. Here the
+suite runs once without a fault, and notes which tests reach which function, in the forked ranks
+as well. Then each fault is a fork of a process that has imported everything. It runs the tests
+that reach the changed function, the quickest first, a minute of them at most.
+
+    python -m scripts.mutants                        the library, a sample that ends in an hour
+    python -m scripts.mutants --only planner record  these modules alone
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing import forkserver
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from scripts.mutants.faults import Fault
+
+LIMIT_SECONDS = 150
+"""Tests that take longer have noticed a fault."""
+
+
+def main() -> int:
+    # Not at the top: ranks import this file, as every process of multiprocessing does.
+    from scripts.mutants.faults import FOLDER, copy_checkout, library_modules, plant
+    from scripts.mutants.tests import Notes, Quickest, by_function
+
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--only", nargs="*", default=library_modules(), metavar="MODULE")
+    parser.add_argument("--count", type=int, help="how many faults; left out: all")
+    parser.add_argument("--seed", type=int, default=0, help="of the sample")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--minutes", type=float, default=57.0, help="start none after this")
+    arguments = parser.parse_args()
+    deadline = time.monotonic() + 60 * arguments.minutes
+
+    copy_checkout()
+    faults = [fault for module in arguments.only for fault in plant(module)]
+    print(f"{len(faults)} faults can be planted in {', '.join(arguments.only)}")
+    random.Random(arguments.seed).shuffle(faults)
+
+    files = sorted(str(path.relative_to(FOLDER)) for path in FOLDER.glob("tests/test_*.py"))
+    os.chdir(FOLDER)
+    sys.path[:0] = [str(FOLDER), str(FOLDER / "tests")]
+    prepare(files)
+    notes = Notes(FOLDER / "notes")
+    parts = [files[number :: arguments.jobs] for number in range(arguments.jobs)]
+    for pid in [fork("stats", part, notes) for part in parts]:
+        os.waitpid(pid, 0)
+    reaching = by_function(notes.file)
+    print(f"{len(reaching)} functions are reached by tests", flush=True)
+
+    tried: list[Fault] = []
+    missed: list[Fault] = []
+    running: dict[int, tuple[Fault, float]] = {}
+    slow: set[int] = set()
+    todo = iter(faults[: arguments.count])
+    while True:
+        while len(running) < arguments.jobs and time.monotonic() < deadline:
+            fault = next(todo, None)
+            if fault is None:
+                break
+            seconds = reaching.get(fault.function, {})
+            its_files = sorted({test.partition("::")[0] for test in seconds})
+            pid = fork(fault.name, its_files, Quickest(seconds))
+            running[pid] = fault, time.monotonic() + LIMIT_SECONDS
+        if not running:
+            break
+        pid, code = wait({pid: ends for pid, (_, ends) in running.items()}, slow)
+        fault, _ = running.pop(pid)
+        tried.append(fault)
+        if code == 0:
+            missed.append(fault)
+            print(f"\nNOT NOTICED {fault.name}\n{fault.diff}", flush=True)
+    report(tried, missed)
+    print(f"{len(slow)} of them by the time limit of {LIMIT_SECONDS} s")
+    return 0
+
+
+def prepare(files: list[str]) -> None:
+    """Import what all tests need, and start the server of which the ranks of all are forks."""
+    import pytest
+
+    with silenced():
+        pytest.main(["--collect-only", "-qq", *files])
+    forkserver.ensure_running()
+
+
+def fork(name: str, files: list[str], plugin: object) -> int:
+    """Start tests with one fault; return the process."""
+    sys.stdout.flush()
+    pid = os.fork()
+    if pid:
+        return pid
+    # The server is another process's child, which this one may not ask after.
+    server: Any = forkserver._forkserver
+    server.ensure_running = lambda: None
+    os.environ["MUTANT_UNDER_TEST"] = name
+    import pytest
+
+    code = 1
+    try:
+        with silenced():
+            # A fault that no test reaches is not noticed.
+            options = ["-q", "-p", "no:cacheprovider"]
+            code = int(pytest.main([*options, *files], [plugin])) if files else 0
+    finally:
+        os._exit(code)
+
+
+@contextmanager
+def silenced() -> Iterator[None]:
+    """Print nothing."""
+    sys.stdout.flush()
+    streams = [os.dup(1), os.dup(2)]
+    with open(os.devnull, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        for number, stream in enumerate(streams, start=1):
+            os.dup2(stream, number)
+            os.close(stream)
+
+
+def wait(deadlines: dict[int, float], slow: set[int]) -> tuple[int, int]:
+    """Return the process that ends first and its code; one that takes too long is ended."""
+    while True:
+        for pid, deadline in deadlines.items():
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
+                return pid, os.waitstatus_to_exitcode(status)
+            if time.monotonic() > deadline and pid not in slow:
+                slow.add(pid)
+                os.kill(pid, signal.SIGINT)  # so that it ends its ranks, too
+            elif time.monotonic() > deadline + 20:
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.02)
+
+
+def report(tried: list[Fault], missed: list[Fault]) -> None:
+    print("\n| module | planted | noticed |\n|---|---:|---:|")
+    for module in sorted({its.module for its in tried}):
+        count, left = (sum(its.module == module for its in faults) for faults in (tried, missed))
+        print(f"| {module.removeprefix('nemo_rng_dcp.')} | {count} | {count - left} |")
+    noticed = len(tried) - len(missed)
+    print(f"| all | {len(tried)} | {noticed} ({100 * noticed / max(len(tried), 1):.1f}%) |")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
