@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,14 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.checkpoint.stateful import Stateful
+from torch.distributed.fsdp import fully_shard
 
 from altered import record_of
 from jobs import begin_group, gather, job
-from nemo_rng_dcp import RNGStateError, StatefulRNG, init_all_rng
+from nemo_rng_dcp import RNGStateError, ScopedRNG, StatefulRNG, init_all_rng
 from nemo_rng_dcp.record import KEY, Record, records_in
 from scripts.demo.rankless import RanklessRNG
 from streams import draw, unmoved
@@ -269,3 +272,64 @@ def load_the_neighbours_rows() -> None:
 @pytest.mark.parametrize("size", [2, 4])
 def test_another_ranks_row_is_refused(size: int) -> None:
     job(size, load_the_neighbours_rows)
+
+
+class App:
+    """A checkpoint's one object, with the streams inside what it returns."""
+
+    def __init__(self, rng: StatefulRNG) -> None:
+        self.rng = rng
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"weight": torch.ones(3), "rng": self.rng.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.rng.load_state_dict(state["rng"])
+
+
+def places_in_a_checkpoint(path: Path) -> list[tuple[Numbers, Numbers]]:
+    """What docs/frameworks/plain.md lists: what was drawn after the save and after the load."""
+    rng = StatefulRNG(42, ranked=True)
+    app = App(rng)
+    drawn = []
+    for name, state in (("object", {"app": app}), ("dict", {"rng": rng.state_dict()})):
+        dcp.save(state, checkpoint_id=path / name)
+        expected = draw()
+        if name == "dict":
+            state = {"rng": rng.state_dict()}
+        dcp.load(state, checkpoint_id=path / name)
+        if name == "dict":
+            rng.load_state_dict(state["rng"])
+        drawn.append((expected, draw()))
+        rng.rewind()
+    return drawn
+
+
+def test_streams_come_back_from_every_place_in_a_checkpoint(tmp_path: Path) -> None:
+    for places in job(2, places_in_a_checkpoint, tmp_path):
+        for expected, found in places:
+            assert found == expected
+
+
+def test_below_the_top_level_the_object_itself_is_refused(tmp_path: Path) -> None:
+    state = {"app": {"rng": StatefulRNG(42)}}
+    with pytest.raises(CheckpointException, match="top level of the dict"):
+        dcp.save(state, checkpoint_id=tmp_path)
+
+
+def shards_initialised_after_sharding(scope: bool) -> list[float]:
+    rng = StatefulRNG(42, ranked=True)
+    assert rng.ranked
+    model = torch.nn.Linear(8, 8, device="meta")
+    fully_shard(model)
+    model.to_empty(device="cpu")
+    with ScopedRNG(7) if scope else nullcontext():
+        model.reset_parameters()
+    return model.weight.to_local().flatten().tolist()  # type: ignore[operator,no-any-return]
+
+
+@pytest.mark.parametrize("scope", [True, False])
+def test_on_the_cpu_a_scope_gives_all_shards_the_same_weights(scope: bool) -> None:
+    first, second = job(2, shards_initialised_after_sharding, scope)
+    assert len(first) == 32
+    assert (first == second) == scope

@@ -6,7 +6,7 @@ The policy is given a target and learns to write digits with that sum. Start it 
 ``--out``, on any number of ranks that divides ``--groups``, and it goes on from the newest complete
 checkpoint. Beside model, optimizer and streams, it has the rollout that the next update trains on,
 because rollouts cost most, and the reference: a CPU copy of the weights from before training.
-On CPU with gloo, or on GPUs. Besides, ``--out`` gets ``run.json``, ``losses-rank<r>.txt`` and
+On CPU with gloo; on GPUs untested. Besides, ``--out`` gets ``run.json``, ``losses-rank<r>.txt`` and
 ``rollouts-rank<r>.txt``.
 """
 

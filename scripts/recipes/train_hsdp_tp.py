@@ -12,7 +12,7 @@ streams:
 - Between the column-wise and the row-wise layer each peer has features of its own. Dropout there
   draws from a generator that differs on every rank: a second entry of the checkpoint.
 
-Runs on CPU with gloo and on GPUs. The output folder gets ``checkpoints/``, ``run.json``, and
+Runs on CPU with gloo; on GPUs untested. The output folder gets ``checkpoints/``, ``run.json``, and
 ``losses-rank<r>.txt`` with a line for each step: the loss as ``float.hex()``.
 """
 
