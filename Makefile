@@ -61,7 +61,7 @@ $(VENV)-%/ready: %.txt
 	$(@D)/bin/python -m pip install --quiet --no-deps --requirement $<
 	touch $@
 
-# The suite on the oldest and the newest versions, in environments of their own: 4 GB each.
+# The suite on the oldest and the newest versions, in environments of their own: 5 GB each.
 test-versions: $(VERSIONS)/oldest/$(STAMP) $(VERSIONS)/newest/$(STAMP)
 	$(PYTHON) scripts/versions.py $(VERSIONS)/oldest/bin/python $(VERSIONS)/newest/bin/python
 

@@ -387,8 +387,8 @@ class StatefulRNG:
     def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
         raise TypeError(
             "a StatefulRNG stands for the random streams of its process and cannot be copied or "
-            "pickled: pass its state_dict() on, or construct one in the other process. In a "
-            "checkpoint it stands at the top level of the dict: DCP would pickle it further down."
+            "pickled: pass its state_dict() on, or construct one in the other process. Give "
+            "it to dcp.save at the top level of the dict: DCP pickles what lies deeper."
         )
 
     def _generators(self) -> dict[str, GeneratorAdapter]:

@@ -6,6 +6,7 @@ They run where ``test_accelerator.py`` does.
 import os
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -270,3 +271,23 @@ def test_a_stream_replaced_before_a_load_is_right_after_it_and_noticed_without(
     started, [at_first_save, at_second_save], loaded, after_load = second
     assert (started, loaded, after_load) == (7, 43, [[], []])
     assert (at_first_save, len(at_second_save)) == ([], 1)
+
+
+def initialised_after_sharding(scope: bool) -> tuple[list[float], int]:
+    begin()
+    StatefulRNG(7, ranked=True)
+    model = torch.nn.Linear(8, 8, device="meta")
+    fully_shard(model, mesh=init_device_mesh(TYPE, (dist.get_world_size(),)))
+    model.to_empty(device=TYPE)
+    with ScopedRNG(42) if scope else nullcontext():
+        model.reset_parameters()
+    return model.weight.to_local().flatten().tolist(), seed_of_device()  # type: ignore[operator]
+
+
+def test_fsdp2_weights_initialised_after_sharding_belong_in_a_scope() -> None:
+    (shard, first), (other, second) = job(2, initialised_after_sharding, False, group=False)
+    assert (first, second) == (7, 7)  # rank 1 has lost its own
+    assert shard != other
+    (shard, first), (other, second) = job(2, initialised_after_sharding, True, group=False)
+    assert (first, second) == (7, 8)
+    assert shard != other

@@ -287,22 +287,26 @@ class App:
         self.rng.load_state_dict(state["rng"])
 
 
+def inside_an_object(rng: StatefulRNG, path: Path) -> tuple[Numbers, Numbers]:
+    dcp.save({"app": App(rng)}, checkpoint_id=path)
+    expected = draw()
+    dcp.load({"app": App(rng)}, checkpoint_id=path)
+    return expected, draw()
+
+
+def as_tensors(rng: StatefulRNG, path: Path) -> tuple[Numbers, Numbers]:
+    dcp.save({"rng": rng.state_dict()}, checkpoint_id=path)
+    expected = draw()
+    state = {"rng": rng.state_dict()}
+    dcp.load(state, checkpoint_id=path)
+    rng.load_state_dict(state["rng"])
+    return expected, draw()
+
+
 def places_in_a_checkpoint(path: Path) -> list[tuple[Numbers, Numbers]]:
     """What docs/frameworks/plain.md lists: what was drawn after the save and after the load."""
     rng = StatefulRNG(42, ranked=True)
-    app = App(rng)
-    drawn = []
-    for name, state in (("object", {"app": app}), ("dict", {"rng": rng.state_dict()})):
-        dcp.save(state, checkpoint_id=path / name)
-        expected = draw()
-        if name == "dict":
-            state = {"rng": rng.state_dict()}
-        dcp.load(state, checkpoint_id=path / name)
-        if name == "dict":
-            rng.load_state_dict(state["rng"])
-        drawn.append((expected, draw()))
-        rng.rewind()
-    return drawn
+    return [inside_an_object(rng, path / "object"), as_tensors(rng, path / "tensors")]
 
 
 def test_streams_come_back_from_every_place_in_a_checkpoint(tmp_path: Path) -> None:
@@ -318,8 +322,7 @@ def test_below_the_top_level_the_object_itself_is_refused(tmp_path: Path) -> Non
 
 
 def shards_initialised_after_sharding(scope: bool) -> list[float]:
-    rng = StatefulRNG(42, ranked=True)
-    assert rng.ranked
+    StatefulRNG(42, ranked=True)
     model = torch.nn.Linear(8, 8, device="meta")
     fully_shard(model)
     model.to_empty(device="cpu")
