@@ -3,7 +3,7 @@
 mutmut makes the faults. Its own runner would not see what happens in other processes. Here the
 suite runs once without a fault, and notes which tests reach which function, in the forked ranks
 as well. Then each fault is a fork of a process that has imported everything. It runs the tests
-that reach the changed function, the quickest first, a minute of them at most.
+that reach the changed function, the quickest files first, a minute of them at most.
 
     python -m scripts.mutants                        the library, a sample that ends in an hour
     python -m scripts.mutants --only planner record  these modules alone
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 LIMIT_SECONDS = 150
 """Tests that take longer have noticed a fault."""
+
+NO_TESTS = 5
+"""pytest's exit code when it ran none."""
 
 
 def main() -> int:
@@ -56,29 +59,33 @@ def main() -> int:
     parts = [files[number :: arguments.jobs] for number in range(arguments.jobs)]
     for pid in [fork("stats", part, notes) for part in parts]:
         os.waitpid(pid, 0)
-    reaching = by_function(notes.file)
+    good, reaching = by_function(notes.file)
     print(f"{len(reaching)} functions are reached by tests", flush=True)
 
     tried: list[Fault] = []
     missed: list[Fault] = []
-    running: dict[int, tuple[Fault, float]] = {}
+    running: dict[int, tuple[Fault | None, float]] = {}
     slow: set[int] = set()
-    todo = iter(faults[: arguments.count])
+    # The first one is no fault at all: the tests must pass then, in their new order.
+    todo: list[Fault | None] = [None, *faults[: arguments.count]]
     while True:
-        while len(running) < arguments.jobs and time.monotonic() < deadline:
-            fault = next(todo, None)
-            if fault is None:
-                break
-            seconds = reaching.get(fault.function, {})
-            its_files = sorted({test.partition("::")[0] for test in seconds})
-            pid = fork(fault.name, its_files, Quickest(seconds))
-            running[pid] = fault, time.monotonic() + LIMIT_SECONDS
+        while todo and len(running) < arguments.jobs and time.monotonic() < deadline:
+            fault = todo.pop(0)
+            tests = Quickest(reaching.get(fault.function, {}) if fault else good)
+            pid = fork(fault.name if fault else "none", tests.files, tests)
+            limit = LIMIT_SECONDS if fault else 60 * arguments.minutes
+            running[pid] = fault, time.monotonic() + limit
         if not running:
             break
         pid, code = wait({pid: ends for pid, (_, ends) in running.items()}, slow)
         fault, _ = running.pop(pid)
+        if fault is None:
+            if code:
+                sys.exit(f"the tests fail without any fault, pytest ended with {code}")
+            print("the tests pass without a fault", flush=True)
+            continue
         tried.append(fault)
-        if code == 0:
+        if code in (0, NO_TESTS):
             missed.append(fault)
             print(f"\nNOT NOTICED {fault.name}\n{fault.diff}", flush=True)
     report(tried, missed)
@@ -110,9 +117,8 @@ def fork(name: str, files: list[str], plugin: object) -> int:
     code = 1
     try:
         with silenced():
-            # A fault that no test reaches is not noticed.
             options = ["-q", "-p", "no:cacheprovider"]
-            code = int(pytest.main([*options, *files], [plugin])) if files else 0
+            code = int(pytest.main([*options, *files], [plugin])) if files else NO_TESTS
     finally:
         os._exit(code)
 

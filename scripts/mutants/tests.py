@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,18 +20,23 @@ TESTS_SECONDS = 60
 class Notes:
     """A plugin for the run without a fault; ``trampoline.py`` writes to the same file.
 
-    The file has lines of JSON: ``[test, function]``, ``[test, seconds]`` or ``[test, "failed"]``. A
-    file instead of a test stands for all tests in it, which share a fixture.
+    The file has lines of JSON: ``["took", test, seconds]``, ``["failed", test, null]`` and
+    ``["reached", test, function]``. A file instead of a test is what its tests share: a fixture.
     """
 
     def __init__(self, file: Path) -> None:
         self.file = file
         os.environ["MUTANTS_NOTES"] = str(file)
 
-    def pytest_runtest_logreport(self, report: Any) -> None:
-        noted = report.duration if report.passed else report.outcome
+    def note(self, *values: object) -> None:
         with self.file.open("a") as file:
-            file.write(json.dumps([report.nodeid, noted]) + "\n")
+            file.write(json.dumps(values) + "\n")
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        if report.passed:
+            self.note("took", report.nodeid, report.duration)
+        elif report.failed:
+            self.note("failed", report.nodeid, None)
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self, item: Any) -> Iterator[None]:
@@ -41,22 +47,30 @@ class Notes:
     def pytest_fixture_setup(self, fixturedef: Any, request: Any) -> Iterator[None]:
         if fixturedef.scope != "module":
             return (yield)
+        begin = time.monotonic()
         with _naming(request.node):
-            return (yield)
+            result = yield
+        self.note("took", request.node.nodeid, time.monotonic() - begin)
+        return result
 
 
 class Quickest:
-    """A plugin for the run with a fault: some tests, the quickest first, up to one that fails."""
+    """A plugin for a run with a fault: some tests, the quickest files first, until one fails."""
 
     def __init__(self, seconds: dict[str, float]) -> None:
         self.seconds = seconds
+        self.files = sorted({_file(test) for test in seconds})
 
     def pytest_configure(self, config: Any) -> None:
         config.option.maxfail = 1
 
     def pytest_collection_modifyitems(self, items: list[Any]) -> None:
         chosen = [item for item in items if item.nodeid in self.seconds]
-        items[:] = sorted(chosen, key=lambda item: self.seconds[item.nodeid])
+        # Files stay in one piece: between two of them pytest takes down what a file's tests share.
+        costs: dict[str, float] = defaultdict(float)
+        for item in chosen:
+            costs[_file(item.nodeid)] += self.seconds[item.nodeid]
+        items[:] = sorted(chosen, key=lambda item: (costs[_file(item.nodeid)], _file(item.nodeid)))
 
 
 @contextmanager
@@ -68,32 +82,44 @@ def _naming(node: Any) -> Iterator[None]:
         del os.environ["MUTANTS_TEST"]
 
 
-def by_function(file: Path) -> dict[str, dict[str, float]]:
-    """Return by function the tests that reach it and how long they take, a minute of them."""
+def by_function(file: Path) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+    """Return all good tests with their seconds; and by function a minute of those that reach it."""
     notes = [json.loads(line) for line in file.read_text().splitlines()]
-    failed = {test for test, noted in notes if noted == "failed"}
+    failed = {test for kind, test, _ in notes if kind == "failed"}
     if failed:
         print(f"left out, since they fail without a fault: {', '.join(sorted(failed))}")
     seconds: dict[str, float] = defaultdict(float)
+    fixtures: dict[str, float] = defaultdict(float)
+    for kind, test, noted in notes:
+        if kind == "took" and test not in failed:
+            (seconds if "::" in test else fixtures)[test] += noted
     tests: dict[str, set[str]] = defaultdict(set)
-    for test, noted in notes:
-        if isinstance(noted, float) and test not in failed:
-            seconds[test] += noted
-            tests[test].add(test)
-            tests[test.partition("::")[0]].add(test)
+    for test in seconds:
+        tests[test].add(test)
+        tests[_file(test)].add(test)
     reaching: dict[str, set[str]] = defaultdict(set)
-    for test, noted in notes:
-        if isinstance(noted, str):
-            reaching[noted] |= tests[test]
-    return {
-        function: dict(_quickest((test, seconds[test]) for test in its_tests))
+    for kind, test, function in notes:
+        if kind == "reached":
+            reaching[function] |= tests[test]
+    return seconds, {
+        function: _quickest({test: seconds[test] for test in its_tests}, fixtures)
         for function, its_tests in reaching.items()
     }
 
 
-def _quickest(tests: Iterable[tuple[str, float]]) -> Iterator[tuple[str, float]]:
-    left = float(TESTS_SECONDS)
-    for test, seconds in sorted(tests, key=lambda its: its[1]):
-        if (left := left - seconds) < 0:
-            return
-        yield test, seconds
+def _quickest(seconds: dict[str, float], fixtures: dict[str, float]) -> dict[str, float]:
+    """Return a minute of tests; the first of a file waits for what its tests share."""
+    chosen: dict[str, float] = {}
+    left, waited_for = float(TESTS_SECONDS), set()
+    for test in sorted(seconds, key=lambda test: seconds[test]):
+        file = _file(test)
+        cost = seconds[test] + (0 if file in waited_for else fixtures.get(file, 0))
+        if cost <= left:
+            left -= cost
+            waited_for.add(file)
+            chosen[test] = seconds[test]
+    return chosen
+
+
+def _file(test: str) -> str:
+    return test.partition("::")[0]

@@ -23,7 +23,7 @@ def _note(name: str, caller: str | None = None) -> None:
         _noted.add((test, name))
         # Many processes append lines to it, each in one piece.
         with open(os.environ["MUTANTS_NOTES"], "a", buffering=1) as file:
-            file.write(json.dumps([test, name]) + "\n")
+            file.write(json.dumps(["reached", test, name]) + "\n")
 
 
 trampoline.record_trampoline_hit = _note  # type: ignore[attr-defined,unused-ignore]
