@@ -1,9 +1,13 @@
 """One random stream per global rank, inside the ``torch.distributed.checkpoint`` checkpoint."""
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
+
+# Now, before a job can set it: Python read it at its start, and a later change has no effect.
+_hash_seed = os.environ.get("PYTHONHASHSEED")
 
 if TYPE_CHECKING:
     from nemo_rng_dcp.automodel import RNGState

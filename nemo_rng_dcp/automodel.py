@@ -12,7 +12,7 @@ import torch
 
 from nemo_rng_dcp import snapshot
 from nemo_rng_dcp.errors import RNGStateError, RNGStateWarning
-from nemo_rng_dcp.generators import global_generators, own_device
+from nemo_rng_dcp.generators import generators_of_process, own_device
 from nemo_rng_dcp.generators.mt19937 import MT19937State
 from nemo_rng_dcp.generators.torch_random import to_bytes
 
@@ -33,8 +33,9 @@ class RNGState(Mapping[str, Any]):
 
     It is NeMo Automodel's older dataclass by its attributes and its present dict by its keys, in
     which NumPy's state is spread over ``np_bit_generator``, ``np_keys`` (uint32, shape ``(624,)``),
-    ``np_position``, ``np_has_gauss`` and ``np_cached_gaussian``. Copied or pickled it is a plain
-    dict of that kind, which ``torch.load(weights_only=True)`` takes.
+    ``np_position``, ``np_has_gauss`` and ``np_cached_gaussian``. A copy of it, or what
+    ``torch.save`` writes of it, is a plain dict of that kind, which
+    ``torch.load(weights_only=True)`` takes.
 
     Attributes:
         random_rng_state: As ``random.getstate()`` gives it.
@@ -78,7 +79,7 @@ def _get_rng_state() -> RNGState:
     Raises:
         RNGStateError: NumPy's global generator does not run MT19937.
     """
-    states = snapshot.take(global_generators(own_device()))
+    states = snapshot.take(generators_of_process(own_device()))
     return RNGState(
         random_rng_state=states.pop("python"),
         np_rng_state=MT19937State.from_numpy(states.pop("numpy")).to_numpy(),
@@ -97,7 +98,7 @@ def _restore_rng_state(state: Mapping[str, Any] | RNGState) -> None:
         RNGStateError: A field is missing or malformed. No stream has moved.
     """
     device = own_device()
-    generators = global_generators(device)
+    generators = generators_of_process(device)
     snapshot.restore(generators, snapshot.unpack(generators, packed_states(state, device)))
 
 
@@ -134,7 +135,8 @@ def packed_states(state: Any, device: torch.device | None) -> dict[str, bytes]:
     states = {}
     for name, field, convert in readers:
         value = _field(state, name, field)
-        if field == "cuda_rng_state" and isinstance(value, list) and not (value and device):
+        are_states = field == "cuda_rng_state" and isinstance(value, (list, tuple))
+        if are_states and not (value and device):
             if value:
                 _warn("an accelerator's stream, which this rank has not: dropped")
             elif device:
@@ -169,6 +171,8 @@ def _warn(has: str) -> None:
 
 def _own_device_state(states: Sequence[torch.Tensor], device: torch.device | None) -> bytes:
     """Return the device's state out of one, or out of one for each visible device."""
+    if not isinstance(states, (list, tuple)):
+        raise ValueError(f"found {states!r:.80}, expected a list of tensors")
     if len(states) == 1:
         return to_bytes(states[0])
     if device is None or device.index is None or len(states) != torch.accelerator.device_count():

@@ -1,4 +1,4 @@
-"""Notices when a rank's accelerator device is not what its ``StatefulRNG`` takes it for."""
+"""Notices when a rank's accelerator device or its stream was exchanged by other code."""
 
 from __future__ import annotations
 

@@ -11,18 +11,29 @@ import torch.utils.checkpoint
 
 
 def rewind_at_first_forward(
-    parts: Sequence[torch.nn.Module], is_loaded: Callable[[], bool], rewind: Callable[[], None]
+    model: torch.nn.Module | Sequence[torch.nn.Module],
+    is_loaded: Callable[[], bool],
+    rewind: Callable[[], None],
 ) -> None:
-    """Call ``rewind`` once, before the first forward of any of the modules for which it is loaded.
+    """Call ``rewind`` once, before the first forward of a module for which something is loaded.
+
+    Args:
+        model: The module, or a list of parts of which the one that runs first rewinds.
+        is_loaded: Whether there is something to rewind to; asked before each forward.
+        rewind: Called once.
 
     Raises:
-        TypeError: Something is no module.
+        TypeError: Something is no module with a forward, or there is none.
         RuntimeError: In that forward: it runs inside an activation checkpoint, which has kept the
             streams from before the rewind and would run the forward again with those.
     """
-    for part in parts:
-        if not isinstance(part, torch.nn.Module):
-            raise TypeError(f"found a {type(part).__name__}, expected torch modules")
+    # A ModuleList has no forward of its own; the parts of a pipeline may come as one.
+    parts: list[Any]
+    parts = list(model) if isinstance(model, (Sequence, torch.nn.ModuleList)) else [model]
+    for part in parts or [model]:
+        if not isinstance(part, torch.nn.Module) or _never_runs(part):
+            name = type(part).__name__
+            raise TypeError(f"found a {name}, expected a torch module with a forward")
 
     # Where a module is compiled in place with fullgraph=True, tracing the hook would be an error.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -42,6 +53,11 @@ def rewind_at_first_forward(
 
     # Before hooks that draw: what they draw is part of the forward.
     handles = [part.register_forward_pre_hook(hook, prepend=True) for part in parts]
+
+
+def _never_runs(module: torch.nn.Module) -> bool:
+    # Asked of the object, since torch.compile() gives it its forward.
+    return getattr(module.forward, "__func__", None) is torch.nn.Module.forward
 
 
 def _in_activation_checkpoint() -> bool:

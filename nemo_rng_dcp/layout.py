@@ -24,7 +24,7 @@ def global_rank() -> int:
     Raises:
         ValueError: ``RANK`` is set but is no rank.
     """
-    if has_process_group():
+    if dist.is_initialized():
         return dist.get_rank()
     value = os.environ.get("RANK", "0")
     if not value.isdecimal():
@@ -34,12 +34,7 @@ def global_rank() -> int:
 
 def world_size() -> int:
     """Return the default process group's size, 1 without one; does not communicate."""
-    return dist.get_world_size() if has_process_group() else 1
-
-
-def has_process_group() -> bool:
-    """Return whether the default process group exists."""
-    return dist.is_available() and dist.is_initialized()
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 @dataclass(frozen=True)
@@ -70,7 +65,7 @@ class Layout:
             ValueError: This process's rank is not in ``mesh``.
         """
         if mesh is None:
-            row = dist.get_rank() if has_process_group() else 0
+            row = dist.get_rank() if dist.is_initialized() else 0
             return cls(row, world_size(), None)
         coordinate = mesh.get_coordinate()
         if coordinate is None:
@@ -82,8 +77,7 @@ class Layout:
         """The names and sizes of the mesh's dimensions, as a record stores them."""
         if self.mesh is None:
             return None
-        names = self.mesh.mesh_dim_names or [str(number) for number in range(self.mesh.ndim)]
-        return tuple(zip(names, self.mesh.shape, strict=True))
+        return tuple(zip(_names(self.mesh), self.mesh.shape, strict=True))
 
     def table(self, record: torch.Tensor) -> torch.Tensor:
         """Return the table of which ``record`` is this process's row; does not communicate.
@@ -95,7 +89,7 @@ class Layout:
             Shape ``(rows * length,)``: a DTensor sharded on dim 0, or ``record`` itself without a
             process group. DCP stores either as one chunk per row.
         """
-        if self.mesh is None and not has_process_group():
+        if self.mesh is None and not dist.is_initialized():
             return record
         mesh = _mesh_of_all_ranks() if self.mesh is None else _on_cpu(self.mesh)
         return DTensor.from_local(
@@ -161,5 +155,9 @@ def _on_cpu(mesh: DeviceMesh) -> DeviceMesh:
     if mesh.device_type == "cpu":
         return mesh
     # DTensor would move a record to the mesh's device, and DCP back to write it.
-    names = mesh.mesh_dim_names or tuple(str(number) for number in range(mesh.ndim))
-    return DeviceMesh.from_group(mesh.get_all_groups(), "cpu", mesh.mesh, mesh_dim_names=names)
+    groups = mesh.get_all_groups()
+    return DeviceMesh.from_group(groups, "cpu", mesh.mesh, mesh_dim_names=_names(mesh))
+
+
+def _names(mesh: DeviceMesh) -> tuple[str, ...]:
+    return mesh.mesh_dim_names or tuple(str(number) for number in range(mesh.ndim))

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Collection, Mapping
 
 import torch
 import torch.distributed as dist
 
-from nemo_rng_dcp.layout import has_process_group, world_size
+from nemo_rng_dcp.layout import world_size
 from nemo_rng_dcp.record import fingerprint
 
 
@@ -19,12 +18,10 @@ def fingerprints(row: int, states: Mapping[str, bytes]) -> list[dict[str, str]]:
         row: This rank's row. Of ranks that share one, the lowest speaks.
         states: This rank's packed states by generator; the same names on every rank.
     """
-    digits = {name: fingerprint(state) for name, state in states.items()}
-    own = [row, *(int(text, 16) for text in digits.values())]
     rows: dict[int, dict[str, str]] = {}
-    for its_row, *its_numbers in gather(own):
-        its_digits = [f"{number:012x}" for number in its_numbers]
-        rows.setdefault(its_row, dict(zip(digits, its_digits, strict=True)))
+    for its_row, *numbers in _gather(row, states):
+        digits = [f"{number:012x}" for number in numbers]
+        rows.setdefault(its_row, dict(zip(states, digits, strict=True)))
     return [rows[number] for number in sorted(rows)]
 
 
@@ -39,7 +36,7 @@ def drifted(row: int, states: Mapping[str, bytes], shared: Collection[str]) -> l
     Returns:
         The same on every rank: one text for each generator and row in which ranks differ.
     """
-    everyone = gather([row, *(_digest(state) for state in states.values())])
+    everyone = _gather(row, states)
     sharing: dict[int, list[int]] = {}
     for rank, (its_row, *_) in enumerate(everyone):
         sharing.setdefault(its_row, []).append(rank)
@@ -59,13 +56,10 @@ def drifted(row: int, states: Mapping[str, bytes], shared: Collection[str]) -> l
     return texts
 
 
-def gather(numbers: list[int]) -> list[list[int]]:
-    """Return every rank's numbers, by rank; a collective of the default process group.
-
-    Args:
-        numbers: They fit int64; as many on every rank.
-    """
-    if not has_process_group():
+def _gather(row: int, states: Mapping[str, bytes]) -> list[list[int]]:
+    """Return by rank its row and the fingerprints of its states, as numbers."""
+    numbers = [row, *(int(fingerprint(state), 16) for state in states.values())]
+    if not dist.is_initialized():
         return [numbers]
     # "cpu:gloo,cuda:nccl" or "cuda:nccl": a group that serves the CPU is used there.
     devices = [served.split(":")[0] for served in dist.get_backend_config().split(",")]
@@ -73,8 +67,3 @@ def gather(numbers: list[int]) -> list[list[int]]:
     everyone = [torch.empty_like(own) for _ in range(world_size())]
     dist.all_gather(everyone, own)
     return [its.tolist() for its in everyone]
-
-
-def _digest(state: bytes) -> int:
-    digest = hashlib.blake2b(state, digest_size=8).digest()
-    return int.from_bytes(digest, "little", signed=True)

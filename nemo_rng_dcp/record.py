@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 import re
 import struct
@@ -20,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from nemo_rng_dcp import __version__
+from nemo_rng_dcp import __version__, _hash_seed
 from nemo_rng_dcp.errors import RNGStateError
 
 KEY = "rng_streams"
@@ -37,8 +36,8 @@ Mesh = tuple[tuple[str, int], ...]
 UNSEEDED = "random"
 """What Python takes for no ``PYTHONHASHSEED``: strings get other hashes at every start."""
 
-HASH_SEED = os.environ.get("PYTHONHASHSEED") or UNSEEDED
-"""This process's ``PYTHONHASHSEED``. Python read it at its start; a later change has no effect."""
+HASH_SEED = _hash_seed or UNSEEDED
+"""This process's ``PYTHONHASHSEED``, as it was when the package was imported."""
 
 _WORD = 8
 _HEAD = struct.Struct("<14q")

@@ -48,7 +48,7 @@ class Resume:
         restored: Generators that are put into the saved state, bit for bit.
         seeds: By generator, the seed of the new stream that a new row starts.
         resizes: How often the job was resumed with another number of rows, this time included.
-        remarks: What a person should know, a sentence each; none if all is restored.
+        remarks: What a person should know, a sentence each; none if the same job loads.
     """
 
     restored: tuple[str, ...]
@@ -159,6 +159,12 @@ def _remarks(record: Record, job: Job, saved: list[str], forked: list[str]) -> I
             f"saved with ranked={record.ranked}, now ranked={job.ranked}: saved rows continue as "
             "they were"
         )
+    kept = {True: "ranks that differed still do", False: "ranks that drew alike still do"}
+    for name in saved if min(rows, now) > 1 else ():
+        shared = job.generators[name].shared
+        if record.streams[name].shared != shared:
+            then, here = sorted(("generators=", "shared_generators="), reverse=not shared)
+            yield f"{name} was saved in {then}, now in {here}: {kept[shared]}"
     absent = [name for name in job.generators if name not in record.streams]
     if absent:
         yield f"the checkpoint has no {', '.join(absent)}: the stream stays as it is"

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from nemo_rng_dcp.errors import RNGStateWarning
-from nemo_rng_dcp.generators import GeneratorAdapter, device_in_use, global_generators
+from nemo_rng_dcp.generators import GeneratorAdapter, device_in_use, generators_of_process
 from nemo_rng_dcp.layout import global_rank
 from nemo_rng_dcp.seeding import check_ranked, check_seed
 from nemo_rng_dcp.snapshot import States, put_back, restore, take
@@ -70,7 +70,7 @@ class ScopedRNG:
             )
         if self.seed is not None:
             seed = check_seed(self.seed, global_rank() if self.ranked else 0)
-        generators = global_generators(device_in_use())
+        generators = generators_of_process(device_in_use())
         outside = take(generators)
         if self.seed is not None:
             restore(generators, {}, dict.fromkeys(generators, seed))

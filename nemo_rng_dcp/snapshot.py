@@ -107,7 +107,7 @@ def put_back(generators: Generators, states: Mapping[str, Any]) -> None:
     if not isinstance(reason, Exception):
         raise reason  # an interrupt, not this generator's refusal
     exchanged = "Was it exchanged meanwhile by np.random.set_bit_generator()?"
-    hint = exchanged if generators[name].kind == "numpy" else "Its stream may have moved."
+    hint = exchanged if name == "numpy" else "Its stream may have moved."
     raise RNGStateError(
         f"{name}: the generator does not take back its own earlier state "
         f"({type(reason).__name__}: {reason}). {hint}"

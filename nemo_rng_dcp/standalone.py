@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 import torch
@@ -14,6 +14,7 @@ from torch.distributed.checkpoint import (
     DefaultSavePlanner,
     LoadPlan,
     ReadItem,
+    SavePlan,
     StorageReader,
     StorageWriter,
 )
@@ -29,27 +30,33 @@ CheckpointId = str | os.PathLike[str] | None
 
 
 def save(
-    state_dict: dict[str, torch.Tensor], path: CheckpointId, writer: StorageWriter | None
+    take: Callable[[], dict[str, torch.Tensor]], path: CheckpointId, writer: StorageWriter | None
 ) -> None:
     """Write a checkpoint with nothing but a record; a collective, as ``dcp.save`` is.
 
+    Args:
+        take: Returns the table of which this rank has its row. What it raises, all ranks are told.
+        path: A folder for the record alone. One that is there already is replaced.
+        writer: DCP's writer of the checkpoint; ``None``: one for ``path``.
+
     Raises:
-        RNGStateError: On every rank: ``path`` holds a checkpoint of other things, which would be
-            lost, or the storage failed.
+        RNGStateError: On every rank: there is no record on one of them, ``path`` holds a checkpoint
+            of other things, which would be lost, or the storage failed.
     """
+    planner = _SavePlanner(take)
     try:
-        dcp.save(state_dict, checkpoint_id=path, storage_writer=writer, planner=_SavePlanner())
+        dcp.save({}, checkpoint_id=path, storage_writer=writer, planner=planner)
     except CheckpointException as error:
         _raise_first_cause(error, f"the record was not saved to {path or writer}")
 
 
 def load(
-    row: int, path: CheckpointId, reader: StorageReader | None, key: str | None
+    row: Callable[[], int], path: CheckpointId, reader: StorageReader | None, key: str | None
 ) -> dict[str, torch.Tensor]:
     """Return the saved record for a row, and read nothing else; a collective, as ``dcp.load`` is.
 
     Args:
-        row: This process's row.
+        row: Returns this process's row. What it raises, all ranks are told.
         path: A checkpoint that holds a record, alone or beside other things, at any depth.
         reader: DCP's reader of the checkpoint; ``None``: one for ``path``.
         key: The record's key in the checkpoint, if there is more than one.
@@ -58,8 +65,8 @@ def load(
         ``{"rng_streams": record}``, not checked yet.
 
     Raises:
-        RNGStateError: On every rank: there is no record, or several and no ``key``, or the storage
-            failed.
+        RNGStateError: On every rank: one of them has no row, there is no record, or several and no
+            ``key``, or the storage failed.
     """
     planner = _LoadPlanner(row, key)
     try:
@@ -70,10 +77,15 @@ def load(
 
 
 class _SavePlanner(DefaultSavePlanner):
-    """Refuses to replace a checkpoint that holds anything but records.
+    """Takes the record, and replaces no checkpoint that holds anything but records.
 
     Here and not before ``dcp.save``, because DCP tells every rank what is raised in a planner.
     """
+
+    def __init__(self, take: Callable[[], dict[str, torch.Tensor]]) -> None:
+        super().__init__()
+        self._take = take
+        self._path: str | None = None
 
     def set_up_planner(
         self,
@@ -81,9 +93,15 @@ class _SavePlanner(DefaultSavePlanner):
         storage_meta: StorageMeta | None = None,
         is_coordinator: bool = False,
     ) -> None:
-        if is_coordinator and storage_meta is not None and storage_meta.checkpoint_id is not None:
-            _refuse_to_replace(storage_meta.checkpoint_id)
-        super().set_up_planner(state_dict, storage_meta, is_coordinator)
+        if storage_meta is not None and storage_meta.checkpoint_id is not None:
+            self._path = os.fspath(storage_meta.checkpoint_id)
+        super().set_up_planner(self._take(), storage_meta, is_coordinator)
+
+    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+        # The coordinator alone is asked, once every rank has its record and before any writes it.
+        if self._path is not None:
+            _make_room(self._path)
+        return super().create_global_plan(all_plans)
 
 
 class _ContentsPlanner(DefaultLoadPlanner):
@@ -108,7 +126,7 @@ class _LoadPlanner(_ContentsPlanner):
     The record is chosen in here, because DCP tells every rank what is raised in a planner.
     """
 
-    def __init__(self, row: int, key: str | None) -> None:
+    def __init__(self, row: Callable[[], int], key: str | None) -> None:
         super().__init__()
         self._row = row
         self._key = key
@@ -116,7 +134,7 @@ class _LoadPlanner(_ContentsPlanner):
 
     def create_local_plan(self) -> LoadPlan:
         key = _chosen(self.saved, self._key)
-        read = read_of_row(key, self._row, self.saved[key])
+        read = read_of_row(key, self._row(), self.saved[key])
         self.record = torch.zeros(read.lengths, dtype=torch.int64)
         return LoadPlan([read])
 
@@ -147,9 +165,17 @@ def _chosen(saved: Mapping[str, Any], key: str | None) -> str:
     raise RNGStateError(f"the checkpoint holds no record {key!r}, only {', '.join(found)}")
 
 
-def _refuse_to_replace(path: str | os.PathLike[str]) -> None:
-    if not _holds_a_checkpoint(os.fspath(path)):
-        return  # DCP would log that as if something had failed
+def _make_room(path: str) -> None:
+    """Take away an earlier record, so that a save which is interrupted leaves none.
+
+    DCP would leave the old metadata, which fits the rows of both moments.
+    """
+    # The second is that of a save with use_collectives=False.
+    files = [f"{path}/{name}" for name in (".metadata", "__0.metadata")]
+    exists, remove = _storage_of(path)
+    files = [file for file in files if exists(file)]
+    if not files:
+        return
     planner = _ContentsPlanner()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
@@ -160,22 +186,23 @@ def _refuse_to_replace(path: str | os.PathLike[str]) -> None:
             f"{path} holds a checkpoint of other things ({others[0]}, for one), which would be "
             f"lost. Save the record to a folder of its own, such as {path}/rng."
         )
+    for file in files:
+        remove(file)
 
 
-def _holds_a_checkpoint(path: str) -> bool:
-    # The second is that of a save with use_collectives=False.
-    files = [f"{path}/{name}" for name in (".metadata", "__0.metadata")]
+def _storage_of(path: str) -> tuple[Callable[[str], bool], Callable[[str], None]]:
+    """Return what tells whether a file exists, and what removes one."""
     if "://" not in path:
-        return any(os.path.exists(file) for file in files)
+        return os.path.exists, os.remove
     from fsspec.core import url_to_fs  # type: ignore[import-untyped]
 
     storage, _ = url_to_fs(path)
-    return any(storage.exists(file) for file in files)
+    return storage.exists, storage.rm_file
 
 
 def _raise_first_cause(error: CheckpointException, what: str) -> NoReturn:
     """Raise DCP's exception, which ``except Exception`` misses, as this library's own."""
     rank = min(error.failures)
     cause, _ = error.failures[rank]
-    kind = "" if isinstance(cause, RNGStateError) else f"{type(cause).__name__} on rank {rank}: "
-    raise RNGStateError(f"{what}: {kind}{cause}") from error
+    kind = "" if isinstance(cause, RNGStateError) else f"{type(cause).__name__}: "
+    raise RNGStateError(f"{what} (rank {rank}): {kind}{cause}") from error

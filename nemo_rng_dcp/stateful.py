@@ -17,12 +17,7 @@ from nemo_rng_dcp.automodel import RNGState, is_automodel_state, packed_states
 from nemo_rng_dcp.device import DeviceWatch
 from nemo_rng_dcp.errors import RNGStateError, RNGStateWarning
 from nemo_rng_dcp.first_forward import rewind_at_first_forward
-from nemo_rng_dcp.generators import (
-    GeneratorAdapter,
-    global_generators,
-    own_device,
-    registered_generators,
-)
+from nemo_rng_dcp.generators import generators_of_process, own_device, registered_generators
 from nemo_rng_dcp.layout import Layout, global_rank, world_size
 from nemo_rng_dcp.record import KEY, NOT_SAVED, Record, Stream, fingerprint
 from nemo_rng_dcp.resume import Job, Kind, Loaded, resume
@@ -113,12 +108,15 @@ class StatefulRNG:
             raise TypeError(f"global_generators is {global_generators!r}, expected True or False")
         self.global_generators = global_generators
         self.device = own_device(device)
-        self._shared = frozenset({} if shared_generators is None else shared_generators)
-        self._registered = registered_generators(
+        registered = registered_generators(
             {} if generators is None else generators,
             {} if shared_generators is None else shared_generators,
             self.device,
         )
+        of_process = generators_of_process(self.device) if global_generators else {}
+        self._global_names = frozenset(of_process)
+        self._generators = {**of_process, **registered}
+        self._shared = frozenset(shared_generators or ())
         if mesh is not None and not isinstance(mesh, DeviceMesh):
             raise TypeError(f"mesh is {mesh!r}, expected a DeviceMesh or None")
         self.mesh = mesh
@@ -160,8 +158,6 @@ class StatefulRNG:
         layout = self._layout()
         self._watch.warn_if_another_is_current()
         self._watch.warn_if_reseeded(layout.row)
-        generators = self._generators()
-        packed = snapshot.pack(generators, snapshot.take(generators))
         record = Record(
             row=layout.row,
             rows=layout.rows,
@@ -172,8 +168,8 @@ class StatefulRNG:
             taken_at=time.time_ns(),
             mesh=layout.mesh_sizes,
             streams={
-                name: Stream(generators[name].kind, name in self._shared, state)
-                for name, state in packed.items()
+                name: Stream(self._generators[name].kind, name in self._shared, state)
+                for name, state in self._packed().items()
             },
         )
         table = layout.table(record.to_tensor())
@@ -198,7 +194,6 @@ class StatefulRNG:
             TypeError: ``state_dict`` is none of these.
             RuntimeError: As for :meth:`state_dict`.
         """
-        generators = self._generators()
         if is_automodel_state(state_dict):
             # It knows the global streams only; registered ones stay as they are.
             if not self.global_generators:
@@ -207,7 +202,7 @@ class StatefulRNG:
                     "(global_generators=False): load it with the one that stores them"
                 )
             packed = packed_states(state_dict, self.device)
-            states = snapshot.unpack(global_generators(self.device), packed)
+            states = snapshot.unpack(self._generators, packed)
             self._watch.warn_if_another_is_current()
             self._restore(states)
             self.loaded = Loaded()
@@ -222,22 +217,24 @@ class StatefulRNG:
                 f"{KEY}: the state has no such entry, only {sorted(map(str, state_dict))}; it is "
                 "no state of a StatefulRNG"
             )
-        record = None if state_dict[KEY] is NOT_SAVED else layout.own_record(state_dict[KEY])
-        if record is None or self._was_not_loaded(record, state_dict[KEY]):
+        table = state_dict[KEY]
+        record = None if table is NOT_SAVED else layout.own_record(table)
+        if record is None or self._was_not_loaded(record, table):
             warnings.warn(
                 f"rank {global_rank()}: the load restored no random stream: the checkpoint holds "
                 f"no {KEY} for row {layout.row}, or this is what state_dict() has just returned.",
                 RNGStateWarning,
                 stacklevel=2,
             )
+            self.loaded = self._loaded_states = None
             return
         self._watch.warn_if_another_is_current()
-        its = resume(record, self._job(layout, generators))
+        its = resume(record, self._job(layout))
         if its.remarks and layout.row == 0:
             # Before the restore: where warnings are errors, nothing may have moved by then.
             warnings.warn("RNG state: " + ". ".join(its.remarks), RNGStateWarning, stacklevel=2)
         saved = {name: record.streams[name].state for name in (*its.restored, *its.seeds)}
-        states = snapshot.unpack(generators, saved)
+        states = snapshot.unpack(self._generators, saved)
         states = {name: states[name] for name in its.restored}
         self._restore(states, its.seeds)
         self.loaded = Loaded.from_record(record)
@@ -260,11 +257,11 @@ class StatefulRNG:
             storage_writer: DCP's writer for another storage; ``path`` may then be left out.
 
         Raises:
-            RNGStateError: As for :meth:`state_dict`; or, on every rank, the folder holds a
-                checkpoint of other things, which would be lost, or the storage failed.
-            RuntimeError: As for :meth:`state_dict`.
+            RNGStateError: On every rank: one of them has no record, as for :meth:`state_dict`; the
+                folder holds a checkpoint of other things, which would be lost; or the storage
+                failed. If that was while records were written, an earlier one is gone as well.
         """
-        standalone.save(self.state_dict(), path, storage_writer)
+        standalone.save(self.state_dict, path, storage_writer)
 
     def load(
         self,
@@ -286,10 +283,11 @@ class StatefulRNG:
 
         Raises:
             RNGStateError: As for :meth:`load_state_dict`; or, on every rank, the checkpoint holds
-                no record or several, or the storage failed. No stream of this rank has moved.
-            RuntimeError: As for :meth:`state_dict`.
+                no record or several, one of the ranks has no row, or the storage failed. No stream
+                of this rank has moved.
         """
-        self.load_state_dict(standalone.load(self._layout().row, path, storage_reader, key))
+        loaded = standalone.load(lambda: self._layout().row, path, storage_reader, key)
+        self.load_state_dict(loaded)
 
     def rewind(self) -> None:
         """Put every stream back to where the last load left it; does not communicate.
@@ -325,16 +323,11 @@ class StatefulRNG:
                 torch does not notice later that a module in it has got a hook.
 
         Raises:
-            TypeError: ``model`` is neither a module nor a sequence of modules.
+            TypeError: ``model`` is neither a module with a forward nor a sequence of them.
             RuntimeError: In that forward: it runs inside an activation checkpoint. Checkpoints
                 inside the model are fine.
         """
-        # A ModuleList has no forward of its own.
-        if isinstance(model, torch.nn.ModuleList) or not isinstance(model, torch.nn.Module):
-            parts = list(model)
-        else:
-            parts = [model]
-        rewind_at_first_forward(parts, lambda: self.loaded is not None, self.rewind)
+        rewind_at_first_forward(model, lambda: self.loaded is not None, self.rewind)
 
     @overload
     def fingerprint(self, gather: Literal[False] = False) -> dict[str, str]: ...
@@ -367,17 +360,18 @@ class StatefulRNG:
     def verify_shared(self) -> None:
         """Make sure that ranks which should have one stream are in the same state.
 
-        These are the ranks that share a row, and for ``shared_generators`` all ranks. Moves no
-        stream. A collective: every rank of the default process group must call it, with the same
-        generators. It costs one all-gather of 8 bytes per generator and rank. A checkpoint holds a
-        shared row once, so peers that drifted apart come back as one of them; call this before a
-        save, or when debugging.
+        These are the ranks that share a row, and all ranks for ``shared_generators`` and, unless
+        ``ranked``, for the global generators. Moves no stream. A collective: every rank of the
+        default process group must call it, with the same generators. It costs one all-gather of 8
+        bytes per generator and rank. A checkpoint holds a shared row once, so peers that drifted
+        apart come back as one of them; call this before a save, or when debugging.
 
         Raises:
             RNGStateError: Ranks differ; on every rank, naming the ranks and the generators. Also
                 as for :meth:`state_dict`, on the rank concerned.
         """
-        drifted = peers.drifted(self._layout().row, self._packed(), self._shared)
+        shared = self._shared if self.ranked else self._shared | self._global_names
+        drifted = peers.drifted(self._layout().row, self._packed(), shared)
         if drifted:
             raise RNGStateError(
                 "; ".join(drifted) + ". A draw happened on some of them only, or the mesh given "
@@ -391,27 +385,24 @@ class StatefulRNG:
             "it to dcp.save at the top level of the dict: DCP pickles what lies deeper."
         )
 
-    def _generators(self) -> dict[str, GeneratorAdapter]:
-        if not self.global_generators:
-            return self._registered
-        return {**global_generators(self.device), **self._registered}
-
     def _restore(self, states: snapshot.States, seeds: Mapping[str, int] | None = None) -> None:
-        self._loaded_states = snapshot.restore(self._generators(), states, seeds)
+        self._loaded_states = snapshot.restore(self._generators, states, seeds)
         self._watch.note_seeds()
 
     def _packed(self) -> dict[str, bytes]:
-        generators = self._generators()
-        return snapshot.pack(generators, snapshot.take(generators))
+        return snapshot.pack(self._generators, snapshot.take(self._generators))
 
-    def _job(self, layout: Layout, generators: Mapping[str, GeneratorAdapter]) -> Job:
+    def _job(self, layout: Layout) -> Job:
         return Job(
             row=layout.row,
             rows=layout.rows,
             mesh=layout.mesh_sizes,
             ranked=self.ranked,
-            generators={name: Kind(g.kind, name in self._shared) for name, g in generators.items()},
-            global_names=frozenset(generators.keys() - self._registered.keys()),
+            generators={
+                name: Kind(generator.kind, name in self._shared)
+                for name, generator in self._generators.items()
+            },
+            global_names=self._global_names,
         )
 
     def _was_not_loaded(self, record: Record, table: torch.Tensor) -> bool:
@@ -431,9 +422,8 @@ class StatefulRNG:
 
     def _layout(self) -> Layout:
         """Return the layout, after making sure that it gives this process the streams it has."""
-        layout = Layout.current(self.mesh)
-        own_row = self._row_number()
-        if self.ranked and self._seeded_row != own_row:
+        layout, own_row = Layout.current(self.mesh), self._row_number()
+        if self.ranked and self.global_generators and self._seeded_row != own_row:
             raise RuntimeError(
                 f"this StatefulRNG was seeded for row {self._seeded_row}, but the process has row "
                 f"{own_row}: construct it after init_process_group"

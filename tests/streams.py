@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from nemo_rng_dcp import RNGStateWarning, snapshot
-from nemo_rng_dcp.generators import device_in_use, global_generators
+from nemo_rng_dcp.generators import device_in_use, generators_of_process
 
 
 def draw(count: int = 1) -> list[float]:
@@ -22,7 +22,7 @@ def draw(count: int = 1) -> list[float]:
 
 
 def states() -> dict[str, bytes]:
-    generators = global_generators(device_in_use())
+    generators = generators_of_process(device_in_use())
     return snapshot.pack(generators, snapshot.take(generators))
 
 

@@ -126,11 +126,13 @@ def test_a_device_chosen_later_is_left_alone_and_named(tmp_path: Path) -> None:
     assert draw_on(0) == expected
     rng.rewind()
     assert draw_on(0) == expected
-    with pytest.warns(RNGStateWarning, match=both):
+    with pytest.warns(RNGStateWarning, match=both) as caught:
         rng.state_dict()
+    assert caught[0].filename == __file__
     for loaded in (state, _get_rng_state()):
-        with pytest.warns(RNGStateWarning, match=both):
+        with pytest.warns(RNGStateWarning, match=both) as caught:
             rng.load_state_dict(loaded)
+        assert caught[0].filename == __file__
     assert torch.equal(MODULE.get_rng_state(1), other)
 
 

@@ -188,6 +188,10 @@ def test_training_with_dropout_continues_exactly(tmp_path: Path, parallel: str) 
 # torch's DTensor gives every rank the stream of rank 0 at its first random operation.
 
 
+def seed_device(seed: int) -> None:
+    MODULE.set_rng_state(torch.Generator(TYPE).manual_seed(seed).get_state())
+
+
 def seed_of_device() -> int:
     generator = torch.Generator(TYPE)
     generator.set_state(MODULE.get_rng_state())
@@ -204,7 +208,9 @@ def reseedings(function: Callable[[], object]) -> list[str]:
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always", RNGStateWarning)
         function()
-    return [str(each.message) for each in said if "DTensor" in str(each.message)]
+    said = [each for each in said if "DTensor" in str(each.message)]
+    assert all(each.filename == __file__ for each in said), "the line that called state_dict()"
+    return [str(each.message) for each in said]
 
 
 def first_operation_after_a_load(path: Path) -> tuple[list[int], list[str], list[str], int]:
@@ -214,11 +220,13 @@ def first_operation_after_a_load(path: Path) -> tuple[list[int], list[str], list
     loaded = seed_of_device()
     draw_on_dtensor()
     replaced = seed_of_device()
-    said = reseedings(rng.state_dict)
+    said = [*reseedings(rng.state_dict), *reseedings(rng.state_dict)]
+    seed_device(9)
+    said += reseedings(rng.state_dict)
     torch.manual_seed(5)  # the job's own doing
-    again = reseedings(rng.state_dict)
+    after_the_jobs_own = reseedings(rng.state_dict)
     rng.rewind()
-    return [loaded, replaced], said, again, seed_of_device()
+    return [loaded, replaced], said, after_the_jobs_own, seed_of_device()
 
 
 def test_a_stream_that_dtensor_replaced_is_noticed_at_the_next_save(tmp_path: Path) -> None:
@@ -226,9 +234,10 @@ def test_a_stream_that_dtensor_replaced_is_noticed_at_the_next_save(tmp_path: Pa
     first, second, third = job(3, first_operation_after_a_load, tmp_path, group=False)
     assert first == ([42, 42], [], [], 42)
     assert third == ([44, 42], [], [], 44)  # rank 1 has said it for all
-    seeds, said, again, rewound = second
-    assert (seeds, len(said), again, rewound) == ([43, 42], 1, [], 43)
+    seeds, said, after_the_jobs_own, rewound = second
+    assert (seeds, len(said), after_the_jobs_own, rewound) == ([43, 42], 2, [], 43)
     assert f"other code gave {TYPE}:1 another stream (seed 42, after 43)" in said[0]
+    assert f"other code gave {TYPE}:1 another stream (seed 9, after 42)" in said[1]
     assert "with ScopedRNG(seed=None): torch.distributed.tensor.rand(1, device_mesh=" in said[0]
 
 
@@ -256,7 +265,7 @@ def initialised_by_dtensor(path: Path) -> tuple[int, list[list[str]], int, list[
     started = seed_of_device()
     at_saves = [reseedings(rng.state_dict) for _ in range(2)]
     rng = StatefulRNG(7, ranked=True)
-    MODULE.set_rng_state(torch.Generator(TYPE).manual_seed(5).get_state())
+    seed_device(5)
     at_load = reseedings(lambda: dcp.load({"rng": rng}, checkpoint_id=path))
     return started, at_saves, seed_of_device(), [at_load, reseedings(rng.state_dict)]
 

@@ -117,6 +117,7 @@ def test_a_load_of_theirs_can_be_rewound_and_says_that_it_was_one() -> None:
         ("random_rng_state", (3, (), None), "python"),
         ("torch_rng_state", torch.zeros(5056), "torch"),
         ("cuda_rng_state", np.zeros(3), "cuda"),
+        ("cuda_rng_state", torch.zeros(1, 16, dtype=torch.uint8), "cuda"),
     ],
 )
 @restores
@@ -152,10 +153,11 @@ def test_what_leaves_the_global_streams_alone_does_not_restore_them() -> None:
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="needs a machine without accelerator")
 @restores
 def test_the_warning_names_the_line_that_restored(restore: Callable[[Any], None]) -> None:
-    state = {**present_dict(), "cuda_rng_state": [torch.zeros(16, dtype=torch.uint8)]}
-    with pytest.warns(RNGStateWarning, match="which this rank has not: dropped") as caught:
-        restore(state)
-    assert caught[0].filename == __file__
+    own = [torch.zeros(16, dtype=torch.uint8)]
+    for states in (own, tuple(own)):
+        with pytest.warns(RNGStateWarning, match="which this rank has not: dropped") as caught:
+            restore({**present_dict(), "cuda_rng_state": states})
+        assert caught[0].filename == __file__
 
 
 def test_an_unknown_key_is_a_key_error() -> None:

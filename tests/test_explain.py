@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from asking import Capture, ask, ask_json
 from jobs import job
 from nemo_rng_dcp import RNGLoadPlanner, RNGStateWarning, StatefulRNG
-from nemo_rng_dcp.generators import global_generators, own_device
+from nemo_rng_dcp.generators import generators_of_process, own_device
 from nemo_rng_dcp.layout import Layout
 from records import change_metadata, records, save
 from streams import draw
@@ -70,7 +70,7 @@ class Spec:
 
     def words(self) -> list[object]:
         """Return the job as ``explain`` is told of it."""
-        generators = (*global_generators(own_device()), *self.own, *self.shared)
+        generators = (*generators_of_process(own_device()), *self.own, *self.shared)
         words: list[object] = ["--world-size", self.size, "--generators", ",".join(generators)]
         words += ["--shared", ",".join(self.shared), f"--{'' if self.ranked else 'no-'}ranked"]
         if self.mesh is not None:
@@ -117,7 +117,7 @@ def test_a_load_does_what_explain_foretells(example: int, tmp_path: Path, capsys
     (entry,) = ask_json(capsys, "explain", tmp_path, *resumed.words())["entries"]
     fates = {fate["row"]: fate for fate in entry["fates"] if fate["ranks"]}
     loaded = job(resumed.size, load_real, tmp_path, resumed, entry["needs_planner"])
-    device = list(global_generators(own_device()))[3:]
+    device = list(generators_of_process(own_device()))[3:]
     for rank, (row, before, after, said) in enumerate(loaded):
         fate = fates[row]
         assert rank in fate["ranks"]

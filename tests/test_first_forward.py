@@ -201,8 +201,15 @@ def test_a_part_inside_an_activation_checkpoint_is_refused(reentrant: bool) -> N
 
 
 def test_only_modules_are_taken() -> None:
-    with pytest.raises(TypeError, match="found a str, expected torch modules"):
-        StatefulRNG(1).rewind_at_first_forward(["model"])  # type: ignore[list-item]
+    models = {
+        "str": ["model"],
+        "list": [],
+        "ModuleDict": nn.ModuleDict({"part": Model()}),
+        "ParameterList": [Model(), nn.ParameterList()],
+    }
+    for name, model in models.items():
+        with pytest.raises(TypeError, match=f"found a {name}, expected a torch module with a forw"):
+            StatefulRNG(1).rewind_at_first_forward(model)  # type: ignore[arg-type]
 
 
 def test_what_a_hook_draws_is_part_of_the_forward() -> None:

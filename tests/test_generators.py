@@ -132,6 +132,13 @@ def test_an_object_of_another_kind_is_refused(generator: Any) -> None:
         StatefulRNG(1, generators={"noise": generator})
 
 
+@pytest.mark.parametrize("argument", ["generators", "shared_generators"])
+def test_a_generator_without_a_name_is_refused(argument: str) -> None:
+    given: dict[str, Any] = {argument: torch.Generator()}
+    with unmoved(), pytest.raises(TypeError, match=f"^{argument} is a Generator, expected a map"):
+        StatefulRNG(1, **given)
+
+
 def test_one_stream_is_registered_once() -> None:
     bits = np.random.PCG64(1)
     pairs: list[tuple[Any, Any]] = [
@@ -154,7 +161,8 @@ def test_one_stream_is_registered_once() -> None:
 
 def test_a_random_state_over_another_algorithm_is_refused_at_construction() -> None:
     legacy = np.random.RandomState(np.random.PCG64(1))
-    with unmoved(), pytest.raises(ValueError, match="noise: the generator runs PCG64"):
+    said = r"noise: the generator runs PCG64, .* Register a numpy\.random\.Generator"
+    with unmoved(), pytest.raises(ValueError, match=said):
         StatefulRNG(1, generators={"noise": legacy})
 
 
@@ -269,7 +277,7 @@ def test_a_setter_that_raises_halfway_leaves_every_stream_where_it_was() -> None
 @pytest.mark.parametrize("kind", KINDS)
 def test_seeding_uses_all_64_bits_and_agrees_with_the_library_below_32(kind: str) -> None:
     generator = KINDS[kind](0)
-    adapter = StatefulRNG(1, generators={"noise": generator})._registered["noise"]
+    adapter = StatefulRNG(1, generators={"noise": generator})._generators["noise"]
     adapter.seed(77)
     assert numbers(generator, 9) == numbers(KINDS[kind](77), 9)
     found = set()

@@ -13,7 +13,6 @@ from torch.distributed.tensor import DTensor
 from altered import record_of
 from nemo_rng_dcp import RNGStateError, StatefulRNG
 from nemo_rng_dcp.layout import Layout
-from nemo_rng_dcp.peers import gather
 from streams import unmoved
 
 FakeGroup = Callable[[int, int], None]
@@ -91,9 +90,10 @@ def test_the_record_of_another_row_is_refused(fake_group: FakeGroup) -> None:
         of_dp.load_state_dict(of_tp.state_dict())
 
 
-def test_without_a_group_gathering_gives_the_own_numbers() -> None:
-    assert gather([4, 5]) == [[4, 5]]
-    StatefulRNG(1).verify_shared()
+def test_without_a_group_gathering_gives_the_own_streams() -> None:
+    rng = StatefulRNG(1)
+    assert rng.fingerprint(gather=True) == [rng.fingerprint()]
+    rng.verify_shared()
 
 
 def plan_of(rank: int, world_size: int, fake_group: FakeGroup) -> SavePlan:

@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from jobs import gather, job
 from nemo_rng_dcp import RNGStateError, StatefulRNG
-from nemo_rng_dcp.generators import global_generators, own_device
+from nemo_rng_dcp.generators import generators_of_process, own_device
 from streams import unmoved
 
 
@@ -24,7 +24,7 @@ def fingerprints_of_all() -> tuple[list[dict[str, str]], list[dict[str, str]]]:
 def test_fingerprints_are_gathered_by_row_for_every_generator() -> None:
     for gathered, expected in job(3, fingerprints_of_all):
         assert gathered == expected
-    names = [*global_generators(own_device()), "own"]
+    names = [*generators_of_process(own_device()), "own"]
     assert [list(its) for its in expected] == [names] * 3
     digits = [text for its in expected for text in its.values()]
     assert len(set(digits)) == 3 * len(names)
@@ -63,6 +63,21 @@ def drift() -> list[str]:
     with unmoved(), pytest.raises(RNGStateError) as caught:
         rng.verify_shared()
     return str(caught.value).split(". ")[0].split("; ")
+
+
+def drift_where_all_are_alike() -> str:
+    rng = StatefulRNG(42, generators={"own": random.Random(dist.get_rank())})
+    rng.verify_shared()
+    if dist.get_rank() == 1:
+        random.random()
+    with unmoved(), pytest.raises(RNGStateError) as caught:
+        rng.verify_shared()
+    return str(caught.value).split(". ")[0]
+
+
+def test_without_ranked_all_ranks_share_the_global_streams() -> None:
+    said = "python: all ranks share it, but rank 1 differs from rank 0"
+    assert job(2, drift_where_all_are_alike) == [said] * 2
 
 
 def test_every_drift_of_every_generator_row_and_peer_is_named() -> None:

@@ -214,6 +214,27 @@ def test_another_ranked_is_said(
     assert bool(its.remarks) == bool(said)
 
 
+@pytest.mark.parametrize(
+    ("shared", "rows", "said"),
+    [
+        (True, 2, "noise was saved in generators=, now in shared_generators=: ranks that differed"),
+        (False, 2, "order was saved in shared_generators=, now in generators=: ranks that drew al"),
+        (True, 1, ""),  # one row: it makes no difference
+    ],
+)
+def test_a_generator_that_is_shared_now_or_no_longer_is_said(
+    shared: bool, rows: int, said: str
+) -> None:
+    job = job_of(0, rows, ranked=True, mesh=None)
+    name = "noise" if shared else "order"
+    moved = {name: job.generators[name]._replace(shared=shared)}
+    job = dataclasses.replace(job, generators={**job.generators, **moved})
+    its = resume(saved(rows, ranked=True, mesh=None), job)
+    assert set(its.restored) == {"python", "noise", "order"}
+    assert said in " ".join(its.remarks)
+    assert len(its.remarks) == bool(said)
+
+
 def test_one_dimension_that_grows_keeps_its_numbers_and_two_do_not() -> None:
     grown = resume(
         saved(2, ranked=True, mesh=(("dp", 2),)),

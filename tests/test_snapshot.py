@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from nemo_rng_dcp import RNGStateError, snapshot
-from nemo_rng_dcp.generators import GeneratorAdapter, global_generators
+from nemo_rng_dcp.generators import GeneratorAdapter, generators_of_process
 from streams import unmoved
 
 
@@ -33,10 +33,10 @@ class Failing:
 
 @pytest.mark.parametrize("change", [{"states": {"own": 1}}, {"states": {}, "seeds": {"own": 1}}])
 def test_a_generator_that_fails_is_named_and_all_are_put_back(change: dict[str, Any]) -> None:
-    generators: dict[str, GeneratorAdapter] = {**global_generators(None), "own": Failing()}
-    moved = snapshot.take(global_generators(None))
+    generators: dict[str, GeneratorAdapter] = {**generators_of_process(None), "own": Failing()}
+    moved = snapshot.take(generators_of_process(None))
     change["states"] = {**moved, **change["states"]}
-    snapshot.restore(global_generators(None), {}, {"python": 5, "torch": 6})
+    snapshot.restore(generators_of_process(None), {}, {"python": 5, "torch": 6})
     message = r"^own: the generator did not take its state \(OSError: the device is gone\); every"
     with unmoved(), pytest.raises(RNGStateError, match=message) as error:
         snapshot.restore(generators, **change)

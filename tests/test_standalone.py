@@ -1,12 +1,14 @@
 """A record saved by itself, and found in whatever checkpoint holds one."""
 
 import datetime
+import os
 import random
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -14,8 +16,9 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save, torch_save_to_dcp
 from torch.distributed.device_mesh import init_device_mesh
 
-from jobs import job
+from jobs import begin_group, job
 from nemo_rng_dcp import RNGStateError, RNGStateWarning, StatefulRNG
+from nemo_rng_dcp.record import KEY, NOT_SAVED
 from streams import draw, unmoved
 
 Numbers = list[float]
@@ -185,10 +188,70 @@ def test_a_record_saved_before_is_replaced(scheme: str, tmp_path: Path) -> None:
     assert draw() == expected
 
 
+class FailingWriter(dcp.FileSystemWriter):
+    def write_data(self, *args: Any, **kwargs: Any) -> Any:
+        raise OSError("no space left")
+
+
+def saved_twice(path: Path, second: str) -> tuple[Numbers, str]:
+    """Save two moments to one folder; rank 1 fails in the second save."""
+    rng = StatefulRNG(42, ranked=True)
+    rng.save(path)
+    expected = draw()
+    fails = dist.get_rank() == 1
+    writer = FailingWriter(path) if fails and second == "write" else None
+    if fails and second == "state":
+        np.random.set_bit_generator(np.random.PCG64())  # type: ignore[attr-defined]
+    with pytest.raises(RNGStateError) as caught:
+        rng.save(path, storage_writer=writer)
+    return expected, str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore:Detected an existing checkpoint")
+def test_a_save_over_another_that_fails_leaves_no_record_of_two_moments(tmp_path: Path) -> None:
+    for _, said in job(2, saved_twice, tmp_path, "write"):
+        assert f"was not saved to {tmp_path} (rank 1): OSError: no space left" in said
+    for said in job(2, load_fails, tmp_path):
+        assert ".metadata" in said
+
+
+@pytest.mark.filterwarnings("ignore:Detected an existing checkpoint")
+def test_a_rank_without_a_record_fails_the_save_on_all_and_the_last_one_stays(
+    tmp_path: Path,
+) -> None:
+    expected, said = zip(*job(2, saved_twice, tmp_path, "state"), strict=True)
+    for its in said:
+        assert f"was not saved to {tmp_path} (rank 1): numpy: the generator runs PCG64" in its
+    assert job(2, loaded_from, tmp_path) == [(numbers, []) for numbers in expected]
+
+
+def seeded_before_the_group(path: Path) -> list[str]:
+    """Rank 1 is seeded for row 0; rank 0 is as well, and that is its own."""
+    rank = os.environ.pop("RANK")
+    rng = StatefulRNG(42, ranked=True)
+    os.environ["RANK"] = rank
+    begin_group()
+    said: list[str] = []
+    functions: list[Callable[[Path], None]] = [rng.save, rng.load]
+    for function in functions:
+        with pytest.raises(RNGStateError) as caught:
+            function(path / "rng")
+        said.append(str(caught.value))
+    return said
+
+
+def test_a_rank_of_another_row_fails_the_save_and_the_load_on_all(tmp_path: Path) -> None:
+    job(1, saved_alone, tmp_path / "rng")
+    for said in job(2, seeded_before_the_group, tmp_path, group=False):
+        for its in said:
+            assert "(rank 1): RuntimeError: this StatefulRNG was seeded for row 0" in its
+
+
 def test_storage_that_fails_is_an_exception_of_the_library(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     rng = StatefulRNG(1)
-    with unmoved(), pytest.raises(RNGStateError, match=r"was not saved to .*file/rng: NotADir"):
+    said = r"was not saved to .*file/rng \(rank 0\): NotADirectoryError"
+    with unmoved(), pytest.raises(RNGStateError, match=said):
         rng.save(tmp_path / "file" / "rng")
 
 
@@ -241,9 +304,23 @@ def test_loaded_says_what_was_restored(tmp_path: Path) -> None:
 
 def test_nothing_was_loaded_where_the_load_restored_nothing() -> None:
     rng = StatefulRNG(1)
-    with pytest.warns(RNGStateWarning, match="restored no random stream"):
+    with pytest.warns(RNGStateWarning, match="restored no random stream") as caught:
         rng.load_state_dict(rng.state_dict())
+    assert caught[0].filename == __file__
     assert rng.loaded is None
+
+
+def test_a_load_that_restores_nothing_forgets_the_one_before() -> None:
+    """Or a rewind would repeat what was drawn since then."""
+    rng = StatefulRNG(1)
+    rng.load_state_dict({KEY: rng.state_dict()[KEY].clone()})
+    assert rng.loaded is not None
+    draw()
+    with unmoved(), pytest.warns(RNGStateWarning, match="restored no random stream"):
+        rng.load_state_dict({KEY: NOT_SAVED})
+    assert rng.loaded is None
+    with unmoved(), pytest.raises(RuntimeError, match="nothing was loaded yet"):
+        rng.rewind()
 
 
 # What frameworks that do not know of rows make of a state_dict().

@@ -129,4 +129,4 @@ def save_records(records: list[Record], out: str | Path) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
         warnings.filterwarnings("ignore", "Detected an existing checkpoint")
-        standalone.save({KEY: whole}, out, None)
+        standalone.save(lambda: {KEY: whole}, out, None)

@@ -35,10 +35,13 @@ class NumPyAdapter:
     def get(self) -> dict[str, Any]:
         state: dict[str, Any] = self._generator.get_state(legacy=False)
         if state["bit_generator"] != "MT19937":
+            default = "np.random.set_bit_generator(np.random.MT19937())"
+            remedy = f"Give the default back at the start of the job: {default}"
+            if isinstance(self._generator, np.random.RandomState):
+                remedy = "Register a numpy.random.Generator over it instead"
             raise ValueError(
                 f"the generator runs {state['bit_generator']}, and only MT19937, NumPy's default, "
-                "can be stored. Give the default back at the start of the job: "
-                "np.random.set_bit_generator(np.random.MT19937())"
+                f"can be stored. {remedy}"
             )
         return state
 

@@ -19,7 +19,7 @@ from nemo_rng_dcp.generators.torch_random import (
 )
 
 
-def global_generators(device: torch.device | None) -> dict[str, GeneratorAdapter]:
+def generators_of_process(device: torch.device | None) -> dict[str, GeneratorAdapter]:
     """Return the global generators of this process by name.
 
     Args:
