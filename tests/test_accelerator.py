@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
+from altered import record_of
 from jobs import job
 from nemo_rng_dcp import (
     RNGLoadPlanner,
@@ -202,6 +203,13 @@ def test_a_devices_own_generator_is_refused(index: int) -> None:
 
 
 @two_devices
+def test_a_device_that_hides_its_generator_is_stored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Apple's mps does."""
+    monkeypatch.delattr(MODULE, "default_generators")
+    rng = StatefulRNG(1, generators={"own": torch.Generator(TYPE)}, device=TYPE)
+    assert set(record_of(rng.state_dict()).streams) == {"python", "numpy", "torch", TYPE, "own"}
+
+
 def test_generators_on_another_device_come_back(tmp_path: Path) -> None:
     own = torch.Generator(f"{TYPE}:1").manual_seed(3)
     generators = {"own": own, "of_device_1": MODULE.default_generators[1]}
@@ -425,8 +433,18 @@ def test_seed_worker_leaves_the_device_the_seed_that_torch_gave_it() -> None:
 
 def test_the_environment_names_the_devices() -> None:
     accelerator = environment()["accelerator"]
+    assert accelerator.keys() == {"type", "runtime", "driver", "cudnn", "devices"}
     assert accelerator["type"] == TYPE
     assert len(accelerator["devices"]) == COUNT
+    if TYPE == "simacc":
+        assert accelerator["devices"] == [f"Simulated {index}" for index in range(COUNT)]
+        assert accelerator["driver"] == "1.2"
+    assert environment()["float32"].keys() == {
+        "cuda_matmul",
+        "cudnn_conv",
+        "cudnn_rnn",
+        "cpu_matmul",
+    }
 
 
 @on_cuda

@@ -30,12 +30,16 @@ pytestmark = pytest.mark.skipif(COUNT < 2, reason="needs two devices of an accel
 COLLECTIVES = {"cuda": "nccl", "xpu": "xccl"}.get(TYPE, "gloo")
 
 
-def begin() -> int:
-    """Join a job whose ranks have a device each; return the rank's device."""
+def begin(cpu: bool = True) -> int:
+    """Join a job whose ranks have a device each; return the rank's device.
+
+    Args:
+        cpu: Whether the group has collectives of CPU tensors, too.
+    """
     device = int(os.environ["RANK"]) % COUNT
     MODULE.set_device(device)
     dist.init_process_group(
-        f"cpu:gloo,{TYPE}:{COLLECTIVES}",
+        f"{'cpu:gloo,' if cpu else ''}{TYPE}:{COLLECTIVES}",
         init_method=f"file://{os.environ['JOB_STORE']}",
         rank=int(os.environ["RANK"]),
         world_size=int(os.environ["WORLD_SIZE"]),
@@ -118,7 +122,7 @@ def test_a_mesh_of_devices_keeps_records_on_the_cpu(tmp_path: Path, shape: tuple
 def drift() -> tuple[list[str], str]:
     begin()
     mesh = init_device_mesh(TYPE, (1, 2), mesh_dim_names=("dp", "tp"))
-    rng = StatefulRNG(42, mesh=mesh["dp"])
+    rng = StatefulRNG(42, ranked=True, mesh=mesh["dp"])
     numbers()
     rng.verify_shared()
     if dist.get_rank() == 1:
@@ -183,6 +187,40 @@ def test_training_with_dropout_continues_exactly(tmp_path: Path, parallel: str) 
     expected = job(2, train, parallel, tmp_path, group=False)
     assert expected[0] != expected[1]
     assert job(2, resume, parallel, tmp_path, group=False) == expected
+
+
+def in_a_group_of_devices_alone(path: Path) -> tuple[list[bool], list[dict[str, str]], str]:
+    begin(cpu=False)
+    rng = StatefulRNG(42, ranked=True)
+    dcp.save({"rng": rng}, checkpoint_id=path / "job")
+    rng.save(path / "alone")
+    drawn = [numbers()]
+    loads: list[Callable[[], object]] = [
+        lambda: dcp.load({"rng": rng}, checkpoint_id=path / "job"),
+        lambda: dcp.load({"rng": rng}, checkpoint_id=path / "job", planner=RNGLoadPlanner()),
+        lambda: rng.load(path / "alone"),
+    ]
+    for load in loads:
+        load()
+        drawn.append(numbers())
+    shared = StatefulRNG(1)
+    if dist.get_rank() == 1:
+        torch.rand(1, device=TYPE)
+    with pytest.raises(RNGStateError) as error:
+        shared.verify_shared()
+    exact = [each == drawn[0] for each in drawn]
+    return exact, [rng.fingerprint(), *rng.fingerprint(gather=True)], str(error.value)
+
+
+def test_a_group_without_collectives_of_the_cpu_does(tmp_path: Path) -> None:
+    """As ``init_process_group("nccl")`` makes it."""
+    for rank, (exact, digits, said) in enumerate(
+        job(2, in_a_group_of_devices_alone, tmp_path, group=False)
+    ):
+        own, *of_ranks = digits
+        assert exact == [True] * 4
+        assert own == of_ranks[rank] != of_ranks[1 - rank]
+        assert said.startswith(f"{TYPE}: all ranks share it, but rank 1 differs from rank 0.")
 
 
 # torch's DTensor gives every rank the stream of rank 0 at its first random operation.

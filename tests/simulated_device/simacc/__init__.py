@@ -11,6 +11,7 @@ import os
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
@@ -57,6 +58,11 @@ def is_available() -> bool:
 
 def device_count() -> int:
     return _C.device_count()
+
+
+def get_device_properties(device=None) -> SimpleNamespace:
+    index = current_device() if device is None else _index(device)
+    return SimpleNamespace(name=f"Simulated {index}", driver_version="1.2")
 
 
 def is_initialized() -> bool:
@@ -151,7 +157,7 @@ def _index(device) -> int | None:
 def get_rng_state(device="simacc") -> torch.Tensor:
     _lazy_init()
     index = _index(device)
-    return default_generators[_C.get_device() if index is None else index].get_state()
+    return _generators[_C.get_device() if index is None else index].get_state()
 
 
 def get_rng_state_all() -> list[torch.Tensor]:
@@ -163,7 +169,7 @@ def set_rng_state(new_state: torch.Tensor, device="simacc") -> None:
         new_state = new_state.clone()
     index = _index(device)
     _lazy_call(
-        lambda: default_generators[_C.get_device() if index is None else index].set_state(new_state)
+        lambda: _generators[_C.get_device() if index is None else index].set_state(new_state)
     )
 
 
@@ -173,15 +179,15 @@ def set_rng_state_all(new_states) -> None:
 
 
 def manual_seed(seed: int) -> None:
-    _lazy_call(lambda: default_generators[_C.get_device()].manual_seed(int(seed)))
+    _lazy_call(lambda: _generators[_C.get_device()].manual_seed(int(seed)))
 
 
 def manual_seed_all(seed: int) -> None:
-    _lazy_call(lambda: [generator.manual_seed(int(seed)) for generator in default_generators])
+    _lazy_call(lambda: [generator.manual_seed(int(seed)) for generator in _generators])
 
 
 def initial_seed() -> int:
-    return default_generators[_C.get_device()].initial_seed()
+    return _generators[_C.get_device()].initial_seed()
 
 
 def has_context(index: int) -> bool:
@@ -195,7 +201,8 @@ def _autoload() -> None:
 
 torch.ops.load_library(_build())
 _C = torch.ops.simacc
-default_generators = [_C.default_generator(index) for index in range(_C.device_count())]
+_generators = [_C.default_generator(index) for index in range(_C.device_count())]
+default_generators = tuple(_generators)
 torch.utils.rename_privateuse1_backend("simacc")
 torch._register_device_module("simacc", sys.modules[__name__])
 torch.utils.generate_methods_for_privateuse1_backend(for_storage=True)

@@ -18,6 +18,7 @@
 #include <c10/core/CPUAllocator.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <pthread.h>
+#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -242,10 +243,23 @@ c10::IValue on_host(const c10::IValue& value) {
   return host;
 }
 
+// The same backend under the name of the CPU's: a group need not serve the CPU itself.
+c10::IValue on_host(const c10::intrusive_ptr<c10d::ProcessGroup>& group) {
+  auto host = c10::make_intrusive<c10d::ProcessGroup>(group->getRank(), group->getSize());
+  host->setBackend(at::kCPU, c10d::ProcessGroup::BackendType::GLOO, group->getBackend(kSim));
+  return host;
+}
+
 // Collectives are gloo's, on the same memory.
 void collective(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
-  const auto count = op.schema().arguments().size();
-  for (auto i = stack->size() - count; i < stack->size(); ++i) (*stack)[i] = on_host((*stack)[i]);
+  const auto& arguments = op.schema().arguments();
+  auto* value = stack->data() + stack->size() - arguments.size();
+  for (const auto& argument : arguments) {
+    *value = argument.name() == "process_group"
+                 ? on_host(value->toCustomClass<c10d::ProcessGroup>())
+                 : on_host(*value);
+    ++value;
+  }
   op.redispatchBoxed(c10::DispatchKeySet(c10::DispatchKey::CPU), stack);
 }
 
