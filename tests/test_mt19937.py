@@ -133,68 +133,76 @@ def test_python_and_numpy_pack_as_the_algorithm_does() -> None:
             assert adapter.pack(adapter.get()) == state.to_bytes()  # type: ignore[arg-type]
 
 
+SHAPE_OF_PYTHON = r"^not a state of Python's random: expected \(3, \(\.\.\.\), gauss_next\)"
+NUMBERS_OF_PYTHON = "^not a state of Python's random: expected 625 integers"
+WORDS_OF_PYTHON = "^not a state of Python's random: .*(argument|format|int too large)"
+
+
 @pytest.mark.parametrize(
-    "state",
+    ("state", "message"),
     [
-        None,
-        (),
-        (2, (1,) * 625, None),
-        (3, (1,) * 624, None),
-        (3, [1] * 625, None),
-        (3, (2**32,) + (1,) * 624, None),
-        (3, (-1,) + (1,) * 624, None),
-        (3, (2**70,) + (1,) * 624, None),
-        (3, ("a",) + (1,) * 624, None),
-        (3, (1,) * 624 + (625,), None),
-        (3, (1,) * 624 + (1.5,), None),
-        (3, (1,) * 625, "0.5"),
+        (None, SHAPE_OF_PYTHON),
+        ((), SHAPE_OF_PYTHON),
+        ((2, (1,) * 625, None), SHAPE_OF_PYTHON),
+        ((3, (1,) * 624, None), NUMBERS_OF_PYTHON),
+        ((3, [1] * 625, None), NUMBERS_OF_PYTHON),
+        ((3, (2**32,) + (1,) * 624, None), WORDS_OF_PYTHON),
+        ((3, (-1,) + (1,) * 624, None), WORDS_OF_PYTHON),
+        ((3, (2**70,) + (1,) * 624, None), WORDS_OF_PYTHON),
+        ((3, ("a",) + (1,) * 624, None), WORDS_OF_PYTHON),
+        ((3, (1,) * 624 + (625,), None), "^the position is 625, expected 0 to 624"),
+        ((3, (1,) * 624 + (1.5,), None), r"^the position is 1\.5, expected 0 to 624"),
+        ((3, (1,) * 625, "0.5"), r"^the cached gaussian is '0\.5', expected a float"),
     ],
 )
-def test_malformed_states_of_python_are_refused(state: object) -> None:
-    with pytest.raises(ValueError, match=r"."):
+def test_malformed_states_of_python_are_refused(state: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         MT19937State.from_python(state)  # type: ignore[arg-type]
 
 
 WORDS_OF_ONE = np.ones(WORDS, dtype=np.uint32)
+FLOATS = WORDS_OF_ONE.astype(float)
+TOO_LARGE = WORDS_OF_ONE.astype(np.int64) * 2**32
 
 
 @pytest.mark.parametrize(
-    "state",
+    ("state", "message"),
     [
-        None,
-        {},
-        {"bit_generator": "PCG64", "state": {}},
-        ("PCG64", WORDS_OF_ONE, 0, 0, 0.0),
-        ("MT19937", WORDS_OF_ONE, 0),
-        ("MT19937", WORDS_OF_ONE[:-1], 0, 0, 0.0),
-        ("MT19937", WORDS_OF_ONE, 625, 0, 0.0),
-        ("MT19937", WORDS_OF_ONE, -1, 0, 0.0),
-        ("MT19937", WORDS_OF_ONE, None, 0, 0.0),
-        ("MT19937", WORDS_OF_ONE, 0, 2, 0.0),
-        ("MT19937", WORDS_OF_ONE.astype(float), 0, 0, 0.0),
-        ("MT19937", WORDS_OF_ONE.astype(np.int64) * 2**32, 0, 0, 0.0),
-        ("MT19937", None, 0, 0, 0.0),
+        (None, "^not an MT19937 state of NumPy: found 'NoneType'"),
+        ({}, "^not an MT19937 state of NumPy: found None"),
+        ({"bit_generator": "PCG64", "state": {}}, "^not an MT19937 state of NumPy: found 'PCG64'"),
+        (("PCG64", WORDS_OF_ONE, 0, 0, 0.0), "^not an MT19937 state of NumPy: found 'PCG64'"),
+        (("MT19937", WORDS_OF_ONE, 0), "^not an MT19937 state of NumPy"),
+        (("MT19937", WORDS_OF_ONE[:-1], 0, 0, 0.0), r"^the words are uint32 \(623,\), expected"),
+        (("MT19937", WORDS_OF_ONE, 625, 0, 0.0), "^the position is 625, expected 0 to 624"),
+        (("MT19937", WORDS_OF_ONE, -1, 0, 0.0), "^the position is -1, expected 0 to 624"),
+        (("MT19937", WORDS_OF_ONE, None, 0, 0.0), "^the position is None, expected 0 to 624"),
+        (("MT19937", WORDS_OF_ONE, 0, 2, 0.0), "^the has-gauss flag is 2, expected 0 or 1"),
+        (("MT19937", FLOATS, 0, 0, 0.0), r"^the words are float64 \(624,\), expected integers"),
+        (("MT19937", TOO_LARGE, 0, 0, 0.0), r"^a word is 4294967296, expected 0 to 2\*\*32 - 1"),
+        (("MT19937", -TOO_LARGE, 0, 0, 0.0), "^a word is -4294967296, expected"),
+        (("MT19937", None, 0, 0, 0.0), r"^the words are object \(\), expected integers"),
     ],
 )
-def test_malformed_states_of_numpy_are_refused(state: object) -> None:
-    with pytest.raises(ValueError, match=r"."):
+def test_malformed_states_of_numpy_are_refused(state: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         MT19937State.from_numpy(state)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
-    ("offset", "value"),
+    ("offset", "value", "message"),
     [
-        (8, 0),  # left
-        (8, 200),  # left, which does not fit next
-        (12, 2),  # seeded
-        (16, 9),  # next, which does not fit left
-        (28, 1),  # the upper half of word 0
+        (8, 0, "seeded 1, left 512, next 5"),
+        (8, 200, "seeded 1, left 712, next 5"),
+        (12, 2, "seeded 2, left"),
+        (16, 9, "next 9"),  # which does not fit left
+        (28, 1, "^a word is"),  # the upper half of word 0
     ],
 )
-def test_malformed_states_of_torch_are_refused(offset: int, value: int) -> None:
+def test_malformed_states_of_torch_are_refused(offset: int, value: int, message: str) -> None:
     state = state_at(1, 5).to_torch()
     state[offset] = value
-    with pytest.raises(ValueError, match=r"."):
+    with pytest.raises(ValueError, match=message):
         MT19937State.from_torch(state)
 
 

@@ -409,6 +409,26 @@ def test_around_a_planner_that_renames_keys(size: int, tmp_path: Path) -> None:
     assert not any(seen for _, seen in loaded), "the other planner sees no record"
 
 
+class Noting(DefaultLoadPlanner):
+    """Notes what is in its place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.noted: list[tuple[str, list[float]]] = []
+
+    def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
+        self.noted.append((read_item.dest_index.fqn, tensor.tolist()))
+
+
+def test_the_other_planner_is_told_of_all_that_was_read_but_records(tmp_path: Path) -> None:
+    rng = StatefulRNG(1)
+    dcp.save({"rng": rng, "weight": torch.ones(2)}, checkpoint_id=tmp_path)
+    planner = Noting()
+    state = {"rng": rng, "weight": torch.zeros(2)}
+    dcp.load(state, checkpoint_id=tmp_path, planner=RNGLoadPlanner(planner))
+    assert planner.noted == [("weight", [1, 1])]
+
+
 class Refusing(DefaultLoadPlanner):
     def __init__(self, step: str) -> None:
         super().__init__()
@@ -426,12 +446,12 @@ class Refusing(DefaultLoadPlanner):
 @pytest.mark.parametrize("step", ["set_up", "plan"])
 def test_the_table_is_back_in_its_place_whatever_happens(step: str, tmp_path: Path) -> None:
     rng = StatefulRNG(1)
-    dcp.save(rng.state_dict(), checkpoint_id=tmp_path)
-    state = rng.state_dict()
+    dcp.save({"app": rng.state_dict()}, checkpoint_id=tmp_path)
+    state = rng.state_dict()  # dcp.load copies the outermost dict, and no other
     given = state[KEY]
     planner = RNGLoadPlanner(Refusing(step))
     with unmoved(), pytest.raises(CheckpointException, match="not today"):
-        dcp.load(state, checkpoint_id=tmp_path, planner=planner)
+        dcp.load({"app": state}, checkpoint_id=tmp_path, planner=planner)
     assert state[KEY] is given
 
 

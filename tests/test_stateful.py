@@ -1,6 +1,7 @@
 """StatefulRNG in one process: without a process group, or as one rank of a fake one."""
 
 import copy
+import hashlib
 import pickle
 import platform
 import random
@@ -147,6 +148,14 @@ def test_a_stream_seeded_for_another_rank_is_refused(
     assert StatefulRNG(1).state_dict()  # with ranked=False the rank plays no part in the seed
 
 
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="needs a machine without accelerator")
+@pytest.mark.parametrize("device", ["cuda", "cuda:1", torch.device("cuda", 0)])
+def test_a_device_is_refused_where_there_is_none(device: Any) -> None:
+    said = f"^device is '{device}', but this process has no accelerator: expected .* 'cpu'"
+    with unmoved(), pytest.raises(ValueError, match=said):
+        StatefulRNG(1, device=device)
+
+
 def test_what_was_not_seeded_may_be_constructed_before_the_group(
     fake_group: Callable[[int, int], None],
 ) -> None:
@@ -206,6 +215,12 @@ def negative_length(state: State) -> State:
     return {KEY: table}
 
 
+def shorter_than_a_head(state: State) -> State:
+    words = state[KEY][:12].numpy().tobytes()
+    words += hashlib.blake2b(words, digest_size=8).digest()  # which fits
+    return {KEY: torch.frombuffer(bytearray(words), dtype=torch.int64)}
+
+
 BAD: dict[str, tuple[str, Callable[[State], Any]]] = {
     "missing": ("no such entry, only", lambda s: {"numpy": s[KEY]}),
     "no tensor": ("expected a tensor, found list", lambda s: {KEY: [1, 2]}),
@@ -219,6 +234,11 @@ BAD: dict[str, tuple[str, Callable[[State], Any]]] = {
     "two numbers": ("has layout version 2", lambda s: {KEY: torch.tensor([2, 3004005])}),
     "negative length": ("does not fit its check word", negative_length),
     "head alone": ("does not fit its check word", lambda s: {KEY: s[KEY][:3]}),
+    "length of four numbers": (
+        "does not fit its check word",
+        lambda s: {KEY: torch.tensor([1, 0, 2, 0])},
+    ),
+    "shorter than a head": ("does not fit its check word", shorter_than_a_head),
     "zeros": ("has layout version 0", lambda s: {KEY: torch.zeros_like(s[KEY])}),
     "bit in the head": ("row 0 of 1, does not fit", lambda s: flipped(s, 6)),
     "bit in a state": ("row 0 of 1, does not fit", lambda s: flipped(s, 700)),
