@@ -117,6 +117,21 @@ def test_a_full_disk(tmp_path: Path) -> None:
     assert_continues(tmp_path / "complete", expected)
 
 
+def save_over(path: Path) -> tuple[Numbers, Numbers]:
+    rng = StatefulRNG(42, ranked=True)
+    dcp.save({"rng": rng}, checkpoint_id=path)
+    first = draw()
+    with pytest.raises(CheckpointException, match="No space left on device"):
+        dcp.save({"rng": rng}, storage_writer=FullDisk(path))
+    return first, draw()
+
+
+def test_a_checkpoint_that_is_overwritten_in_part_is_of_two_moments(tmp_path: Path) -> None:
+    """DCP leaves the old metadata, which fits the rows of both. The library cannot tell."""
+    (_, second), (first, _) = job(2, save_over, tmp_path)
+    assert_continues(tmp_path, [second, first])
+
+
 def file_of_rank_1(folder: Path) -> Path:
     return next(folder.glob("__1_*.distcp"))
 
