@@ -69,7 +69,8 @@ class RNGLoadPlanner(LoadPlanner):
     - For an entry that the checkpoint lacks, no stream moves, and ``StatefulRNG`` says so.
 
     RNG entries are found by themselves, at the top level or nested, in the state dict and in the
-    checkpoint. The other planner never sees them.
+    checkpoint. The other planner never sees them. What is loaded takes the place of the live table
+    in the state dict, so call ``state_dict()`` anew for each load.
 
     Pass it to ``dcp.load`` on every rank. It communicates no more than the other planner. An RNG
     entry of the checkpoint for which the state dict has no place is named in an
