@@ -102,8 +102,6 @@ class RNGLoadPlanner(LoadPlanner):
         if planner is not None and not isinstance(planner, LoadPlanner):
             raise TypeError(f"planner is {planner!r:.80}, expected a LoadPlanner or None")
         self.planner = DefaultLoadPlanner() if planner is None else planner
-        self._tables: dict[str, _Table] = {}
-        self._reads: list[ReadItem] = []
 
     def set_up_planner(
         self,
@@ -115,6 +113,7 @@ class RNGLoadPlanner(LoadPlanner):
         saved = metadata.state_dict_metadata
         entries = dict(_entries(state_dict))
         tables = {fqn: _table(path) for fqn, path in entries.items()}
+        self._tables: dict[str, _Table]
         self._tables = {fqn: table for fqn, table in tables.items() if table is not None}
         self._reads = [
             read_of_row(fqn, table.row, saved[fqn])

@@ -159,6 +159,17 @@ def test_one_stream_is_registered_once() -> None:
             StatefulRNG(1, generators={"noise": known})
 
 
+class Exotic(random.Random):
+    def getstate(self) -> tuple[Any, ...]:
+        return (3, (*range(624), "624"), None)
+
+
+def test_a_random_with_a_state_of_its_own_is_refused_at_construction() -> None:
+    said = "^noise: not a state of Python's random: .*(argument|integer)"
+    with unmoved(), pytest.raises(ValueError, match=said):
+        StatefulRNG(1, generators={"noise": Exotic()})
+
+
 def test_a_random_state_over_another_algorithm_is_refused_at_construction() -> None:
     legacy = np.random.RandomState(np.random.PCG64(1))
     said = r"noise: the generator runs PCG64, .* Register a numpy\.random\.Generator"
@@ -281,10 +292,11 @@ def test_seeding_uses_all_64_bits_and_agrees_with_the_library_below_32(kind: str
     adapter.seed(77)
     assert numbers(generator, 9) == numbers(KINDS[kind](77), 9)
     found = set()
-    for value in (5, 5 + 2**32, 5 + 2**63, 2**64 - 1):
+    values = (0, 5, 2**32 - 1, 2**32, 5 + 2**32, 5 + 2**63, 2**64 - 1)
+    for value in values:
         adapter.seed(value)
         found.add(tuple(numbers(generator, 9)))
-    assert len(found) == 4
+    assert len(found) == len(values)
 
 
 def test_a_name_is_per_row_or_shared_and_not_both() -> None:

@@ -16,7 +16,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributed.checkpoint import DefaultLoadPlanner, LoadPlan, _version
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -25,6 +30,7 @@ from torch.distributed.tensor import DTensor
 from altered import record_of, without
 from jobs import job
 from nemo_rng_dcp import RNGLoadPlanner, StatefulRNG
+from nemo_rng_dcp.planner import read_of_row
 from nemo_rng_dcp.record import KEY
 from streams import draw, said, unmoved
 
@@ -407,6 +413,21 @@ def test_around_a_planner_that_renames_keys(size: int, tmp_path: Path) -> None:
     loaded = job(size, load_new_names, tmp_path)
     assert [numbers for numbers, _ in loaded[:2]] == saved
     assert not any(seen for _, seen in loaded), "the other planner sees no record"
+
+
+def test_a_row_is_read_as_the_default_planner_reads_it(tmp_path: Path) -> None:
+    job(3, save_together, tmp_path)
+    metadata = dcp.FileSystemReader(tmp_path).read_metadata()
+    saved = metadata.state_dict_metadata["rng.rng_streams"]
+    assert isinstance(saved, TensorStorageMetadata)
+    planner = DefaultLoadPlanner()
+    planner.set_up_planner({"rng.rng_streams": torch.zeros(saved.size)}, metadata)
+    for row, expected in enumerate(planner.create_local_plan().items):
+        read = read_of_row("rng.rng_streams", row, saved)
+        # It reads into a tensor of its own, and not into the row of a table.
+        zero = MetadataIndex("rng.rng_streams", torch.Size((0,)))
+        assert read == dataclasses.replace(expected, dest_index=zero, dest_offsets=torch.Size((0,)))
+        assert read.storage_index.index == expected.storage_index.index == row
 
 
 class Noting(DefaultLoadPlanner):
