@@ -48,11 +48,7 @@ class Checkpoint:
         for index in indexes.values():
             self.keys = {**index.keys, **self.keys}
             self.files |= index.files
-        self.records = [
-            key
-            for key, stored in sorted(self.keys.items())
-            if key.rpartition(".")[2] == KEY and stored.dtype == "int64" and len(stored.size) == 1
-        ]
+        self.records = [key for key, its in sorted(self.keys.items()) if is_record(key, its)]
         self._known: set[Chunk] = set()
         self._bytes: Counter[str] = Counter()
 
@@ -129,6 +125,11 @@ class Checkpoint:
         return self._folder.read(name, chunk.start, chunk.length)
 
 
+def is_record(key: str, stored: Stored) -> bool:
+    """Return whether a load takes what is stored under a key for records."""
+    return key.rpartition(".")[2] == KEY and stored.dtype == "int64" and len(stored.size) == 1
+
+
 def open_checkpoint(where: str) -> Checkpoint:
     """Return the checkpoint at a path or URL, or one folder below it.
 
@@ -192,14 +193,31 @@ def _below(folder: Folder, name: str) -> Checkpoint | None:
 def _checkpoint(folder: Folder) -> Checkpoint | None:
     """Return the checkpoint in a folder, if it is one, by the index that ``dcp.load`` uses."""
 
-    def read(name: str) -> Metadata:
-        return Metadata(folder.read(name, 0, folder.sizes[name]), name)
-
-    if _METADATA in folder.sizes:
-        return Checkpoint(folder, {None: read(_METADATA)})
-    matches = filter(None, map(_METADATA_OF_A_RANK.fullmatch, folder.sizes))
-    of_ranks = {int(match[1]): match[0] for match in matches}
-    if of_ranks:
-        return Checkpoint(folder, {rank: read(of_ranks[rank]) for rank in sorted(of_ranks)})
+    names = metadata_files(folder)
+    if None in names:
+        names = {None: names[None]}
+    if names:
+        return Checkpoint(folder, {rank: read_metadata(folder, names[rank]) for rank in names})
     index = Safetensors(folder)
     return Checkpoint(folder, {None: index}) if index.files else None
+
+
+def metadata_files(folder: Folder) -> dict[int | None, str]:
+    """Return the files in which DCP says what a folder holds, by the rank that reads each.
+
+    ``None`` is all ranks: if that one is there, ``dcp.load`` reads no other.
+    """
+    matches = filter(None, map(_METADATA_OF_A_RANK.fullmatch, folder.sizes))
+    of_ranks = sorted((int(match[1]), match[0]) for match in matches)
+    return {**({None: _METADATA} if _METADATA in folder.sizes else {}), **dict(of_ranks)}
+
+
+def read_metadata(folder: Folder, name: str) -> Metadata:
+    """Return one of the :func:`metadata_files` of a folder.
+
+    Raises:
+        RNGStateError: It is damaged, malformed, or refused.
+        OSError: It cannot be read.
+    """
+    content = folder.read(name, 0, folder.sizes[name])
+    return Metadata(content, f"{folder.where.rstrip('/')}/{name}")

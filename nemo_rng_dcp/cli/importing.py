@@ -12,11 +12,17 @@ from typing import Any
 import torch
 
 from nemo_rng_dcp import standalone
-from nemo_rng_dcp.cli.checkpoint import checkpoints_in
+from nemo_rng_dcp.cli.checkpoint import (
+    checkpoints_in,
+    is_record,
+    metadata_files,
+    read_metadata,
+)
 from nemo_rng_dcp.cli.foreign import find_foreign, ranks_that_wrote
 from nemo_rng_dcp.cli.per_rank import COMPOSER, Files, find_files, read_files
 from nemo_rng_dcp.cli.rank_keys import read_keys
 from nemo_rng_dcp.cli.states import JobStates, to_records
+from nemo_rng_dcp.cli.storage import MissingFolderError, open_folder
 from nemo_rng_dcp.cli.terminal import Style, plural, table, within
 from nemo_rng_dcp.errors import RNGStateError
 from nemo_rng_dcp.record import KEY, Record, fingerprint
@@ -123,10 +129,34 @@ def save_records(records: list[Record], out: str | Path) -> None:
     """Write records as a checkpoint that ``StatefulRNG.load`` and ``dcp.load`` take.
 
     Raises:
-        RNGStateError: The folder holds a checkpoint of other things, or it cannot be written to.
+        RNGStateError: The folder holds a checkpoint of other things or one that cannot be read, or
+            it cannot be written to.
+        OSError: An earlier record cannot be read or removed.
     """
+    _make_room(os.fspath(out))
     whole = torch.cat([record.to_tensor() for record in records])
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
         warnings.filterwarnings("ignore", "Detected an existing checkpoint")
         standalone.save(lambda: {KEY: whole}, out, None)
+
+
+def _make_room(out: str) -> None:
+    """Remove an earlier record, before DCP unpickles it, which executes what is in it."""
+    try:
+        folder = open_folder(out)
+    except MissingFolderError:
+        return
+    files = metadata_files(folder).values()
+    try:
+        found = [item for name in files for item in read_metadata(folder, name).keys.items()]
+    except RNGStateError as error:
+        raise RNGStateError(f"nothing was saved to {out}: {error}") from error
+    others = sorted(key for key, stored in found if not is_record(key, stored))
+    if others:
+        raise RNGStateError(
+            f"{out} holds a checkpoint of other things ({others[0]}, for one), which would be "
+            f"lost. Save the records to a folder of their own, such as {out}/rng."
+        )
+    for name in files:
+        folder.remove(name)

@@ -38,7 +38,7 @@ class Metadata:
 
     Args:
         content: The bytes of a ``.metadata``.
-        name: The file's name, for errors.
+        name: What errors call it.
 
     Raises:
         RNGStateError: It is damaged, malformed, or wants something that DCP never stores there.

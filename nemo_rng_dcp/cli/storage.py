@@ -8,6 +8,10 @@ from typing import Any, Protocol
 from nemo_rng_dcp.errors import RNGStateError
 
 
+class MissingFolderError(RNGStateError):
+    """There is no such folder."""
+
+
 class Folder(Protocol):
     """A folder.
 
@@ -29,6 +33,14 @@ class Folder(Protocol):
         """
         ...
 
+    def remove(self, name: str) -> None:
+        """Remove a file that is in ``sizes``; ``sizes`` stays as it is.
+
+        Raises:
+            OSError: It cannot be removed.
+        """
+        ...
+
     def inner(self, name: str) -> Folder:
         """Return a folder that is in ``folders``."""
         ...
@@ -38,7 +50,8 @@ def open_folder(where: str) -> Folder:
     """Return the folder at a path, or at a URL that fsspec knows, such as ``s3://bucket/folder``.
 
     Raises:
-        RNGStateError: There is none, or fsspec is needed and missing.
+        MissingFolderError: There is none.
+        RNGStateError: It is a file, or fsspec is needed and missing.
         OSError: It cannot be listed.
     """
     if not where:
@@ -52,7 +65,7 @@ class _LocalFolder:
     def __init__(self, where: str) -> None:
         self.where = where
         if not os.path.exists(where):
-            raise RNGStateError(f"{where}: there is no such folder")
+            raise MissingFolderError(f"{where}: there is no such folder")
         if not os.path.isdir(where):
             raise RNGStateError(f"{where}: a file, expected the folder of a checkpoint")
         self.sizes: dict[str, int] = {}
@@ -68,6 +81,9 @@ class _LocalFolder:
         with open(os.path.join(self.where, name), "rb") as file:
             file.seek(start)
             return file.read(length)
+
+    def remove(self, name: str) -> None:
+        os.remove(os.path.join(self.where, name))
 
     def inner(self, name: str) -> Folder:
         return _LocalFolder(os.path.join(self.where, name))
@@ -88,7 +104,7 @@ class _RemoteFolder:
             self._files, self._path = url_to_fs(where)
             entries = self._files.ls(self._path, detail=True)
         except FileNotFoundError as error:
-            raise RNGStateError(f"{where}: there is no such folder") from error
+            raise MissingFolderError(f"{where}: there is no such folder") from error
         except Exception as error:  # each kind of storage has errors of its own
             raise _as_os_error(where, error) from error
         # Some list the folder itself, or for a file the file.
@@ -100,13 +116,22 @@ class _RemoteFolder:
 
     def read(self, name: str, start: int, length: int) -> bytes:
         try:
-            path = f"{self._path.rstrip('/')}/{name}"
-            return bytes(self._files.cat_file(path, start=start, end=start + length))
+            end = start + length
+            return bytes(self._files.cat_file(self._path_of(name), start=start, end=end))
+        except Exception as error:
+            raise _as_os_error(f"{self.where}, {name}", error) from error
+
+    def remove(self, name: str) -> None:
+        try:
+            self._files.rm_file(self._path_of(name))
         except Exception as error:
             raise _as_os_error(f"{self.where}, {name}", error) from error
 
     def inner(self, name: str) -> Folder:
         return _RemoteFolder(f"{self.where.rstrip('/')}/{name}")
+
+    def _path_of(self, name: str) -> str:
+        return f"{self._path.rstrip('/')}/{name}"
 
 
 def _name(entry: dict[str, Any]) -> str:
