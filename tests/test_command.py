@@ -170,3 +170,45 @@ def test_every_field_of_the_json_is_documented(
     named = set(re.findall(r"`(\w+)`", text)) | {"A", "B"}
     missing = keys_in(answers) - named - set(drawn_streams(0))
     assert not missing
+
+
+# Errors that nobody foresaw, and a stderr that cannot be written.
+
+
+def test_an_error_that_nobody_foresaw_is_no_finding(tmp_path: Path) -> None:
+    """A traceback ends with exit code 1, which means findings."""
+    (tmp_path / ".metadata").touch()
+    os.truncate(tmp_path / ".metadata", 2**43)  # more than any memory, and no byte on the disk
+    done = run("inspect", tmp_path)
+    assert (done.returncode, done.stderr) == (2, "nemo-rng-dcp: MemoryError\n")
+
+
+def test_ctrl_c_ends_with_130(checkpoint: Path) -> None:
+    program = (
+        "import os, signal, sys, threading\n"
+        "from nemo_rng_dcp.cli.main import main\n"
+        "class Path(str):\n"
+        "    def __contains__(self, text): os.kill(os.getpid(), signal.SIGINT); return False\n"
+        "sys.argv[1] = Path(sys.argv[1])\n"
+        "sys.exit(main(['inspect', sys.argv[1]]))"
+    )
+    words = [sys.executable, "-c", program, str(checkpoint)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=100, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize("stderr", ["2>&-", "2>/dev/full"])
+def test_a_stderr_that_cannot_be_written_changes_nothing(
+    stderr: str, checkpoint: Path, tmp_path: Path
+) -> None:
+    """The reason went to stdout, where --json prints, or the exit code became 1."""
+    damaged = save(records(2), tmp_path)
+    (damaged / "__0_0.distcp").write_bytes(b"")
+    for words, answers in (([damaged, damaged, "--json"], True), ([checkpoint, "/nowhere"], False)):
+        line = " ".join([INSTALLED, "diff", *map(str, words), stderr])
+        done = subprocess.run(
+            ["/bin/sh", "-c", line], stdout=subprocess.PIPE, text=True, timeout=100, check=False
+        )
+        assert done.returncode == 2
+        assert json.loads(done.stdout)["entries"] if answers else done.stdout == ""

@@ -487,6 +487,21 @@ def two_names() -> dict[str, Any]:
     return {f"rng.{dist.get_rank()}": states}
 
 
+def two_devices_0() -> dict[str, Any]:
+    states = {"cuda.0": torch.zeros(16, dtype=torch.uint8), "cuda_state.0": random.getstate()}
+    return {f"rng.{dist.get_rank()}.{name}": state for name, state in states.items()}
+
+
+def a_device_beside() -> dict[str, Any]:
+    state = torch.zeros(16, dtype=torch.uint8)
+    return {f"rng.{dist.get_rank()}.{name}": state for name in ("cuda", "cuda.0", "torch")}
+
+
+def a_device_before() -> dict[str, Any]:
+    state = torch.zeros(16, dtype=torch.uint8)
+    return {f"rng.{dist.get_rank()}.{name}": state for name in ("cuda.0", "cuda_all", "torch")}
+
+
 def in_two_parts() -> dict[str, Any]:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     state = distribute_tensor(torch.get_rng_state(), mesh, [Shard(0)])
@@ -506,6 +521,9 @@ def unknown_names() -> dict[str, Any]:
         (an_object, r"rng\.0\.python: refused: it names test_import\.Opaque"),
         (words_alone, r"rng\.0: python: .* expected \(3, \(\.\.\.\), gauss_next\)"),
         (two_names, r"rng\.0\.random is not rank 0's only state of python"),
+        (two_devices_0, r"rng\.0\.cuda_state\.0 is not rank 0's only state of cuda"),
+        (a_device_beside, r"rng\.0\.cuda\.0 is not rank 0's only state of cuda"),
+        (a_device_before, r"rng\.0\.cuda_all is not rank 0's only state of cuda"),
         (in_two_parts, r"rng\.0\.torch is in 2 parts, expected one"),
         (unknown_names, r"rng\.0\.state does not say whether it is python, numpy, torch or cuda"),
     ],

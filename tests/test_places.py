@@ -191,6 +191,30 @@ def test_a_url_of_this_machine_is_read(tmp_path: Path, capsys: Capture) -> None:
     assert (code, "unreadable: __0_0.distcp is missing" in text) == (1, True)
 
 
+def test_a_storage_that_knows_no_sizes_is_one_line(capsys: Capture) -> None:
+    fsspec = pytest.importorskip("fsspec")
+
+    class Sizeless(fsspec.AbstractFileSystem):  # type: ignore[misc]
+        def ls(self, path: str, detail: bool = True, **options: Any) -> list[dict[str, Any]]:
+            return [{"name": f"{path}/.metadata", "size": None, "type": "file"}]
+
+    fsspec.register_implementation("sizeless", Sizeless, clobber=True)
+    code, text = ask(capsys, "inspect", "sizeless://folder")
+    assert (code, text) == (
+        2,
+        "nemo-rng-dcp: sizeless://folder: the storage does not say how many bytes .metadata has",
+    )
+
+
+def test_import_is_not_named_for_a_url(tmp_path: Path, capsys: Capture) -> None:
+    """It reads folders of this machine alone."""
+    (tmp_path / "rng_state_0.pth").touch()
+    _, text = ask(capsys, "inspect", tmp_path)
+    assert "RNG files of Transformers, `import` reads these" in text
+    _, text = ask(capsys, "inspect", f"file://{tmp_path}")
+    assert ("no .metadata in it" in text, "`import`" in text) == (True, False)
+
+
 def test_a_url_nobody_knows_is_one_line(capsys: Capture) -> None:
     code, text = ask(capsys, "inspect", "nowhere://bucket/folder")
     assert code == 2

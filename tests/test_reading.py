@@ -323,6 +323,16 @@ def test_a_large_place_in_the_memo_costs_nothing(path: Path) -> None:
         read(path)
 
 
+@pytest.mark.parametrize("name", ["bits" + "a" * 10**5, "int" + "1" * 10**5 + "!"])
+def test_a_long_name_is_refused_before_it_is_looked_at(name: str, path: Path) -> None:
+    """One that was named 2,000 times filled the memory, and a pattern took hours to fit."""
+    text = b"X%b%b" % (len(name).to_bytes(4, "little"), name.encode())
+    once = b"\x80\x04X\x05\x00\x00\x00torchq\x00" + text + b"q\x01\x93"
+    (path / ".metadata").write_bytes(once + b"h\x00h\x01\x93" * 2000 + b".")
+    with pytest.raises(RNGStateError, match=rf"wants a name of {5 + len(name)} characters"):
+        read(path)
+
+
 def test_a_length_beyond_the_end_is_damage(path: Path) -> None:
     (path / ".metadata").write_bytes(b"\x80\x02X\xff\xff\xff\x7fabc.")
     with pytest.raises(RNGStateError, match="it ends within a value of 2147483647 bytes"):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 
@@ -173,9 +172,12 @@ def checkpoints_in(where: str) -> list[Checkpoint]:
 
 def _known_files(folder: Folder) -> str:
     """Say whose RNG files are in a folder or below it, one for each rank."""
-    for place in (folder, *map(folder.inner, folder.folders)):
+    if "://" in folder.where:
+        return ""  # import reads this machine's alone
+    for name in ("", *folder.folders):
         try:
-            found = find_files(Path(place.where), place.sizes)
+            place = folder.inner(name) if name else folder
+            found = find_files(place)
         except OSError:  # a folder of somebody else's
             continue
         if found:

@@ -23,7 +23,7 @@ from nemo_rng_dcp.cli.per_rank import COMPOSER, Files, find_files, read_files
 from nemo_rng_dcp.cli.rank_keys import read_keys
 from nemo_rng_dcp.cli.states import JobStates, to_records
 from nemo_rng_dcp.cli.storage import MissingFolderError, open_folder
-from nemo_rng_dcp.cli.terminal import Style, plural, table, within
+from nemo_rng_dcp.cli.terminal import Style, plural, table, visible, within
 from nemo_rng_dcp.errors import RNGStateError
 from nemo_rng_dcp.record import KEY, Record, fingerprint
 
@@ -46,13 +46,17 @@ class Import:
     def lines(self, rows: Sequence[range] | None, style: Style) -> list[str]:
         """Return the text; ``rows`` are those to list, ``None``: all."""
         header = ["row", "file", *self._records[0].streams]
-        cells = [[str(row), place, *digests.values()] for row, place, digests in self._rows(rows)]
+        cells = [
+            [str(row), visible(place), *digests.values()]
+            for row, place, digests in self._rows(rows)
+        ]
         return [
-            f"{self._job.where}: {self._job.framework}, {plural(len(self._records), 'rank')}",
+            f"{visible(self._job.where)}: {self._job.framework}, "
+            f"{plural(len(self._records), 'rank')}",
             *table(header, cells, style),
             *([f"note: not read: {', '.join(self._job.unread)}"] if self._job.unread else []),
             "",
-            f"saved to {self._out}: load it with StatefulRNG.load()",
+            f"saved to {visible(self._out)}: load it with StatefulRNG.load()",
         ]
 
     def to_json(self, rows: Sequence[range] | None) -> dict[str, Any]:
@@ -92,11 +96,11 @@ def read_states(where: Path) -> JobStates:
     """
     if where.is_file():
         return read_files(Files(COMPOSER, where.parent, {0: where.name}))
-    below = sorted(each for each in where.iterdir() if each.is_dir())
-    found = find_files(where, os.listdir(where))
-    for place in below:
+    folder = open_folder(str(where))
+    found = find_files(folder)
+    for name in folder.folders:
         with suppress(OSError):  # a folder of somebody else's
-            found += find_files(place, os.listdir(place))
+            found += find_files(folder.inner(name))
     if len(found) == 1:
         return read_files(found[0])
     if found:

@@ -8,13 +8,16 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from contextlib import suppress
+from typing import Any, NamedTuple, TextIO
 
 from nemo_rng_dcp.cli.arguments import parser
 
 # torch takes a second to import: each command imports what it needs, --help nothing.
 
 CLEAN, FINDINGS, TROUBLE = 0, 1, 2
+INTERRUPTED = 130
+"""What a shell expects of a command that Ctrl-C ended."""
 SCHEMA = 1
 """The version of what ``--json`` prints, see docs/command.md."""
 
@@ -45,27 +48,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
         answer = COMMANDS[options.command](options)
     except (RuntimeError, OSError, ValueError) as error:
         answer = Answer([], TROUBLE, str(error) or type(error).__name__)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except Exception as error:  # 1 would say that there are findings
+        answer = Answer([], TROUBLE, f"{type(error).__name__}: {error}".removesuffix(": "))
     finally:
         if collecting:
             gc.enable()
     try:
         if answer.lines:
-            # A folder's name may have letters that stdout has not.
-            encoding = sys.stdout.encoding or "utf-8"
-            text = "\n".join(answer.lines).encode(encoding, "backslashreplace").decode(encoding)
-            sys.stdout.write(text + "\n")
-            sys.stdout.flush()
+            _write("\n".join(answer.lines), sys.stdout)
     except OSError as error:
-        # Python would complain at exit of what could not be printed.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         # The reader of a pipe (head, less) has seen enough.
         reason = answer.reason if isinstance(error, BrokenPipeError) else str(error)
         answer = Answer([], TROUBLE, reason)
-    if answer.reason:
+    if answer.reason and sys.stderr is not None:
         # What an error quotes may come from the checkpoint: no control codes, and in one line.
         text = "".join(c if c.isprintable() else " " for c in answer.reason)
-        print(f"nemo-rng-dcp: {' '.join(text.split())}", file=sys.stderr)
+        with suppress(OSError):
+            _write(f"nemo-rng-dcp: {' '.join(text.split())}", sys.stderr)
     return answer.code
+
+
+def _write(text: str, stream: TextIO) -> None:
+    # A folder's name may have letters that the stream has not.
+    encoding = stream.encoding or "utf-8"
+    try:
+        stream.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+        stream.flush()
+    except OSError:
+        # Python would try again at exit, and exit with another code.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        raise
 
 
 def inspect(options: argparse.Namespace) -> Answer:

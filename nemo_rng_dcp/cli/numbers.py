@@ -28,6 +28,19 @@ _DAMAGE = (
 _KNOWN = {"torch._utils _rebuild_tensor_v2", "torch LongStorage", "collections OrderedDict"}
 
 
+def require_as_large(archive: zipfile.ZipFile, size: int) -> None:
+    """Make sure that an archive of ``size`` bytes stands for no more bytes than it has.
+
+    Raises:
+        ForbiddenError: A few bytes in it can stand for all of the memory.
+    """
+    entries = archive.infolist()
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise ForbiddenError("something compressed")
+    if sum(entry.file_size for entry in entries) > size:
+        raise ForbiddenError("more bytes than the file has")
+
+
 def from_raw(content: bytes) -> torch.Tensor:
     """Return the numbers that are the whole of ``content``."""
     return torch.frombuffer(bytearray(content), dtype=torch.int64)
@@ -45,10 +58,7 @@ def from_archive(content: bytes, count: int) -> torch.Tensor:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             (entry,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
             folder = entry.removesuffix("/data.pkl")
-            for name in (entry, f"{folder}/data/0"):
-                # A few compressed bytes can stand for all of the memory.
-                if archive.getinfo(name).compress_type != zipfile.ZIP_STORED:
-                    raise ForbiddenError("something compressed")
+            require_as_large(archive, len(content))
             _check_tensor(archive.read(entry), count)
             numbers = archive.read(f"{folder}/data/0")
     except ForbiddenError as error:

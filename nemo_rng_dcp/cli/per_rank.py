@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +12,8 @@ import torch
 
 from nemo_rng_dcp.cli import restricted
 from nemo_rng_dcp.cli.states import JobStates, RankStates, require_ranks
+from nemo_rng_dcp.cli.storage import Folder
+from nemo_rng_dcp.cli.terminal import visible
 from nemo_rng_dcp.errors import RNGStateError
 
 
@@ -100,18 +102,17 @@ class Files:
         return f"{self.folder / self.names[min(self.names)]} ({self.naming.framework})"
 
 
-def find_files(folder: Path, names: Iterable[str]) -> list[Files]:
-    """Return the files that :data:`NAMINGS` knows among the names in a folder."""
-    names = list(names)
+def find_files(folder: Folder) -> list[Files]:
+    """Return the files in a folder that :data:`NAMINGS` knows."""
     found: dict[tuple[str, str], Files] = {}
     for naming in NAMINGS:
-        for name in names:
+        for name in folder.sizes:
             if not (match := re.fullmatch(naming.name, name)):
                 continue
             # What differs in more than the rank is of another checkpoint.
             beside = naming.name, name[: match.start("rank")]
             expected = int(match.groupdict().get("ranks") or 0)
-            files = found.setdefault(beside, Files(naming, folder, {}, expected))
+            files = found.setdefault(beside, Files(naming, Path(folder.where), {}, expected))
             files.names[int(match["rank"] or 0)] = name
     return list(found.values())
 
@@ -124,7 +125,8 @@ def read_files(files: Files) -> JobStates:
         OSError: A file cannot be read.
     """
     naming, where = files.naming, str(files.folder)
-    require_ranks(where, set(files.names), set(range(files.expected)))
+    last = {files.expected - 1} if files.expected else set()
+    require_ranks(where, set(files.names), last)
     ranks: dict[int, RankStates] = {}
     unread: set[str] = set()
     for rank, name in sorted(files.names.items()):
@@ -158,7 +160,9 @@ def _others(content: Mapping[str, Any], naming: Naming) -> set[str]:
     known: set[str] = set()
     for names in naming.fields.values():
         known |= {names} if isinstance(names, str) else set(names)
-    return {name for name, its in content.items() if name not in known and _is_state(its)}
+    return {
+        visible(str(name)) for name, its in content.items() if name not in known and _is_state(its)
+    }
 
 
 def _is_state(value: Any) -> bool:

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+_NAME_LENGTH = 200
+
 
 class ForbiddenError(ValueError):
     """A pickle names something that has no business there."""
@@ -131,6 +133,9 @@ def _update(machine: _Machine, values: list[Any]) -> None:
 def _import(machine: _Machine, module: Any, name: Any) -> None:
     if not isinstance(module, str) or not isinstance(name, str):
         raise ValueError(f"an import without a name at byte {machine.at}")
+    # Before anything looks at it: a pickle can name one long name again and again.
+    if len(module) + len(name) > _NAME_LENGTH:
+        raise ForbiddenError(f"a name of {len(module) + len(name)} characters")
     if not machine.known(f"{module} {name}"):
         raise ForbiddenError(f"{module:.60}.{name:.60}")
     machine.stack.append(Global(f"{module} {name}"))

@@ -46,20 +46,21 @@ def read_keys(checkpoint: Checkpoint) -> JobStates | None:
     require_ranks(where, {rank for rank, _ in found}, ranks_that_wrote(checkpoint.files))
     written = os.stat(where).st_mtime_ns  # the last file of a save is put there by renaming it
     ranks: dict[int, RankStates] = {}
+    values: dict[tuple[int, str], dict[int | None, Any]] = {}
     for rank, each in found:
         # A path ends with the rank's place.
-        its = ranks.setdefault(rank, RankStates(f"{each.path[:-1]}{rank}", written, {})).states
-        name, value = _generator(where, each.key), _value(checkpoint, each.key)
-        if device := _DEVICE.fullmatch(each.rest):
-            # DCP took a list of devices' states apart.
-            its.setdefault(name, {})[int(device[1])] = value
-        elif name in its:
+        ranks.setdefault(rank, RankStates(f"{each.path[:-1]}{rank}", written, {}))
+        # DCP took a list of devices' states apart.
+        match = _DEVICE.fullmatch(each.rest)
+        device = int(match[1]) if match else None
+        name = _generator(where, each.key)
+        states = values.setdefault((rank, name), {})
+        if device in states or (states and None in (device, *states)):
             raise RNGStateError(f"{where}: {each.key} is not rank {rank}'s only state of {name}")
-        else:
-            its[name] = value
-    for state in ranks.values():
-        if isinstance(devices := state.states.get("cuda"), dict):
-            state.states["cuda"] = [devices[number] for number in sorted(devices)]
+        states[device] = _value(checkpoint, each.key)
+    for (rank, name), states in values.items():
+        ordered = [states[device] for device in sorted(states, key=lambda device: device or 0)]
+        ranks[rank].states[name] = ordered[0] if None in states else ordered
     composer = all(_COMPOSER.fullmatch(each.key) for _, each in found)
     global_ranks = not any(_NO_GLOBAL_RANK.search(each.key.lower()) for _, each in found)
     return JobStates("Composer" if composer else "rank-named keys", where, ranks, global_ranks)

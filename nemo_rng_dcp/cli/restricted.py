@@ -7,7 +7,9 @@ the version of torch that Composer keeps beside its states.
 
 from __future__ import annotations
 
+import os
 import re
+import zipfile
 from datetime import timedelta
 from pathlib import Path
 from typing import IO, Any
@@ -16,6 +18,8 @@ import numpy as np
 import torch
 
 from nemo_rng_dcp.automodel import RNGState
+from nemo_rng_dcp.cli.numbers import require_as_large
+from nemo_rng_dcp.cli.pickles import ForbiddenError
 from nemo_rng_dcp.errors import RNGStateError
 
 _OLDER_RNG_STATE = "nemo_automodel.components.training.rng.RNGState"
@@ -39,10 +43,13 @@ def load(source: Path | IO[bytes], where: str) -> Any:
     for module in ("numpy._core.multiarray", "numpy.core.multiarray"):  # NumPy 2 and 1
         allowed += [(reconstruct, f"{module}._reconstruct"), (scalar, f"{module}.scalar")]
     try:
+        _require_as_large(source)
         with torch.serialization.safe_globals(allowed):
             return torch.load(source, map_location="cpu", weights_only=True)
     except OSError:
         raise
+    except ForbiddenError as error:
+        raise RNGStateError(f"{where}: refused: it holds {error}") from error
     except Exception as error:
         found = re.search(r"GLOBAL (\S+)|class (\S+) |function (\S+)", str(error))
         if found:
@@ -51,3 +58,14 @@ def load(source: Path | IO[bytes], where: str) -> Any:
         else:
             reason = "damaged, or not written by torch.save"
         raise RNGStateError(f"{where}: {reason}") from error
+
+
+def _require_as_large(source: Path | IO[bytes]) -> None:
+    if isinstance(source, Path):
+        with source.open("rb") as file:
+            _require_as_large(file)
+        return
+    if zipfile.is_zipfile(source):
+        with zipfile.ZipFile(source) as archive:
+            require_as_large(archive, source.seek(0, os.SEEK_END))
+    source.seek(0)

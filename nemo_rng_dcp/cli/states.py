@@ -15,6 +15,9 @@ from nemo_rng_dcp.generators.mt19937 import MT19937State
 from nemo_rng_dcp.generators.torch_random import to_bytes
 from nemo_rng_dcp.record import UNSEEDED, Record, Stream
 
+_LARGEST = 2**16
+"""More numbers than any generator's state has."""
+
 
 @dataclass(frozen=True)
 class RankStates:
@@ -124,6 +127,7 @@ def _streams(job: JobStates, rank: int) -> dict[str, Stream]:
         if state is None:
             continue
         try:
+            _require_small(state)
             streams[name] = Stream(kind, False, pack(state))
         except (RNGStateError, ValueError, TypeError) as error:
             raise RNGStateError(
@@ -136,6 +140,20 @@ def _torch_bytes(state: torch.Tensor) -> bytes:
     packed = to_bytes(state)
     MT19937State.from_torch(state)  # which refuses what torch would not take
     return packed
+
+
+def _require_small(state: Any) -> None:
+    """Refuse what stands for more than any state has: by repetition it takes no bytes in a file."""
+    left, seen = [state], 0
+    while left:
+        value, seen = left.pop(), seen + 1
+        if isinstance(value, (tuple, list)):
+            left += value
+        elif isinstance(value, dict):
+            left += value.values()
+        size = value.numel() if isinstance(value, torch.Tensor) else getattr(value, "size", 0)
+        if seen + len(left) > _LARGEST or (isinstance(size, int) and size > _LARGEST):
+            raise ValueError(f"it has more than {_LARGEST} numbers")
 
 
 _GENERATORS: dict[str, tuple[str, Callable[[Any], bytes]]] = {

@@ -111,6 +111,8 @@ class _RemoteFolder:
         itself = self._path.strip("/")
         inside = {_name(its): its for its in entries if str(its["name"]).strip("/") != itself}
         files = {name: its for name, its in inside.items() if its["type"] == "file"}
+        if unknown := [name for name, its in files.items() if its.get("size") is None]:
+            raise OSError(f"{where}: the storage does not say how many bytes {unknown[0]} has")
         self.sizes = {name: int(files[name]["size"]) for name in sorted(files)}
         self.folders = sorted(inside.keys() - files.keys())
 

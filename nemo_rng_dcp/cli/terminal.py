@@ -102,6 +102,11 @@ def short_spans(numbers: Sequence[int]) -> str:
     return ", ".join(parts if len(parts) <= 6 else [*parts[:5], f"... ({len(numbers)} in all)"])
 
 
+def visible(text: str) -> str:
+    """Return text that a terminal shows and does not obey: control codes are escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
