@@ -47,7 +47,8 @@ def library_modules() -> list[str]:
 def copy_checkout() -> None:
     """Copy the working tree, without what git ignores but the compiled simulated device."""
     shutil.rmtree(FOLDER, ignore_errors=True)
-    FOLDER.mkdir(parents=True)
+    for folder in (FOLDER, ROOT / "build"):
+        folder.mkdir(parents=True, exist_ok=True)
     (FOLDER / "build").symlink_to(ROOT / "build")
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
     listed = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
