@@ -75,6 +75,11 @@ def version_text(number: int) -> str:
     return f"{number // 10**6}.{number // 10**3 % 10**3}.{number % 10**3}"
 
 
+def mesh_text(mesh: Mesh | None) -> str:
+    """Return "dp 4 x tp 2", or "all ranks" without a mesh."""
+    return "all ranks" if mesh is None else " x ".join(f"{name} {size}" for name, size in mesh)
+
+
 @dataclass(frozen=True)
 class Record:
     """The streams of one row and who wrote them. All numbers fit int64.
@@ -189,18 +194,24 @@ class Record:
             hash_seed,
         )
 
+    def versions(self) -> dict[str, str]:
+        """Return the versions that it was written with, by package, such as "2.13.0"."""
+        return {
+            "nemo_rng_dcp": version_text(self.library_version),
+            "python": version_text(self.python_version),
+            "numpy": version_text(self.numpy_version),
+            "torch": version_text(self.torch_version),
+        }
+
     def version_skew(self) -> list[str]:
         """Return what has another version here than where the record was written, readably."""
-        versions = [
-            ("python", self.python_version, platform.python_version()),
-            ("numpy", self.numpy_version, np.__version__),
-            ("torch", self.torch_version, str(torch.__version__)),
-        ]
-        return [
-            f"{name} {version_text(then)}, now {version_text(version_number(now))}"
-            for name, then, now in versions
-            if then != version_number(now)
-        ]
+        here = {
+            "python": platform.python_version(),
+            "numpy": np.__version__,
+            "torch": str(torch.__version__),
+        }
+        then, now = self.versions(), {n: version_text(version_number(v)) for n, v in here.items()}
+        return [f"{name} {then[name]}, now {now[name]}" for name in now if then[name] != now[name]]
 
 
 def records_in(tensor: torch.Tensor) -> list[torch.Tensor]:

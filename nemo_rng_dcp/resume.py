@@ -9,7 +9,7 @@ from datetime import datetime, timezone
 from typing import NamedTuple
 
 from nemo_rng_dcp.errors import RNGStateError
-from nemo_rng_dcp.record import HASH_SEED, UNSEEDED, Mesh, Record
+from nemo_rng_dcp.record import HASH_SEED, UNSEEDED, Mesh, Record, mesh_text
 
 
 class Kind(NamedTuple):
@@ -151,8 +151,8 @@ def _remarks(record: Record, job: Job, saved: list[str], forked: list[str]) -> I
         )
     if _renumbered(record.mesh, job.mesh):
         yield (
-            f"the rows were saved along {_mesh(record.mesh)} and are loaded along "
-            f"{_mesh(job.mesh)}: row r may belong to another coordinate now"
+            f"the rows were saved along {mesh_text(record.mesh)} and are loaded along "
+            f"{mesh_text(job.mesh)}: row r may belong to another coordinate now"
         )
     if record.ranked != job.ranked and min(rows, now) > 1 and job.global_names:
         yield (
@@ -194,7 +194,3 @@ def _renumbered(saved: Mesh | None, now: Mesh | None) -> bool:
 
 def _rows(first: int, end: int) -> str:
     return f"row {first} is" if end - first == 1 else f"rows {first} to {end - 1} are"
-
-
-def _mesh(mesh: Mesh | None) -> str:
-    return "all ranks" if mesh is None else " x ".join(f"{name} {size}" for name, size in mesh)

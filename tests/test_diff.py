@@ -3,6 +3,7 @@
 import random
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from nemo_rng_dcp.generators.numpy_random import NumPyAdapter, NumPyGeneratorAda
 from nemo_rng_dcp.generators.python_random import PythonAdapter
 from nemo_rng_dcp.generators.torch_random import TorchAdapter
 from nemo_rng_dcp.record import Stream
-from records import drawn_streams, records, save
+from records import change_metadata, drawn_streams, records, save
 from streams import draw
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -54,10 +55,75 @@ def test_other_jobs_and_other_entries(tmp_path: Path, capsys: Capture) -> None:
     assert (code, "rng: seed 42 in A, 9 in B" in text) == (1, True)
     assert "rng: rows 50 in A, 3 in B" in text
     assert "47 of 50 rows differ" in text
-    elsewhere = save(records(50), tmp_path / "elsewhere", "app.rng")
-    code, text = ask(capsys, "diff", a, elsewhere)
-    assert (code, "app.rng: only in B" in text, "rng: only in A" in text) == (1, True, True)
+    assert "the first: rank 3 python: only in A" in text
+    _, text = ask(capsys, "diff", fewer, a)
+    assert "the first: rank 3 python: only in B" in text
     assert ask(capsys, "diff", a, tmp_path)[0] == 2
+
+
+def test_single_entries_are_compared_whatever_their_paths(tmp_path: Path, capsys: Capture) -> None:
+    a = save(records(3), tmp_path / "a")
+    b = save(records(3), tmp_path / "b", "")
+    assert ask(capsys, "diff", a, b) == (
+        0,
+        "rng: path rng in A, (top level) in B rng: 3 rows compared, no stream differs",
+    )
+
+
+def test_of_several_entries_equal_paths_are_compared(tmp_path: Path, capsys: Capture) -> None:
+    one = records(1)[0].to_tensor()
+    for name, paths in (("a", "xy"), ("b", "yz")):
+        state = {path: {"rng_streams": one} for path in paths}
+        dcp.save(state, checkpoint_id=tmp_path / name, no_dist=True)
+    code, text = ask(capsys, "diff", tmp_path / "a", tmp_path / "b")
+    assert (code, "x: only in A" in text, "z: only in B" in text) == (1, True, True)
+    assert "y: 1 row compared, no stream differs" in text
+
+
+def test_what_else_differs_is_remarked(tmp_path: Path, capsys: Capture) -> None:
+    mesh = (("dp", 1), ("tp", 1))
+    a = save(records(1, hash_seed="3", library_version=2000), tmp_path / "a")
+    b = save(records(1, mesh=mesh, library_version=3000), tmp_path / "b")
+    code, text = ask(capsys, "diff", a, b)
+    assert code == 0
+    for said in ("PYTHONHASHSEED 3 in A, ", "nemo_rng_dcp 0.2.0 in A, 0.3.0 in B"):
+        assert f"rng: {said}" in text
+    assert "rng: mesh all ranks in A, dp 1 x tp 1 in B" in text
+
+
+def claim_one_row(metadata: Any) -> None:
+    """Leave two chunks, and say that they are one row."""
+    (table,) = metadata.state_dict_metadata.values()
+    table.size = table.chunks[0].sizes
+
+
+def lose_row_1(metadata: Any) -> None:
+    (table,) = metadata.state_dict_metadata.values()
+    del table.chunks[1]
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (claim_one_row, "rng: no row compared nemo-rng-dcp: 2 rows of A and 2 rows of B missing"),
+        (lose_row_1, "rng: 1 row compared, no stream differs nemo-rng-dcp: 1 row of A and 1 row"),
+    ],
+)
+def test_rows_that_are_not_there_are_counted_once(
+    damage: Any, said: str, tmp_path: Path, capsys: Capture
+) -> None:
+    """A table without a good row was found to be the same as itself."""
+    path = save(records(2), tmp_path)
+    change_metadata(path, damage)
+    code, text = ask(capsys, "diff", path, path)
+    assert (code, said in text) == (2, True), text
+
+
+def test_a_row_that_one_side_has_lost_is_counted_once(tmp_path: Path, capsys: Capture) -> None:
+    a, b = save(records(3), tmp_path / "a"), save(records(3), tmp_path / "b")
+    change_metadata(b, lose_row_1)
+    code, text = ask(capsys, "diff", a, b)
+    assert (code, "2 rows compared" in text, "1 row of B missing" in text) == (2, True, True)
 
 
 def run_twice(path: Path, more: int) -> None:

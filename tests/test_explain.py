@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from asking import Capture, ask, ask_json
 from jobs import job
 from nemo_rng_dcp import RNGLoadPlanner, RNGStateWarning, StatefulRNG
+from nemo_rng_dcp.cli.main import main
 from nemo_rng_dcp.generators import generators_of_process, own_device
 from nemo_rng_dcp.layout import Layout
 from records import change_metadata, records, save
@@ -142,9 +143,24 @@ def test_many_fates_are_summarised(tmp_path: Path, capsys: Capture) -> None:
     path = save(records(300), tmp_path)
     code, text = ask(capsys, "explain", path, "--world-size", 400)
     assert code == 0
-    assert "rows 0-299: continued rows 300-399: forked, from rows 0-99" in text
+    assert "rows 0-299: continued rows 300-399: forked, from row r % 300" in text
     _, text = ask(capsys, "explain", path, "--world-size", 400, "--rows", "299-300")
     assert re.search(r"299 299 continued .* 300 300 forked, from 0 ", text)
+
+
+def test_a_summary_has_a_line_for_each_fate(tmp_path: Path, capsys: Capture) -> None:
+    """A line for each new row was printed: 3,000 of them."""
+    code = main(["explain", str(save(records(1), tmp_path / "one")), "--world-size", "3000"])
+    lines = capsys.readouterr().out.splitlines()
+    assert (code, len(lines) < 12) == (0, True)
+    assert lines[4:6] == ["  row 0: continued", "  rows 1-2999: forked, from row r % 1"]
+    damaged = save([records(2)[0]] * 2, tmp_path / "damaged")
+    code, text = ask(capsys, "explain", damaged, "--world-size", 101)
+    assert (code, len(text) < 2000) == (1, True)
+    assert "row 0: continued row 1: refused rows 2, 4, 6, 8, 10, ... (50 in all): forked" in text
+    assert "rows 3, 5, 7, 9, 11, ... (49 in all): refused, from row r % 2" in text
+    text = ask(capsys, "explain", save(records(50), tmp_path / "more"), "--world-size", 51)[1]
+    assert "rows 0-49: continued row 50: forked, from row 0 " in text
 
 
 def test_the_rules_are_those_of_a_load(tmp_path: Path, capsys: Capture) -> None:
@@ -160,14 +176,46 @@ def test_the_rules_are_those_of_a_load(tmp_path: Path, capsys: Capture) -> None:
     assert "planner=RNGLoadPlanner()" in text
 
 
+MESH = ["--mesh", "dp=2,tp=2"]
+
+
 @pytest.mark.parametrize(
-    "bad", [["--mesh", "dp=3"], ["--mesh", "dp=4", "--along", "tp"], ["--along", "dp"]]
+    ("bad", "said"),
+    [
+        (["--mesh", "dp=3"], "a mesh of 3 has 3 ranks, not 4"),
+        (["--along", "dp"], "--along names dimensions of a mesh: give --mesh too"),
+        ([*MESH, "--along", "pp"], "the mesh has no dimension 'pp', only dp, tp"),
+        ([*MESH, "--along", "tp,dp"], "once and in the mesh's order, dp,tp"),
+        ([*MESH, "--along", "dp,dp"], "once and in the mesh's order, dp"),
+        (["--shared", "noize"], "no such generator, only python, numpy, torch. --generators names"),
+        (["--generators", "python,noise", "--shared", "noize"], "only python, noise."),
+        (["--shared", "cuda"], "--shared cuda: it is a global generator, which is never shared"),
+    ],
 )
-def test_a_mesh_that_does_not_fit_is_refused(
-    bad: list[str], tmp_path: Path, capsys: Capture
+def test_a_job_that_cannot_exist_is_refused(
+    bad: list[str], said: str, tmp_path: Path, capsys: Capture
 ) -> None:
     path = save(records(1), tmp_path)
-    assert ask(capsys, "explain", path, "--world-size", 4, *bad)[0] == 2
+    code, text = ask(capsys, "explain", path, "--world-size", 4, *bad)
+    assert (code, said in text) == (2, True), text
+
+
+def test_torch_has_no_such_meshes() -> None:
+    """The control of two of these."""
+    assert job(4, slice_meshes) == [[True, True, False]] * 4
+
+
+def slice_meshes() -> list[bool]:
+    """Return which of some slices torch refuses."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    refused = []
+    for names in (("tp", "dp"), ("dp", "dp"), ("dp", "tp")):
+        try:
+            mesh[names]
+            refused.append(False)
+        except (KeyError, RuntimeError):
+            refused.append(True)
+    return refused
 
 
 def test_rows_that_are_only_claimed_cost_nothing(tmp_path: Path, capsys: Capture) -> None:

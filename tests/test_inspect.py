@@ -41,7 +41,7 @@ def test_inspect_shows_the_fingerprints_of_every_rank(tmp_path: Path, capsys: Ca
     fingerprints, *_ = job(4, save_deep_down, tmp_path)
     code, text = ask(capsys, "inspect", tmp_path)
     assert code == 0
-    assert "trainer.app.rng: 4 rows of 4 ranks, seed 42, ranked, layout 1" in text
+    assert "trainer.app.rng: 4 rows of 4 ranks, seed 42, ranked one row per rank" in text
     assert f"torch {torch.__version__.split('+')[0]}" in text
     for row, its in enumerate(fingerprints):
         assert f" {row} {its['python']} {its['numpy']} {its['torch']} " in text
@@ -130,7 +130,6 @@ def test_other_integers_beside_the_records_are_no_finding(tmp_path: Path, capsys
         {"generator_state_dict": {"conv.weight": torch.ones(2, 2), "step": torch.tensor(3)}},
         {"generator_state_dict": {"epoch": 3}},
         {"generator_state": {"mask": torch.zeros(5, dtype=torch.uint8)}},
-        {"rng": {"rng_streams": torch.ones(2, 3)}},
         {"rng_head.weight": torch.ones(624)},
         {"random_state_embedding": torch.ones(5056)},
         {"layers.0.random": torch.zeros(16, dtype=torch.uint8), "python": torch.ones(3)},
@@ -279,10 +278,38 @@ def test_a_state_that_a_load_refuses_is_found_although_its_check_word_fits(
     assert (code, "a load raises, for saved row 1" in text) == (1, True)
 
 
-def test_rows_of_another_job_are_damage(tmp_path: Path, capsys: Capture) -> None:
-    rows = [*records(3)[:2], records(3, seed=7)[2]]
-    code, text = ask(capsys, "inspect", save(rows, tmp_path))
-    assert (code, "damage: rng, row 2: another seed than row 0's 42" in text) == (1, True)
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("seed", 7, "damage: rng, row 2: another seed than row 0's 42"),
+        ("mesh", None, "damage: rng, row 2: another mesh than row 0's dp 3"),
+        ("torch_version", 2001000, "row 2: another torch version than row 0's 2.2.0"),
+    ],
+)
+def test_a_row_of_another_job_or_machine_is_found(
+    field: str, value: object, said: str, tmp_path: Path, capsys: Capture
+) -> None:
+    good = records(3, mesh=(("dp", 3),), torch_version=2002000)
+    bad = replace(good[2], **{field: value})
+    code, text = ask(capsys, "inspect", save([*good[:2], bad], tmp_path))
+    assert (code, said in text) == (said.startswith("damage"), True), text
+
+
+@pytest.mark.parametrize(
+    ("stored", "said"),
+    [
+        (torch.ones(2, 3), "rng_streams is float32 [2, 3], expected int64 of one dimension"),
+        (torch.ones(2, 3).long(), "rng_streams is int64 [2, 3], expected int64 of one dimension"),
+        ({1, 2}, "rng_streams is a pickle, expected int64 of one dimension"),
+    ],
+)
+def test_what_only_has_a_records_name_is_damage(
+    stored: object, said: str, tmp_path: Path, capsys: Capture
+) -> None:
+    """The command said that there is no RNG state."""
+    dcp.save({"rng": {"rng_streams": stored}}, checkpoint_id=tmp_path, no_dist=True)
+    code, text = ask(capsys, "inspect", tmp_path)
+    assert (code, text) == (1, f"damage: rng: {said}: a load finds no record in it")
 
 
 def test_rows_that_no_rank_saved_are_missing(tmp_path: Path, capsys: Capture) -> None:

@@ -15,6 +15,7 @@ from torch.distributed.checkpoint._fsspec_filesystem import FsspecWriter
 from asking import Capture, ask, ask_json
 from jobs import job
 from nemo_rng_dcp import StatefulRNG
+from nemo_rng_dcp.cli.main import main
 from records import records, save
 from scripts.demo.rankless import RanklessRNG
 from streams import draw
@@ -113,7 +114,7 @@ TENSOR = {"dtype": "I64", "shape": [1], "data_offsets": [0, 8]}
         ({"rng_streams": {**TENSOR, "shape": [[[1]]]}}, "found list, expected integers"),
         ({"rng_streams": {**TENSOR, "shape": [-1]}}, "found -1, expected integers"),
         ({"rng_streams": {**TENSOR, "data_offsets": [8, 0]}}, "has no place"),
-        ({"rng_streams": {"dtype": "I64"}}, "malformed: 'shape'"),
+        ({"rng_streams": {"dtype": "I64"}}, "malformed: it has no 'shape'"),
         ({"\033": TENSOR}, "expected printable text"),
         ({"__metadata__": {"DCP_SHARDING_INFO": "3"}}, "found int, expected dict"),
     ],
@@ -146,6 +147,44 @@ def test_records_one_level_below_are_found(tmp_path: Path, capsys: Capture) -> N
     write_safetensors(tmp_path, {"weight": TENSOR}, bytes(8))
     assert ask(capsys, "inspect", tmp_path)[0] == 0
     assert ask(capsys, "explain", tmp_path, "--world-size", 2)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        (".metadata", b"junk"),
+        ("model.safetensors", b"version https://git-lfs.github.com/spec/v1\n"),
+    ],
+)
+def test_a_bystander_that_is_damaged_is_no_error(
+    name: str, content: bytes, tmp_path: Path, capsys: Capture
+) -> None:
+    """The folder that is meant has records; without it, the damaged one is named."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / name).write_bytes(content)
+    rng = save(records(2), tmp_path / "rng")
+    assert ask(capsys, "inspect", tmp_path)[0] == 0
+    rng.rename(tmp_path.parent / f"{tmp_path.name}-moved")
+    code, text = ask(capsys, "inspect", tmp_path)
+    assert (code, f"{tmp_path}/model/{name} is " in text) == (2, True)
+
+
+def test_import_passes_a_damaged_bystander(tmp_path: Path, capsys: Capture) -> None:
+    folder = tmp_path / "theirs"
+    (folder / "model").mkdir(parents=True)
+    (folder / "model" / ".metadata").write_bytes(b"junk")
+    code, text = ask(capsys, "import", folder, tmp_path / "ours")
+    assert (code, f"{folder}/model/.metadata is damaged" in text) == (2, True)
+    states = {"rng.0.torch": torch.get_rng_state()}
+    dcp.save(states, checkpoint_id=folder / "dcp", no_dist=True)
+    assert main(["import", str(folder), str(tmp_path / "ours")]) == 0
+
+
+def test_of_two_checkpoints_the_damaged_one_is_named(tmp_path: Path, capsys: Capture) -> None:
+    good, bad = save(records(1), tmp_path / "good"), save(records(1), tmp_path / "bad")
+    (bad / ".metadata").write_bytes(b"junk")
+    code, text = ask(capsys, "diff", good, bad)
+    assert (code, f"{bad}/.metadata is damaged" in text) == (2, True)
 
 
 def test_of_several_checkpoints_one_is_to_be_named(tmp_path: Path, capsys: Capture) -> None:

@@ -8,33 +8,36 @@ from typing import Any
 
 from nemo_rng_dcp import __version__
 
+_WHERE = "a checkpoint's folder, or a URL such as s3://bucket/step-1000"
+
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser; of what it returns, ``command`` names the command."""
     whole = argparse.ArgumentParser(
         prog="nemo-rng-dcp",
         description="Show, compare and explain the random streams in a checkpoint. It reads the "
-        "checkpoint in one process without a GPU, executes nothing in it and changes nothing.",
+        "checkpoint in one process without a GPU, executes nothing in it and changes nothing in "
+        "it. Only import writes: a new checkpoint, to OUT.",
     )
     whole.add_argument("--version", action="version", version=f"nemo-rng-dcp {__version__}")
     commands = whole.add_subparsers(required=True, dest="command", metavar="COMMAND")
 
-    one = _command(
+    inspect = _command(
         commands,
         "inspect",
         "the streams in a checkpoint, and what is wrong with them",
         "0 as expected, 1 findings, 2 the checkpoint cannot be read",
         ["nemo-rng-dcp inspect runs/step-1000", "nemo-rng-dcp inspect runs/step-1000 --rows 0-7"],
     )
-    one.add_argument("checkpoint", help="its folder")
-    one.add_argument(
+    inspect.add_argument("checkpoint", help=_WHERE)
+    inspect.add_argument(
         "--fail-on",
         choices=["damage", "lost", "suspicious"],
         default="lost",
         help="exit with 1 for findings of this severity or a worse one (default: lost)",
     )
 
-    two = _command(
+    diff = _command(
         commands,
         "diff",
         "the streams that differ between two checkpoints",
@@ -44,10 +47,10 @@ def parser() -> argparse.ArgumentParser:
             "nemo-rng-dcp diff run-a/step-1000 run-b/step-1000 --rows 3 --json",
         ],
     )
-    two.add_argument("a", help="a checkpoint's folder")
-    two.add_argument("b", help="another one's")
+    diff.add_argument("a", help=_WHERE)
+    diff.add_argument("b", help="another one's")
 
-    three = _command(
+    explain = _command(
         commands,
         "explain",
         "what a resume would do to each stream",
@@ -57,42 +60,42 @@ def parser() -> argparse.ArgumentParser:
             "nemo-rng-dcp explain runs/step-1000 --world-size 8 --mesh dp=4,tp=2 --along dp",
         ],
     )
-    three.add_argument("checkpoint", help="its folder")
-    three.add_argument("--world-size", type=_positive, required=True, metavar="N")
-    three.add_argument("--mesh", type=_mesh, help="the resumed job's mesh, such as dp=4,tp=2")
-    three.add_argument(
+    explain.add_argument("checkpoint", help=_WHERE)
+    explain.add_argument("--world-size", type=_positive, required=True, metavar="N")
+    explain.add_argument("--mesh", type=_mesh, help="the resumed job's mesh, such as dp=4,tp=2")
+    explain.add_argument(
         "--along",
         type=_names,
         metavar="DIMS",
         help="the mesh's dimensions along which streams differ, such as dp (default: all)",
     )
-    three.add_argument(
+    explain.add_argument(
         "--ranked",
         action=argparse.BooleanOptionalAction,
         help="the resumed job's StatefulRNG(ranked=...) (default: as it was saved)",
     )
-    three.add_argument(
+    explain.add_argument(
         "--generators",
         type=_names,
         metavar="NAMES",
         help="all that the resumed job has, such as python,numpy,torch,cuda (default: as saved)",
     )
-    three.add_argument(
+    explain.add_argument(
         "--shared",
-        type=_names,
+        type=_names_or_none,
         metavar="NAMES",
-        help="which of them are its shared_generators (default: as saved)",
+        help="which of them are its shared_generators, '' for none (default: as saved)",
     )
 
-    four = _command(
+    import_ = _command(
         commands,
         "import",
         "the streams that a framework stored by rank, and write them as a checkpoint of records",
         "0 written, 2 they cannot be read or the checkpoint not written",
         ["nemo-rng-dcp import runs/checkpoint-1000 runs/checkpoint-1000-rng"],
     )
-    four.add_argument("folder", help="a framework's checkpoint; of Composer's, the file")
-    four.add_argument("out", help="the folder to write to")
+    import_.add_argument("folder", help="a framework's checkpoint; of Composer's, the file")
+    import_.add_argument("out", help="the folder or URL to write to")
     return whole
 
 
@@ -118,8 +121,15 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _names_or_none(text: str) -> list[str]:
+    return _names(text) if text else []
+
+
 def _names(text: str) -> list[str]:
-    return [name for name in text.split(",") if name]
+    names = text.split(",")
+    if not all(names):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of names such as python,numpy")
+    return names
 
 
 def _rows(text: str) -> list[range]:

@@ -45,7 +45,8 @@ class Checkpoint:
         self.keys: dict[str, Stored] = {}
         self.files: set[str] = set()
         for index in indexes.values():
-            self.keys = {**index.keys, **self.keys}
+            for key, stored in index.keys.items():
+                self.keys.setdefault(key, stored)
             self.files |= index.files
         self.records = [key for key, its in sorted(self.keys.items()) if is_record(key, its)]
         self._known: set[Chunk] = set()
@@ -139,11 +140,14 @@ def open_checkpoint(where: str) -> Checkpoint:
         OSError: It cannot be read.
     """
     folder = open_folder(where)
-    own = _checkpoint(folder)
+    own = checkpoint_in(folder)
     if own is not None and own.records:
         return own
-    below = [found for name in folder.folders if (found := _below(folder, name))]
-    chosen = [found for found in below if found.records] or ([own] if own else below)
+    below, error = checkpoints_below(folder)
+    chosen = [found for found in below if found.records]
+    if not chosen and error is not None:
+        raise error
+    chosen = chosen or ([own] if own else below)
     if len(chosen) == 1:
         return chosen[0]
     if chosen:
@@ -158,16 +162,22 @@ def open_checkpoint(where: str) -> Checkpoint:
     )
 
 
-def checkpoints_in(where: str) -> list[Checkpoint]:
-    """Return the checkpoint at a path or URL, and those one folder below it.
+def checkpoints_below(folder: Folder) -> tuple[list[Checkpoint], RNGStateError | None]:
+    """Return the checkpoints one folder below, and why the first that is damaged cannot be read.
 
-    Raises:
-        RNGStateError: There is no such folder, or a checkpoint is damaged.
-        OSError: It cannot be read.
+    It may be a bystander, so the caller decides whether it matters. A folder that cannot be opened
+    is somebody else's.
     """
-    folder = open_folder(where)
-    found = [_checkpoint(folder), *(_below(folder, name) for name in folder.folders)]
-    return [checkpoint for checkpoint in found if checkpoint]
+    found, first_error = [], None
+    for name in folder.folders:
+        try:
+            if checkpoint := checkpoint_in(folder.inner(name)):
+                found.append(checkpoint)
+        except RNGStateError as error:
+            first_error = first_error or error
+        except OSError:
+            continue
+    return found, first_error
 
 
 def _known_files(folder: Folder) -> str:
@@ -185,15 +195,13 @@ def _known_files(folder: Folder) -> str:
     return ""
 
 
-def _below(folder: Folder, name: str) -> Checkpoint | None:
-    try:
-        return _checkpoint(folder.inner(name))
-    except OSError:  # a folder of somebody else's
-        return None
+def checkpoint_in(folder: Folder) -> Checkpoint | None:
+    """Return the checkpoint in a folder, if it is one, by the index that ``dcp.load`` uses.
 
-
-def _checkpoint(folder: Folder) -> Checkpoint | None:
-    """Return the checkpoint in a folder, if it is one, by the index that ``dcp.load`` uses."""
+    Raises:
+        RNGStateError: It is damaged.
+        OSError: It cannot be read.
+    """
 
     names = metadata_files(folder)
     if None in names:
@@ -221,5 +229,4 @@ def read_metadata(folder: Folder, name: str) -> Metadata:
         RNGStateError: It is damaged, malformed, or refused.
         OSError: It cannot be read.
     """
-    content = folder.read(name, 0, folder.sizes[name])
-    return Metadata(content, f"{folder.where.rstrip('/')}/{name}")
+    return Metadata(folder.read(name, 0, folder.sizes[name]), folder.path_of(name))

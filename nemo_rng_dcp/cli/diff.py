@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from nemo_rng_dcp.cli.distance import distance
 from nemo_rng_dcp.cli.tables import Table
 from nemo_rng_dcp.cli.terminal import MANY, Style, paragraph, plural, table, within
-from nemo_rng_dcp.record import Mesh, Record, Stream, fingerprint, version_text
+from nemo_rng_dcp.record import Record, Stream, fingerprint, mesh_text
 
 
 class Difference(NamedTuple):
@@ -38,7 +38,7 @@ class Comparison:
         compared: Rows that at least one of them has, and that are damaged in neither.
         differences: The streams that differ, by row and in the order of the generators.
         remarks: What else is different; it makes no stream another one.
-        damaged: By "A" and "B" how many rows are missing or damaged and were not compared.
+        damaged: By "A" and "B" how many rows are missing or damaged; they were not compared.
         one_rank_a_row: Whether the number of a row is the rank that has it.
     """
 
@@ -64,7 +64,8 @@ class Comparison:
         name = self.path or "(top level)"
         lines = [line for text in self.remarks for line in paragraph(f"{name}: {text}", 2)]
         if not self.differences:
-            return [*lines, f"{name}: {plural(self.compared, 'row')} compared, no stream differs"]
+            what = f"{plural(self.compared, 'row')} compared, no stream differs"
+            return [*lines, f"{name}: {what if self.compared else 'no row compared'}"]
         generators = list(dict.fromkeys(each.generator for each in self.differences))
         counts = {g: sum(each.generator == g for each in self.differences) for g in generators}
         differing = len({each.row for each in self.differences})
@@ -87,12 +88,25 @@ class Comparison:
 
     def _said(self, difference: Difference) -> str:
         row = "rank" if self.one_rank_a_row else "row"
-        how = f"B is {difference.distance}" if difference.distance else "another stream, or far off"
+        if "-" in (difference.a, difference.b):
+            how = f"only in {'B' if difference.a == '-' else 'A'}"
+        elif difference.distance:
+            how = f"B is {difference.distance}"
+        else:
+            how = "another stream, or far off"
         return f"{row} {difference.row} {difference.generator}: {how}"
 
 
 def compare(a: Sequence[Table], b: Sequence[Table]) -> list[Comparison]:
-    """Return a comparison for each entry that A or B has."""
+    """Return a comparison for each entry that A or B has.
+
+    If each has one alone, these are compared, whatever their paths.
+    """
+    if len(a) == len(b) == 1 and a[0].entry != b[0].entry:
+        found = _compare(a[0].entry, a[0], b[0])
+        paths = [each[0].entry or "(top level)" for each in (a, b)]
+        found.remarks.insert(0, f"path {paths[0]} in A, {paths[1]} in B")
+        return [found]
     in_a, in_b = ({each.entry: each for each in tables} for tables in (a, b))
     return [
         _compare(path, in_a.get(path), in_b.get(path)) for path in dict.fromkeys([*in_a, *in_b])
@@ -103,14 +117,16 @@ def _compare(path: str, a: Table | None, b: Table | None) -> Comparison:
     found = Comparison(path)
     if a is None or b is None:
         found.remarks.append(f"only in {'B' if a is None else 'A'}")
-    rows = sorted({row for each in (a, b) if each is not None for row in each.placed})
+    tables = {"A": a, "B": b}
+    placed = {side: set(its.placed) if its else set() for side, its in tables.items()}
+    for side, its in tables.items():
+        if its is not None:
+            found.damaged[side] += its.count - sum(row < its.count for row in its.placed)
     first = True
-    for side, its in (("A", a), ("B", b)):
-        found.damaged[side] += 0 if its is None else its.count - len(its.placed)
-    for row in rows:
-        in_a, in_b = _read(a, row), _read(b, row)
+    for row in sorted(placed["A"] | placed["B"]):
+        in_a, in_b = (_read(its, row, row in placed[side]) for side, its in tables.items())
         for side, record in (("A", in_a), ("B", in_b)):
-            found.damaged[side] += isinstance(record, str)
+            found.damaged[side] += isinstance(record, str) and row in placed[side]
         # A damaged row is no difference: nobody knows what it was.
         if isinstance(in_a, str) or isinstance(in_b, str):
             continue
@@ -123,9 +139,11 @@ def _compare(path: str, a: Table | None, b: Table | None) -> Comparison:
     return found
 
 
-def _read(table: Table | None, row: int) -> Record | str | None:
+def _read(table: Table | None, row: int, placed: bool) -> Record | str | None:
     """Return a row; a text if it is damaged or missing, ``None`` if there should be none."""
-    return None if table is None or row >= table.count else table.read(row)
+    if table is None or (row >= table.count and not placed):
+        return None
+    return table.read(row)
 
 
 def _differences(row: int, a: Record | None, b: Record | None) -> list[Difference]:
@@ -150,13 +168,9 @@ def _remarks(a: Record, b: Record) -> list[str]:
         "seed": (a.seed, b.seed),
         "ranked": (a.ranked, b.ranked),
         "resizes": (a.resizes, b.resizes),
-        "mesh": (_mesh(a.mesh), _mesh(b.mesh)),
-        "python": (version_text(a.python_version), version_text(b.python_version)),
-        "numpy": (version_text(a.numpy_version), version_text(b.numpy_version)),
-        "torch": (version_text(a.torch_version), version_text(b.torch_version)),
+        "mesh": (mesh_text(a.mesh), mesh_text(b.mesh)),
+        "PYTHONHASHSEED": (a.hash_seed, b.hash_seed),
     }
+    in_b = b.versions()
+    pairs |= {name: (version, in_b[name]) for name, version in a.versions().items()}
     return [f"{name} {x} in A, {y} in B" for name, (x, y) in pairs.items() if x != y]
-
-
-def _mesh(mesh: Mesh | None) -> str:
-    return "of all ranks" if mesh is None else " x ".join(f"{name} {size}" for name, size in mesh)

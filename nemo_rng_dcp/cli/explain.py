@@ -89,6 +89,26 @@ class Fate:
     digests: Mapping[str, str]
 
 
+def explanations_of(tables: Sequence[Table], options: Options) -> list[Explanation]:
+    """Return what becomes of each RNG entry.
+
+    Raises:
+        ValueError: A shared generator is one that the job cannot have.
+    """
+    explanations = [Explanation(table, options) for table in tables]
+    saved = list(dict.fromkeys(name for each in explanations for name in each.generators))
+    known = saved if options.generators is None else options.generators
+    for name in options.shared or ():
+        if is_reserved(name):
+            raise ValueError(f"--shared {name}: it is a global generator, which is never shared")
+        if known and name not in known:
+            raise ValueError(
+                f"--shared {name}: the job has no such generator, only {', '.join(known)}. "
+                "--generators names all that it has"
+            )
+    return explanations
+
+
 class Explanation:
     """What becomes of one RNG entry.
 
@@ -104,6 +124,7 @@ class Explanation:
         remarks: What ``StatefulRNG`` will say, a sentence each.
         needs_planner: Whether ``dcp.load`` needs ``RNGLoadPlanner``.
         refusals: Why a load raises, by saved row.
+        generators: Those that the records have which are loaded, in their order.
     """
 
     def __init__(self, table: Table, options: Options) -> None:
@@ -111,6 +132,7 @@ class Explanation:
         self.remarks: tuple[str, ...] = ()
         self.refusals: dict[int, str] = {}
         self.needs_planner = self.rows != self.rows_saved
+        self.generators: dict[str, None] = {}
         self._record: Record | None = None
         self.fates = [
             self._fate(table, options, row, those) for row, those in options.ranks.items()
@@ -126,6 +148,7 @@ class Explanation:
             self.refusals[source] = record
             return Fate(row, ranks, REFUSED, source, (), {})
         self._record = self._record or record
+        self.generators |= dict.fromkeys(record.streams)
         if hidden := table.hidden_from(source, ranks):
             self.refusals[source] = (
                 f"not found by rank {hidden[0]}: it was saved with use_collectives=False, so each "
@@ -167,7 +190,7 @@ class Explanation:
         )
         fates = [fate for fate in self.fates if within(fate.row, rows)]
         if rows is None and len(fates) > MANY:
-            lines += [_run_line(run) for run in _runs(fates)]
+            lines += _summary(fates, self.rows_saved)
         else:
             names = list(dict.fromkeys(name for fate in fates for name in fate.digests))
             cells = [
@@ -184,7 +207,8 @@ class Explanation:
             lines += paragraph(f"note: {remark}", 2)
         for reason in dict.fromkeys(self.refusals.values()):
             those = sorted(row for row, its in self.refusals.items() if its == reason)
-            text = f"refused: a load raises, for saved row {short_spans(those)} is {reason}"
+            row, are = ("row", "is") if len(those) == 1 else ("rows", "are")
+            text = f"refused: a load raises, for saved {row} {short_spans(those)} {are} {reason}"
             lines += [style(line, "red") for line in paragraph(text, 2)]
         return lines
 
@@ -203,7 +227,7 @@ def rows_of_ranks(
         The ranks by row, and the mesh as a record stores it.
 
     Raises:
-        ValueError: The mesh does not have as many ranks, or no such dimension.
+        ValueError: The mesh does not have as many ranks, no such dimension, or another order.
     """
     if mesh is None:
         if along is not None:
@@ -215,7 +239,12 @@ def rows_of_ranks(
     unknown = [name for name in along or () if name not in mesh]
     if unknown:
         raise ValueError(f"the mesh has no dimension {unknown[0]!r}, only {', '.join(mesh)}")
-    names = list(mesh if along is None else along)
+    names = [name for name in mesh if along is None or name in along]
+    if along is not None and names != list(along):
+        raise ValueError(
+            f"--along {','.join(along)}: torch takes each dimension once and in the mesh's order, "
+            f"{','.join(names)}"
+        )
     ranks: dict[int, list[int]] = {}
     for rank in range(world_size):
         coordinate, rest = {}, rank
@@ -242,19 +271,14 @@ def _fate_text(fate: Fate) -> str:
     return f"{fate.fate}, from {fate.source}" if fate.fate in (FORKED, COPIED) else fate.fate
 
 
-def _runs(fates: Sequence[Fate]) -> list[list[Fate]]:
-    """Return neighbours that fare alike together."""
-    runs: list[list[Fate]] = []
+def _summary(fates: Sequence[Fate], rows_saved: int) -> list[str]:
+    """Return a line for each fate, and for each way in which its rows are made."""
+    groups: dict[tuple[str, bool], list[Fate]] = {}
     for fate in fates:
-        last = runs[-1][-1] if runs else None
-        if last and (last.fate, last.source + 1) == (fate.fate, fate.source):
-            runs[-1].append(fate)
-        else:
-            runs.append([fate])
-    return runs
-
-
-def _run_line(run: Sequence[Fate]) -> str:
-    rows, sources = spans(fate.row for fate in run), spans({fate.source for fate in run})
-    source = f", from rows {sources}" if rows != sources else ""
-    return f"  rows {rows}: {run[0].fate}{source}"
+        groups.setdefault((fate.fate, fate.source == fate.row), []).append(fate)
+    lines = []
+    for (name, its_own), alike in groups.items():
+        rows = f"row{'s' * (len(alike) > 1)} {short_spans([fate.row for fate in alike])}"
+        source = f"r % {rows_saved}" if len(alike) > 1 else str(alike[0].source)
+        lines.append(f"  {rows}: {name}{'' if its_own else f', from row {source}'}")
+    return lines

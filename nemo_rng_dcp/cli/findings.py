@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from typing import Any
 
+from nemo_rng_dcp.cli.checkpoint import Checkpoint, is_record
 from nemo_rng_dcp.cli.own import packed_after_seed, refusals
 from nemo_rng_dcp.cli.tables import Table
 from nemo_rng_dcp.generators import is_reserved
-from nemo_rng_dcp.record import Record, Stream, fingerprint
+from nemo_rng_dcp.record import KEY, Record, Stream, fingerprint, mesh_text, version_text
 
 DAMAGE, LOST, SUSPICIOUS = "damage", "lost", "suspicious"
 SEVERITIES = (DAMAGE, LOST, SUSPICIOUS)
@@ -100,6 +102,16 @@ def examine(table: Table) -> Entry:
     return entry
 
 
+def misfits(checkpoint: Checkpoint) -> Iterator[Finding]:
+    """Find what has a record's name and cannot be one."""
+    for key, stored in sorted(checkpoint.keys.items()):
+        path, _, name = key.rpartition(".")
+        if name == KEY and not is_record(key, stored):
+            its = "a pickle" if stored.dtype is None else f"{stored.dtype} {list(stored.size)}"
+            text = f"{KEY} is {its}, expected int64 of one dimension: a load finds no record in it"
+            yield Finding(DAMAGE, path, "", (), text)
+
+
 def _row(record: Record) -> Row:
     states = {name: stream.state for name, stream in record.streams.items()}
     seed = record.seed + (record.row if record.ranked else 0)
@@ -123,12 +135,20 @@ def _disagreements(entry: Entry) -> Iterator[Finding]:
             expected = getattr(first.record, name)
             rows = tuple(n for n, r in entry.rows.items() if getattr(r.record, name) != expected)
             if rows:
-                text = f"another {name.replace('_', ' ')} than row {number}'s {expected}"
+                said = _said(name, expected)
+                text = f"another {name.replace('_', ' ')} than row {number}'s {said}"
                 yield Finding(severity, entry.path, "", rows, text)
     rows = tuple(n for n, r in entry.rows.items() if r.digests.keys() != first.digests.keys())
     if rows:
         text = f"other generators than row {number}'s {', '.join(first.digests)}"
         yield Finding(SUSPICIOUS, entry.path, "", rows, text)
+
+
+def _said(name: str, value: Any) -> str:
+    """Return a field of a record as a person reads it."""
+    if name == "mesh":
+        return mesh_text(value)
+    return version_text(value) if name in _OF_THE_MACHINE else str(value)
 
 
 def _alike(entry: Entry) -> Iterator[Finding]:

@@ -13,7 +13,8 @@ import torch
 
 from nemo_rng_dcp import standalone
 from nemo_rng_dcp.cli.checkpoint import (
-    checkpoints_in,
+    checkpoint_in,
+    checkpoints_below,
     is_record,
     metadata_files,
     read_metadata,
@@ -108,13 +109,16 @@ def read_states(where: Path) -> JobStates:
         raise RNGStateError(
             f"{where}: the RNG files of {len(found)} checkpoints, name one: {places}"
         )
-    checkpoints = checkpoints_in(str(where))
+    below, error = checkpoints_below(folder)
+    checkpoints = [*filter(None, [checkpoint_in(folder)]), *below]
     jobs = [job for each in checkpoints if (job := read_keys(each))]
     if len(jobs) == 1:
         return jobs[0]
     if jobs:
         places = ", ".join(job.where for job in jobs[:6])
         raise RNGStateError(f"{where}: {len(jobs)} checkpoints have RNG state, name one: {places}")
+    if error is not None:
+        raise error
     notes = [
         note
         for each in checkpoints

@@ -8,7 +8,7 @@ from datetime import datetime, timezone
 from typing import Any
 
 from nemo_rng_dcp.cli.checkpoint import Checkpoint
-from nemo_rng_dcp.cli.findings import LOST, Entry, Finding, examine
+from nemo_rng_dcp.cli.findings import LOST, Entry, Finding, examine, misfits
 from nemo_rng_dcp.cli.foreign import ForeignState, find_foreign, ranks_that_wrote
 from nemo_rng_dcp.cli.tables import find_tables
 from nemo_rng_dcp.cli.terminal import (
@@ -20,7 +20,7 @@ from nemo_rng_dcp.cli.terminal import (
     table,
     within,
 )
-from nemo_rng_dcp.record import LAYOUT_VERSION, UNSEEDED, Record, version_text
+from nemo_rng_dcp.record import UNSEEDED, Record, mesh_text
 
 
 class Inspection:
@@ -41,9 +41,10 @@ class Inspection:
         self.entries = [examine(each) for each in find_tables(checkpoint)]
         self.others = find_foreign(checkpoint)
         self.findings = [finding for entry in self.entries for finding in entry.findings]
+        self.findings += misfits(checkpoint)
         writers = ranks_that_wrote(checkpoint.files)
         self.notes = [note for state in self.others for note in state.notes(writers)]
-        if not self.entries and not self.others:
+        if not (self.findings or self.entries or self.others):
             text = "no RNG state in it: a resume restores no stream"
             self.findings.append(Finding(LOST, "", "", (), text))
         elif not self.entries and any(state.lost(writers) for state in self.others):
@@ -79,18 +80,16 @@ def title(path: str, count: int, record: Record | None, style: Style) -> list[st
         return [f"{name}: {plural(count, 'row')}, none of them good"]
     ranked = "ranked" if record.ranked else "not ranked"
     resized = f", resized {plural(record.resizes, 'time')}" if record.resizes else ""
-    versions = [("nemo_rng_dcp", record.library_version), ("python", record.python_version)]
-    versions += [("numpy", record.numpy_version), ("torch", record.torch_version)]
-    saved_by = ", ".join(f"{name} {version_text(number)}" for name, number in versions)
+    saved_by = ", ".join(f"{name} {version}" for name, version in record.versions().items())
     if record.hash_seed != UNSEEDED:
         saved_by += f", PYTHONHASHSEED {record.hash_seed}"
-    mesh = " x ".join(f"{name} {size}" for name, size in record.mesh or [])
     lines = paragraph(
         f"{name}: {plural(count, 'row')} of {plural(record.world_size, 'rank')}, seed "
-        f"{record.seed}, {ranked}{resized}, layout {LAYOUT_VERSION}",
+        f"{record.seed}, {ranked}{resized}",
         2,
     )
-    lines.append(f"  one row per {f'coordinate of {mesh}' if mesh else 'rank'}")
+    where = f"coordinate of {mesh_text(record.mesh)}" if record.mesh else "rank"
+    lines.append(f"  one row per {where}")
     shared = [name for name, stream in record.streams.items() if stream.shared]
     if shared:
         lines += paragraph(f"  alike on all ranks: {', '.join(shared)}", 4)
@@ -171,12 +170,7 @@ def _entry_json(entry: Entry, rows: Sequence[range] | None) -> dict[str, Any]:
                 "world_size": row.record.world_size,
                 "resizes": row.record.resizes,
                 "mesh": None if row.record.mesh is None else dict(row.record.mesh),
-                "versions": {
-                    "nemo_rng_dcp": version_text(row.record.library_version),
-                    "python": version_text(row.record.python_version),
-                    "numpy": version_text(row.record.numpy_version),
-                    "torch": version_text(row.record.torch_version),
-                },
+                "versions": row.record.versions(),
                 "hash_seed": row.record.hash_seed,
                 "digests": row.digests,
                 "shared": [name for name, its in row.record.streams.items() if its.shared],

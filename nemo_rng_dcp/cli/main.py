@@ -124,14 +124,14 @@ def diff(options: argparse.Namespace) -> Answer:
 def explain(options: argparse.Namespace) -> Answer:
     """Say what a resume would do to each stream."""
     from nemo_rng_dcp.cli.checkpoint import open_checkpoint
-    from nemo_rng_dcp.cli.explain import Explanation, Options, rows_of_ranks
+    from nemo_rng_dcp.cli.explain import Options, explanations_of, rows_of_ranks
     from nemo_rng_dcp.cli.tables import require_tables
     from nemo_rng_dcp.cli.terminal import Style
 
     ranks, mesh = rows_of_ranks(options.world_size, options.mesh, options.along)
     job = Options(ranks, mesh, options.ranked, options.generators, options.shared)
     tables = require_tables(open_checkpoint(options.checkpoint))
-    explanations = [Explanation(table, job) for table in tables]
+    explanations = explanations_of(tables, job)
     code = FINDINGS if any(each.refusals for each in explanations) else CLEAN
     if options.json:
         entries = [each.to_json(options.rows) for each in explanations]

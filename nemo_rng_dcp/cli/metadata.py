@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 from nemo_rng_dcp.cli.pickles import ForbiddenError, Global, Made, parse
-from nemo_rng_dcp.cli.stored import Chunk, Stored, integers, printable, said_by, typed
+from nemo_rng_dcp.cli.stored import Chunk, Stored, integers, malformed_if_wrong, printable, typed
 from nemo_rng_dcp.errors import RNGStateError
 
 _DCP = "torch.distributed.checkpoint"
@@ -50,7 +50,7 @@ class Metadata:
         self.files: set[str] = set()
         self._places: dict[str, dict[tuple[int, ...] | None, Made]] = {}
         self._given: set[int] = set()
-        with said_by(name):
+        with malformed_if_wrong(name):
             self._saved = typed(_its(metadata, "state_dict_metadata"), dict)
             self.keys = {printable(key): _stored(value) for key, value in self._saved.items()}
             for index, place in typed(_its(metadata, "storage_data"), dict).items():
@@ -60,7 +60,7 @@ class Metadata:
                 self.files.add(printable(_its(place, "relative_path")))
 
     def chunks(self, key: str) -> list[Chunk]:
-        with said_by(self._name):
+        with malformed_if_wrong(self._name):
             places = self._places.get(key, {})
             if self.keys[key].dtype is None:
                 return [_chunk((), (), places.get(None))]

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from nemo_rng_dcp.cli.storage import Folder
-from nemo_rng_dcp.cli.stored import Chunk, Stored, integers, printable, said_by, typed
+from nemo_rng_dcp.cli.stored import Chunk, Stored, integers, malformed_if_wrong, printable, typed
 from nemo_rng_dcp.errors import RNGStateError
 
 SUFFIX = ".safetensors"
@@ -31,8 +31,9 @@ class Safetensors:
         self.files = {name for name in folder.sizes if name.endswith(SUFFIX)}
         self._chunks: dict[str, list[Chunk]] = {}
         for name in sorted(self.files):
-            head, size = _head(folder, name)
-            with said_by(name):
+            place = folder.path_of(name)
+            head, size = _head(folder, name, place)
+            with malformed_if_wrong(place):
                 self._add(name, typed(head, dict), size)
 
     def chunks(self, key: str) -> list[Chunk]:
@@ -60,18 +61,18 @@ class Safetensors:
             self._chunks.setdefault(key, []).append(chunk)
 
 
-def _head(folder: Folder, name: str) -> tuple[Any, int]:
+def _head(folder: Folder, name: str, place: str) -> tuple[Any, int]:
     """Return a file's head and how many bytes come before its data."""
     present = folder.sizes[name]
     if present < _LENGTH_BYTES:
-        raise RNGStateError(f"{name} is truncated: {present} bytes")
+        raise RNGStateError(f"{place} is truncated: {present} bytes")
     length = int.from_bytes(folder.read(name, 0, _LENGTH_BYTES), "little")
     if length > present - _LENGTH_BYTES:
-        raise RNGStateError(f"{name} is truncated: {present} bytes, its head alone has {length}")
+        raise RNGStateError(f"{place} is truncated: {present} bytes, its head alone has {length}")
     try:
         return json.loads(folder.read(name, _LENGTH_BYTES, length)), _LENGTH_BYTES + length
     except (ValueError, RecursionError) as error:
-        raise RNGStateError(f"{name} is damaged: its head is no JSON ({error})") from error
+        raise RNGStateError(f"{place} is damaged: its head is no JSON ({error})") from error
 
 
 def _dtype(code: str) -> str:

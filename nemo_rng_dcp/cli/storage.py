@@ -45,6 +45,10 @@ class Folder(Protocol):
         """Return a folder that is in ``folders``."""
         ...
 
+    def path_of(self, name: str) -> str:
+        """Return the path or URL of what is in the folder."""
+        ...
+
 
 def open_folder(where: str) -> Folder:
     """Return the folder at a path, or at a URL that fsspec knows, such as ``s3://bucket/folder``.
@@ -78,15 +82,18 @@ class _LocalFolder:
                     self.sizes[entry.name] = entry.stat().st_size
 
     def read(self, name: str, start: int, length: int) -> bytes:
-        with open(os.path.join(self.where, name), "rb") as file:
+        with open(self.path_of(name), "rb") as file:
             file.seek(start)
             return file.read(length)
 
     def remove(self, name: str) -> None:
-        os.remove(os.path.join(self.where, name))
+        os.remove(self.path_of(name))
 
     def inner(self, name: str) -> Folder:
-        return _LocalFolder(os.path.join(self.where, name))
+        return _LocalFolder(self.path_of(name))
+
+    def path_of(self, name: str) -> str:
+        return os.path.join(self.where, name)
 
 
 class _RemoteFolder:
@@ -119,20 +126,23 @@ class _RemoteFolder:
     def read(self, name: str, start: int, length: int) -> bytes:
         try:
             end = start + length
-            return bytes(self._files.cat_file(self._path_of(name), start=start, end=end))
+            return bytes(self._files.cat_file(self._inside(name), start=start, end=end))
         except Exception as error:
-            raise _as_os_error(f"{self.where}, {name}", error) from error
+            raise _as_os_error(self.path_of(name), error) from error
 
     def remove(self, name: str) -> None:
         try:
-            self._files.rm_file(self._path_of(name))
+            self._files.rm_file(self._inside(name))
         except Exception as error:
-            raise _as_os_error(f"{self.where}, {name}", error) from error
+            raise _as_os_error(self.path_of(name), error) from error
 
     def inner(self, name: str) -> Folder:
-        return _RemoteFolder(f"{self.where.rstrip('/')}/{name}")
+        return _RemoteFolder(self.path_of(name))
 
-    def _path_of(self, name: str) -> str:
+    def path_of(self, name: str) -> str:
+        return f"{self.where.rstrip('/')}/{name}"
+
+    def _inside(self, name: str) -> str:
         return f"{self._path.rstrip('/')}/{name}"
 
 

@@ -71,13 +71,17 @@ class Index(Protocol):
 
 
 @contextmanager
-def said_by(name: str) -> Iterator[None]:
-    """Turn what the wrong words of a file run into into one error."""
+def malformed_if_wrong(name: str) -> Iterator[None]:
+    """Say that a file is malformed, whatever its wrong words run into.
+
+    Raises:
+        RNGStateError: It is.
+    """
     try:
         yield
-    except RNGStateError:
-        raise
-    except (TypeError, ValueError, KeyError, RecursionError) as error:
+    except KeyError as error:
+        raise RNGStateError(f"{name} is malformed: it has no {error}") from error
+    except (TypeError, ValueError, RecursionError) as error:
         raise RNGStateError(f"{name} is malformed: {error}") from error
 
 

@@ -1,11 +1,9 @@
-"""Text for a terminal of 80 columns, or for a file: colour, tables, spans, progress."""
+"""Text for a terminal of 80 columns, or for a file: colour, tables, spans."""
 
 from __future__ import annotations
 
 import os
-import sys
 import textwrap
-import time
 from collections.abc import Iterable, Sequence
 from typing import TextIO
 
@@ -28,31 +26,6 @@ class Style:
         if not self.enabled or not names:
             return text
         return f"\033[{';'.join(_CODES[name] for name in names)}m{text}\033[0m"
-
-
-class Progress:
-    """A bar on stderr, if that is a terminal and the work takes over a second."""
-
-    def __init__(self, what: str) -> None:
-        self._what = what
-        self._started = self._shown = time.monotonic()
-        self._drawn = False
-
-    def __call__(self, done: int, total: int) -> None:
-        now = time.monotonic()
-        if not sys.stderr.isatty() or now - self._started < 1 or now - self._shown < 0.1:
-            return
-        self._shown, self._drawn = now, True
-        filled = 30 * done // total
-        bar = "#" * filled + "." * (30 - filled)
-        sys.stderr.write(f"\r{self._what} [{bar}] {100 * done // total:3d} %")
-        sys.stderr.flush()
-
-    def close(self) -> None:
-        """Remove the bar."""
-        if self._drawn:
-            sys.stderr.write(f"\r{'':{COLUMNS - 1}}\r")
-            sys.stderr.flush()
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], style: Style) -> list[str]:
