@@ -15,10 +15,10 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from nemo_rng_dcp import RNGStateError
-from nemo_rng_dcp.cli.checkpoint import Checkpoint, open_checkpoint
-from nemo_rng_dcp.cli.numbers import from_archive
-from nemo_rng_dcp.cli.stored import Stored
-from nemo_rng_dcp.cli.tables import Table, find_tables
+from nemo_rng_dcp.cli.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from nemo_rng_dcp.cli.checkpoint.index import Stored
+from nemo_rng_dcp.cli.checkpoint.table import Table, find_tables
+from nemo_rng_dcp.cli.checkpoint.tensors import from_archive
 from nemo_rng_dcp.record import Record
 from records import change_metadata, place_of, records, save
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from nemo_rng_dcp.cli.checkpoint.table import Table
 from nemo_rng_dcp.cli.distance import distance
-from nemo_rng_dcp.cli.tables import Table
 from nemo_rng_dcp.cli.terminal import MANY, Style, paragraph, plural, table, within
 from nemo_rng_dcp.record import Record, Stream, fingerprint, mesh_text
 

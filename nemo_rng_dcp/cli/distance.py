@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from nemo_rng_dcp.cli.own import own_generator
+from nemo_rng_dcp.cli.trial_generators import trial_generator
 from nemo_rng_dcp.generators.mt19937 import WORDS, MT19937State
 from nemo_rng_dcp.record import Stream
 
@@ -59,7 +59,7 @@ def _next_block(words: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint32]:
 
 
 def _of_generator(state: bytes) -> MT19937State:
-    generator = own_generator("numpy.MT19937")
+    generator = trial_generator("numpy.MT19937")
     assert generator is not None
     return MT19937State.from_numpy(generator.unpack(state))
 

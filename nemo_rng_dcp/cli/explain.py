@@ -7,9 +7,8 @@ from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any
 
+from nemo_rng_dcp.cli.checkpoint.table import Table
 from nemo_rng_dcp.cli.inspect import title
-from nemo_rng_dcp.cli.own import packed_after_seed, refusals
-from nemo_rng_dcp.cli.tables import Table
 from nemo_rng_dcp.cli.terminal import (
     MANY,
     Style,
@@ -20,6 +19,7 @@ from nemo_rng_dcp.cli.terminal import (
     table,
     within,
 )
+from nemo_rng_dcp.cli.trial_generators import packed_after_seed, refusals
 from nemo_rng_dcp.generators import is_reserved
 from nemo_rng_dcp.layout import row_major, source_row
 from nemo_rng_dcp.record import Mesh, Record, fingerprint

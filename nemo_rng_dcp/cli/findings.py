@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from nemo_rng_dcp.cli.checkpoint import Checkpoint, is_record
-from nemo_rng_dcp.cli.own import packed_after_seed, refusals
-from nemo_rng_dcp.cli.tables import Table
+from nemo_rng_dcp.cli.checkpoint.checkpoint import Checkpoint, is_record
+from nemo_rng_dcp.cli.checkpoint.table import Table
+from nemo_rng_dcp.cli.trial_generators import packed_after_seed, refusals
 from nemo_rng_dcp.generators import is_reserved
 from nemo_rng_dcp.record import KEY, Record, Stream, fingerprint, mesh_text, version_text
 

@@ -12,18 +12,18 @@ from typing import Any
 import torch
 
 from nemo_rng_dcp import standalone
-from nemo_rng_dcp.cli.checkpoint import (
+from nemo_rng_dcp.cli.checkpoint.checkpoint import (
     checkpoint_in,
     checkpoints_below,
     is_record,
     metadata_files,
     read_metadata,
 )
-from nemo_rng_dcp.cli.foreign import find_foreign, ranks_that_wrote
-from nemo_rng_dcp.cli.per_rank import COMPOSER, Files, find_files, read_files
-from nemo_rng_dcp.cli.rank_keys import read_keys
-from nemo_rng_dcp.cli.states import JobStates, to_records
-from nemo_rng_dcp.cli.storage import MissingFolderError, open_folder
+from nemo_rng_dcp.cli.checkpoint.folder import MissingFolderError, open_folder
+from nemo_rng_dcp.cli.frameworks.foreign import find_foreign, ranks_that_wrote
+from nemo_rng_dcp.cli.frameworks.rank_files import COMPOSER, Files, find_files, read_files
+from nemo_rng_dcp.cli.frameworks.rank_keys import read_keys
+from nemo_rng_dcp.cli.frameworks.rank_states import JobStates, to_records
 from nemo_rng_dcp.cli.terminal import Style, plural, table, visible, within
 from nemo_rng_dcp.errors import RNGStateError
 from nemo_rng_dcp.record import KEY, Record, fingerprint

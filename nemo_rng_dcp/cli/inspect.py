@@ -7,10 +7,10 @@ from dataclasses import asdict
 from datetime import datetime, timezone
 from typing import Any
 
-from nemo_rng_dcp.cli.checkpoint import Checkpoint
+from nemo_rng_dcp.cli.checkpoint.checkpoint import Checkpoint
+from nemo_rng_dcp.cli.checkpoint.table import find_tables
 from nemo_rng_dcp.cli.findings import LOST, Entry, Finding, examine, misfits
-from nemo_rng_dcp.cli.foreign import ForeignState, find_foreign, ranks_that_wrote
-from nemo_rng_dcp.cli.tables import find_tables
+from nemo_rng_dcp.cli.frameworks.foreign import ForeignState, find_foreign, ranks_that_wrote
 from nemo_rng_dcp.cli.terminal import (
     MANY,
     Style,

@@ -9,7 +9,7 @@ from functools import lru_cache
 
 import torch
 
-from nemo_rng_dcp.cli.pickles import ForbiddenError, Global, Made, parse
+from nemo_rng_dcp.cli.checkpoint.pickles import ForbiddenError, Global, Made, parse
 
 ARCHIVE_BYTES = 2**16
 """More than ``torch.save`` adds to a tensor's numbers."""

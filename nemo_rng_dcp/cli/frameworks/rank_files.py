@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from nemo_rng_dcp.cli import restricted
-from nemo_rng_dcp.cli.states import JobStates, RankStates, require_ranks
-from nemo_rng_dcp.cli.storage import Folder
+from nemo_rng_dcp.cli.checkpoint.folder import Folder
+from nemo_rng_dcp.cli.frameworks import weights_only
+from nemo_rng_dcp.cli.frameworks.rank_states import JobStates, RankStates, require_ranks
 from nemo_rng_dcp.cli.terminal import visible
 from nemo_rng_dcp.errors import RNGStateError
 
@@ -131,7 +131,7 @@ def read_files(files: Files) -> JobStates:
     unread: set[str] = set()
     for rank, name in sorted(files.names.items()):
         file = files.folder / name
-        content = restricted.load(file, str(file))
+        content = weights_only.load(file, str(file))
         if naming.within:
             content = _field(content, naming.within, file)
         written = file.stat().st_mtime_ns

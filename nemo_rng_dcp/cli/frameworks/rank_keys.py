@@ -7,10 +7,10 @@ import os
 import re
 from typing import Any
 
-from nemo_rng_dcp.cli import restricted
-from nemo_rng_dcp.cli.checkpoint import Checkpoint
-from nemo_rng_dcp.cli.foreign import find_keys, ranks_that_wrote
-from nemo_rng_dcp.cli.states import JobStates, RankStates, require_ranks
+from nemo_rng_dcp.cli.checkpoint.checkpoint import Checkpoint
+from nemo_rng_dcp.cli.frameworks import weights_only
+from nemo_rng_dcp.cli.frameworks.foreign import find_keys, ranks_that_wrote
+from nemo_rng_dcp.cli.frameworks.rank_states import JobStates, RankStates, require_ranks
 from nemo_rng_dcp.errors import RNGStateError
 
 _WORDS = {
@@ -82,4 +82,4 @@ def _value(checkpoint: Checkpoint, key: str) -> Any:
         content = checkpoint.content(chunks[0])
     except ValueError as error:
         raise RNGStateError(f"{checkpoint.where}: {key}: {error}") from error
-    return restricted.load(io.BytesIO(content), f"{checkpoint.where}: {key}")
+    return weights_only.load(io.BytesIO(content), f"{checkpoint.where}: {key}")

@@ -5,8 +5,15 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from nemo_rng_dcp.cli.pickles import ForbiddenError, Global, Made, parse
-from nemo_rng_dcp.cli.stored import Chunk, Stored, integers, malformed_if_wrong, printable, typed
+from nemo_rng_dcp.cli.checkpoint.index import (
+    Chunk,
+    Stored,
+    integers,
+    malformed_if_wrong,
+    printable,
+    typed,
+)
+from nemo_rng_dcp.cli.checkpoint.pickles import ForbiddenError, Global, Made, parse
 from nemo_rng_dcp.errors import RNGStateError
 
 _DCP = "torch.distributed.checkpoint"

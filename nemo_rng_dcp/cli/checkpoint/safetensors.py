@@ -5,8 +5,15 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from nemo_rng_dcp.cli.storage import Folder
-from nemo_rng_dcp.cli.stored import Chunk, Stored, integers, malformed_if_wrong, printable, typed
+from nemo_rng_dcp.cli.checkpoint.folder import Folder
+from nemo_rng_dcp.cli.checkpoint.index import (
+    Chunk,
+    Stored,
+    integers,
+    malformed_if_wrong,
+    printable,
+    typed,
+)
 from nemo_rng_dcp.errors import RNGStateError
 
 SUFFIX = ".safetensors"

@@ -18,7 +18,7 @@ _BIT_GENERATORS = {"MT19937", "PCG64", "PCG64DXSM", "Philox", "SFC64"}
 
 
 @cache
-def own_generator(kind: str) -> GeneratorAdapter | None:
+def trial_generator(kind: str) -> GeneratorAdapter | None:
     """Return a generator of a kind; ``None`` for one that this machine may not have."""
     if kind == "python":
         return PythonAdapter(random.Random())
@@ -34,7 +34,7 @@ def own_generator(kind: str) -> GeneratorAdapter | None:
 
 def packed_after_seed(kind: str, seed: int) -> bytes | None:
     """Return the packed state of a generator that was just seeded, where it can be made here."""
-    generator = own_generator(kind)
+    generator = trial_generator(kind)
     if generator is None:
         return None
     generator.seed(seed)
@@ -45,7 +45,7 @@ def refusals(record: Record) -> dict[str, str]:
     """Return why a generator of a record's kind would not take its state, by name."""
     reasons = {}
     for name, stream in record.streams.items():
-        generator = own_generator(stream.kind)
+        generator = trial_generator(stream.kind)
         try:
             if generator is not None:
                 generator.unpack(stream.state)

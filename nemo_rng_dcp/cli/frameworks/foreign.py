@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import NamedTuple
 
-from nemo_rng_dcp.cli.checkpoint import Checkpoint
-from nemo_rng_dcp.cli.stored import Stored
+from nemo_rng_dcp.cli.checkpoint.checkpoint import Checkpoint
+from nemo_rng_dcp.cli.checkpoint.index import Stored
 from nemo_rng_dcp.cli.terminal import short_spans
 from nemo_rng_dcp.record import KEY
 

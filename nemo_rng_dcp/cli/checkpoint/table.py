@@ -6,8 +6,8 @@ from collections.abc import Collection
 
 import torch
 
-from nemo_rng_dcp.cli.checkpoint import Checkpoint
-from nemo_rng_dcp.cli.stored import Chunk
+from nemo_rng_dcp.cli.checkpoint.checkpoint import Checkpoint
+from nemo_rng_dcp.cli.checkpoint.index import Chunk
 from nemo_rng_dcp.errors import RNGStateError
 from nemo_rng_dcp.record import KEY, Record, records_in
 

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 
 from nemo_rng_dcp.automodel import RNGState
-from nemo_rng_dcp.cli.numbers import require_as_large
-from nemo_rng_dcp.cli.pickles import ForbiddenError
+from nemo_rng_dcp.cli.checkpoint.pickles import ForbiddenError
+from nemo_rng_dcp.cli.checkpoint.tensors import require_as_large
 from nemo_rng_dcp.errors import RNGStateError
 
 _OLDER_RNG_STATE = "nemo_automodel.components.training.rng.RNGState"

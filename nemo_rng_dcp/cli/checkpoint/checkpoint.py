@@ -8,12 +8,12 @@ from collections.abc import Mapping
 
 import torch
 
-from nemo_rng_dcp.cli.metadata import Metadata
-from nemo_rng_dcp.cli.numbers import ARCHIVE_BYTES, from_archive, from_raw
-from nemo_rng_dcp.cli.per_rank import find_files
-from nemo_rng_dcp.cli.safetensors import Safetensors
-from nemo_rng_dcp.cli.storage import Folder, open_folder
-from nemo_rng_dcp.cli.stored import Chunk, Index, Stored
+from nemo_rng_dcp.cli.checkpoint.dcp_metadata import Metadata
+from nemo_rng_dcp.cli.checkpoint.folder import Folder, open_folder
+from nemo_rng_dcp.cli.checkpoint.index import Chunk, Index, Stored
+from nemo_rng_dcp.cli.checkpoint.safetensors import Safetensors
+from nemo_rng_dcp.cli.checkpoint.tensors import ARCHIVE_BYTES, from_archive, from_raw
+from nemo_rng_dcp.cli.frameworks.rank_files import find_files
 from nemo_rng_dcp.errors import RNGStateError
 from nemo_rng_dcp.record import KEY
 

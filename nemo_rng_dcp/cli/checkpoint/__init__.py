@@ -1,0 +1,1 @@
+"""What DCP stored, read as data: nothing in a checkpoint is executed."""
