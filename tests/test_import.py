@@ -30,11 +30,12 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from asking import Capture
 from jobs import job
 from nemo_rng_dcp import RNGStateError, RNGStateWarning, StatefulRNG
-from nemo_rng_dcp.cli.checkpoint.checkpoint import open_checkpoint
 from nemo_rng_dcp.cli.checkpoint.table import find_tables
 from nemo_rng_dcp.cli.frameworks.rank_states import to_records
-from nemo_rng_dcp.cli.importing import read_states, save_records
+from nemo_rng_dcp.cli.frameworks.search import read_states
+from nemo_rng_dcp.cli.importing import save_records
 from nemo_rng_dcp.cli.main import main
+from nemo_rng_dcp.cli.opening import open_checkpoint
 from nemo_rng_dcp.record import UNSEEDED, Record
 from streams import draw, unmoved
 

@@ -15,10 +15,11 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from nemo_rng_dcp import RNGStateError
-from nemo_rng_dcp.cli.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from nemo_rng_dcp.cli.checkpoint.checkpoint import Checkpoint
 from nemo_rng_dcp.cli.checkpoint.index import Stored
 from nemo_rng_dcp.cli.checkpoint.table import Table, find_tables
 from nemo_rng_dcp.cli.checkpoint.tensors import from_archive
+from nemo_rng_dcp.cli.opening import open_checkpoint
 from nemo_rng_dcp.record import Record
 from records import change_metadata, place_of, records, save
 
@@ -74,7 +75,7 @@ def trap(tmp_path: Path) -> Iterator[Path]:
 
 def test_records_are_read_as_they_were_saved(path: Path) -> None:
     table = read(path)
-    assert (table.entry, table.count, table.placed) == ("rng", 2, [0, 1])
+    assert (table.path, table.count, table.placed) == ("rng", 2, [0, 1])
     assert [table.read(row) for row in table.placed] == records(2)
 
 
@@ -224,7 +225,12 @@ def test_a_generator_with_control_codes_is_refused(tmp_path: Path) -> None:
     (record,) = records(1)
     streams = {"\033[31m": record.streams["python"], **record.streams}
     (bad,) = records(1, lambda _: streams)
-    assert read(save([bad], tmp_path)).read(0) == "damaged: a name in it is not printable"
+    assert read(save([bad], tmp_path)).read(0) == "damaged: a text in it is not printable"
+
+
+def test_a_hash_seed_with_control_codes_is_refused(tmp_path: Path) -> None:
+    (bad,) = records(1, hash_seed="\033[31m")
+    assert read(save([bad], tmp_path)).read(0) == "damaged: a text in it is not printable"
 
 
 # What cannot be read.

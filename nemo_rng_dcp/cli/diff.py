@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from nemo_rng_dcp.cli.checkpoint.table import Table
 from nemo_rng_dcp.cli.distance import distance
+from nemo_rng_dcp.cli.heading import name_of
 from nemo_rng_dcp.cli.terminal import MANY, Style, paragraph, plural, table, within
 from nemo_rng_dcp.record import Record, Stream, fingerprint, mesh_text
 
@@ -61,7 +62,7 @@ class Comparison:
 
     def lines(self, rows: Sequence[range] | None, style: Style) -> list[str]:
         """Return the text for a person; of the differences only those in ``rows``."""
-        name = self.path or "(top level)"
+        name = name_of(self.path)
         lines = [line for text in self.remarks for line in paragraph(f"{name}: {text}", 2)]
         if not self.differences:
             what = f"{plural(self.compared, 'row')} compared, no stream differs"
@@ -102,12 +103,12 @@ def compare(a: Sequence[Table], b: Sequence[Table]) -> list[Comparison]:
 
     If each has one alone, these are compared, whatever their paths.
     """
-    if len(a) == len(b) == 1 and a[0].entry != b[0].entry:
-        found = _compare(a[0].entry, a[0], b[0])
-        paths = [each[0].entry or "(top level)" for each in (a, b)]
+    if len(a) == len(b) == 1 and a[0].path != b[0].path:
+        found = _compare(a[0].path, a[0], b[0])
+        paths = [name_of(each[0].path) for each in (a, b)]
         found.remarks.insert(0, f"path {paths[0]} in A, {paths[1]} in B")
         return [found]
-    in_a, in_b = ({each.entry: each for each in tables} for tables in (a, b))
+    in_a, in_b = ({each.path: each for each in tables} for tables in (a, b))
     return [
         _compare(path, in_a.get(path), in_b.get(path)) for path in dict.fromkeys([*in_a, *in_b])
     ]

@@ -78,7 +78,7 @@ class Entry:
 
 def examine(table: Table) -> Entry:
     """Check every row of a table as a load would, and compare the rows with each other."""
-    entry = Entry(table.entry, table.count)
+    entry = Entry(table.path, table.count)
     damage: dict[tuple[str, str], list[int]] = {}
     for number in table.placed:
         record = table.read(number)

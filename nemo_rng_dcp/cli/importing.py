@@ -5,25 +5,17 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from nemo_rng_dcp import standalone
-from nemo_rng_dcp.cli.checkpoint.checkpoint import (
-    checkpoint_in,
-    checkpoints_below,
-    is_record,
-    metadata_files,
-    read_metadata,
-)
+from nemo_rng_dcp.cli.checkpoint.checkpoint import is_record
+from nemo_rng_dcp.cli.checkpoint.dcp_metadata import metadata_files, read_metadata
 from nemo_rng_dcp.cli.checkpoint.folder import MissingFolderError, open_folder
-from nemo_rng_dcp.cli.frameworks.foreign import find_foreign, ranks_that_wrote
-from nemo_rng_dcp.cli.frameworks.rank_files import COMPOSER, Files, find_files, read_files
-from nemo_rng_dcp.cli.frameworks.rank_keys import read_keys
-from nemo_rng_dcp.cli.frameworks.rank_states import JobStates, to_records
+from nemo_rng_dcp.cli.frameworks.rank_states import to_records
+from nemo_rng_dcp.cli.frameworks.search import read_states
 from nemo_rng_dcp.cli.terminal import Style, plural, table, visible, within
 from nemo_rng_dcp.errors import RNGStateError
 from nemo_rng_dcp.record import KEY, Record, fingerprint
@@ -85,54 +77,6 @@ class Import:
         ]
 
 
-def read_states(where: Path) -> JobStates:
-    """Return the states of a job's ranks from a folder, one below it, or Composer's file.
-
-    Files that a framework writes for its ranks are taken first, then rank-named keys of a DCP
-    checkpoint.
-
-    Raises:
-        RNGStateError: There are none, or those of several checkpoints; or they cannot be read.
-        OSError: A file cannot be read.
-    """
-    if where.is_file():
-        return read_files(Files(COMPOSER, where.parent, {0: where.name}))
-    folder = open_folder(str(where))
-    found = find_files(folder)
-    for name in folder.folders:
-        with suppress(OSError):  # a folder of somebody else's
-            found += find_files(folder.inner(name))
-    if len(found) == 1:
-        return read_files(found[0])
-    if found:
-        places = ", ".join(map(str, found[:6]))
-        raise RNGStateError(
-            f"{where}: the RNG files of {len(found)} checkpoints, name one: {places}"
-        )
-    below, error = checkpoints_below(folder)
-    checkpoints = [*filter(None, [checkpoint_in(folder)]), *below]
-    jobs = [job for each in checkpoints if (job := read_keys(each))]
-    if len(jobs) == 1:
-        return jobs[0]
-    if jobs:
-        places = ", ".join(job.where for job in jobs[:6])
-        raise RNGStateError(f"{where}: {len(jobs)} checkpoints have RNG state, name one: {places}")
-    if error is not None:
-        raise error
-    notes = [
-        note
-        for each in checkpoints
-        for state in find_foreign(each)
-        for note in state.notes(ranks_that_wrote(each.files))
-    ]
-    raise RNGStateError(
-        f"{where}: no RNG files of a rank in it or in a folder below, such as "
-        "rng/rng_global_rank_0.pt (NeMo Automodel), random_states_0.pkl (Accelerate) or "
-        f"rng_state_0.pth (Transformers), and no rank-named keys of a DCP checkpoint. "
-        f"{' '.join(notes)}"
-    )
-
-
 def save_records(records: list[Record], out: str | Path) -> None:
     """Write records as a checkpoint that ``StatefulRNG.load`` and ``dcp.load`` take.
 
@@ -159,7 +103,8 @@ def _make_room(out: str) -> None:
     try:
         found = [item for name in files for item in read_metadata(folder, name).keys.items()]
     except RNGStateError as error:
-        raise RNGStateError(f"nothing was saved to {out}: {error}") from error
+        text = f"nothing was saved to {out}, name another folder: {error}"
+        raise RNGStateError(text) from error
     others = sorted(key for key, stored in found if not is_record(key, stored))
     if others:
         raise RNGStateError(

@@ -7,10 +7,11 @@ from dataclasses import asdict
 from datetime import datetime, timezone
 from typing import Any
 
-from nemo_rng_dcp.cli.checkpoint.checkpoint import Checkpoint
+from nemo_rng_dcp.cli.checkpoint.checkpoint import Checkpoint, ranks_that_wrote
 from nemo_rng_dcp.cli.checkpoint.table import find_tables
 from nemo_rng_dcp.cli.findings import LOST, Entry, Finding, examine, misfits
-from nemo_rng_dcp.cli.frameworks.foreign import ForeignState, find_foreign, ranks_that_wrote
+from nemo_rng_dcp.cli.frameworks.foreign import ForeignState, find_foreign
+from nemo_rng_dcp.cli.heading import name_of, title
 from nemo_rng_dcp.cli.terminal import (
     MANY,
     Style,
@@ -20,7 +21,7 @@ from nemo_rng_dcp.cli.terminal import (
     table,
     within,
 )
-from nemo_rng_dcp.record import UNSEEDED, Record, mesh_text
+from nemo_rng_dcp.record import Record
 
 
 class Inspection:
@@ -73,29 +74,6 @@ class Inspection:
         return lines if self.findings else [*lines, style("no findings", "green")]
 
 
-def title(path: str, count: int, record: Record | None, style: Style) -> list[str]:
-    """Return who saved an entry and when, by one of its records."""
-    name = style(path or "(top level)", "bold")
-    if record is None:
-        return [f"{name}: {plural(count, 'row')}, none of them good"]
-    ranked = "ranked" if record.ranked else "not ranked"
-    resized = f", resized {plural(record.resizes, 'time')}" if record.resizes else ""
-    saved_by = ", ".join(f"{name} {version}" for name, version in record.versions().items())
-    if record.hash_seed != UNSEEDED:
-        saved_by += f", PYTHONHASHSEED {record.hash_seed}"
-    lines = paragraph(
-        f"{name}: {plural(count, 'row')} of {plural(record.world_size, 'rank')}, seed "
-        f"{record.seed}, {ranked}{resized}",
-        2,
-    )
-    where = f"coordinate of {mesh_text(record.mesh)}" if record.mesh else "rank"
-    lines.append(f"  one row per {where}")
-    shared = [name for name, stream in record.streams.items() if stream.shared]
-    if shared:
-        lines += paragraph(f"  alike on all ranks: {', '.join(shared)}", 4)
-    return [*lines, *paragraph(f"  saved by {saved_by}", 4)]
-
-
 def _entry_lines(entry: Entry, rows: Sequence[range] | None, style: Style) -> list[str]:
     """Return who saved an entry, and a line for each row, all or those in ``rows``."""
     records = [row.record for row in entry.rows.values()]
@@ -136,7 +114,7 @@ def _time(nanoseconds: int) -> str:
 def _foreign_lines(state: ForeignState, style: Style) -> list[str]:
     """Return what other code stored, a line for each key."""
     kind = f"{plural(len(state.ranks), 'rank')} in the keys" if state.ranks else "rank-less keys"
-    lines = paragraph(f"{style(state.path or '(top level)', 'bold')}: no StatefulRNG's; {kind}", 2)
+    lines = paragraph(f"{style(name_of(state.path), 'bold')}: no StatefulRNG's; {kind}", 2)
     cells = []
     for name, stored in state.contents.items():
         what = "a pickle" if stored.dtype is None else f"{stored.dtype} {list(stored.size)}"

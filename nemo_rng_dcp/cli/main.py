@@ -84,9 +84,9 @@ def _write(text: str, stream: TextIO) -> None:
 
 def inspect(options: argparse.Namespace) -> Answer:
     """Say which streams are in a checkpoint and what is wrong with them."""
-    from nemo_rng_dcp.cli.checkpoint.checkpoint import open_checkpoint
     from nemo_rng_dcp.cli.findings import SEVERITIES
     from nemo_rng_dcp.cli.inspect import Inspection
+    from nemo_rng_dcp.cli.opening import open_checkpoint
     from nemo_rng_dcp.cli.terminal import Style
 
     found = Inspection(open_checkpoint(options.checkpoint))
@@ -99,9 +99,9 @@ def inspect(options: argparse.Namespace) -> Answer:
 
 def diff(options: argparse.Namespace) -> Answer:
     """Say which streams differ between two checkpoints."""
-    from nemo_rng_dcp.cli.checkpoint.checkpoint import open_checkpoint
     from nemo_rng_dcp.cli.checkpoint.table import require_tables
     from nemo_rng_dcp.cli.diff import compare
+    from nemo_rng_dcp.cli.opening import open_checkpoint
     from nemo_rng_dcp.cli.terminal import Style, plural
 
     tables = [require_tables(open_checkpoint(where)) for where in (options.a, options.b)]
@@ -123,9 +123,10 @@ def diff(options: argparse.Namespace) -> Answer:
 
 def explain(options: argparse.Namespace) -> Answer:
     """Say what a resume would do to each stream."""
-    from nemo_rng_dcp.cli.checkpoint.checkpoint import open_checkpoint
     from nemo_rng_dcp.cli.checkpoint.table import require_tables
-    from nemo_rng_dcp.cli.explain import Options, explanations_of, rows_of_ranks
+    from nemo_rng_dcp.cli.explain import explanations_of
+    from nemo_rng_dcp.cli.job import Options, rows_of_ranks
+    from nemo_rng_dcp.cli.opening import open_checkpoint
     from nemo_rng_dcp.cli.terminal import Style
 
     ranks, mesh = rows_of_ranks(options.world_size, options.mesh, options.along)

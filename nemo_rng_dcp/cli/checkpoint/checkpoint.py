@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 
-from nemo_rng_dcp.cli.checkpoint.dcp_metadata import Metadata
-from nemo_rng_dcp.cli.checkpoint.folder import Folder, open_folder
+from nemo_rng_dcp.cli.checkpoint.dcp_metadata import metadata_files, read_metadata
+from nemo_rng_dcp.cli.checkpoint.folder import Folder
 from nemo_rng_dcp.cli.checkpoint.index import Chunk, Index, Stored
 from nemo_rng_dcp.cli.checkpoint.safetensors import Safetensors
 from nemo_rng_dcp.cli.checkpoint.tensors import ARCHIVE_BYTES, from_archive, from_raw
-from nemo_rng_dcp.cli.frameworks.rank_files import find_files
 from nemo_rng_dcp.errors import RNGStateError
 from nemo_rng_dcp.record import KEY
 
-_METADATA = ".metadata"
-_METADATA_OF_A_RANK = re.compile(r"__(\d{1,9})\.metadata")
+_WRITER = re.compile(r"__(\d{1,9})_\d+\.|shard-(\d{1,9})-")
 
 
 class Checkpoint:
@@ -130,36 +128,26 @@ def is_record(key: str, stored: Stored) -> bool:
     return key.rpartition(".")[2] == KEY and stored.dtype == "int64" and len(stored.size) == 1
 
 
-def open_checkpoint(where: str) -> Checkpoint:
-    """Return the checkpoint at a path or URL, or one folder below it.
+def ranks_that_wrote(files: Iterable[str]) -> set[int]:
+    """Return the ranks that wrote a checkpoint's files, by the names DCP gives them."""
+    matches = (match for file in files if (match := _WRITER.match(file)))
+    return {int(match[1]) if match[1] else int(match[2]) - 1 for match in matches}
 
-    Frameworks keep records beside or below other things: the one folder that has records is taken.
+
+def checkpoint_in(folder: Folder) -> Checkpoint | None:
+    """Return the checkpoint in a folder, if it is one, by the index that ``dcp.load`` uses.
 
     Raises:
-        RNGStateError: There is none, there are several to choose from, or it is damaged.
+        RNGStateError: It is damaged.
         OSError: It cannot be read.
     """
-    folder = open_folder(where)
-    own = checkpoint_in(folder)
-    if own is not None and own.records:
-        return own
-    below, error = checkpoints_below(folder)
-    chosen = [found for found in below if found.records]
-    if not chosen and error is not None:
-        raise error
-    chosen = chosen or ([own] if own else below)
-    if len(chosen) == 1:
-        return chosen[0]
-    if chosen:
-        names = ", ".join(found.where for found in chosen[:6])
-        text = f"{where}: it holds {len(chosen)} checkpoints, name one: {names}"
-        raise RNGStateError(text + _known_files(folder))
-    inside = [*folder.sizes, *folder.folders]
-    shown = f"only {', '.join(inside[:3])}{', ...' * (len(inside) > 3)}" if inside else "nothing"
-    raise RNGStateError(
-        f"{where}: no {_METADATA} in it, {shown}. It is no DCP checkpoint, or its save did not "
-        f"finish.{_known_files(folder)}"
-    )
+    names = metadata_files(folder)
+    if None in names:
+        names = {None: names[None]}
+    if names:
+        return Checkpoint(folder, {rank: read_metadata(folder, names[rank]) for rank in names})
+    index = Safetensors(folder)
+    return Checkpoint(folder, {None: index}) if index.files else None
 
 
 def checkpoints_below(folder: Folder) -> tuple[list[Checkpoint], RNGStateError | None]:
@@ -178,55 +166,3 @@ def checkpoints_below(folder: Folder) -> tuple[list[Checkpoint], RNGStateError |
         except OSError:
             continue
     return found, first_error
-
-
-def _known_files(folder: Folder) -> str:
-    """Say whose RNG files are in a folder or below it, one for each rank."""
-    if "://" in folder.where:
-        return ""  # import reads this machine's alone
-    for name in ("", *folder.folders):
-        try:
-            place = folder.inner(name) if name else folder
-            found = find_files(place)
-        except OSError:  # a folder of somebody else's
-            continue
-        if found:
-            return f" {place.where}: RNG files of {found[0].naming.framework}, `import` reads these"
-    return ""
-
-
-def checkpoint_in(folder: Folder) -> Checkpoint | None:
-    """Return the checkpoint in a folder, if it is one, by the index that ``dcp.load`` uses.
-
-    Raises:
-        RNGStateError: It is damaged.
-        OSError: It cannot be read.
-    """
-
-    names = metadata_files(folder)
-    if None in names:
-        names = {None: names[None]}
-    if names:
-        return Checkpoint(folder, {rank: read_metadata(folder, names[rank]) for rank in names})
-    index = Safetensors(folder)
-    return Checkpoint(folder, {None: index}) if index.files else None
-
-
-def metadata_files(folder: Folder) -> dict[int | None, str]:
-    """Return the files in which DCP says what a folder holds, by the rank that reads each.
-
-    ``None`` is all ranks: if that one is there, ``dcp.load`` reads no other.
-    """
-    matches = filter(None, map(_METADATA_OF_A_RANK.fullmatch, folder.sizes))
-    of_ranks = sorted((int(match[1]), match[0]) for match in matches)
-    return {**({None: _METADATA} if _METADATA in folder.sizes else {}), **dict(of_ranks)}
-
-
-def read_metadata(folder: Folder, name: str) -> Metadata:
-    """Return one of the :func:`metadata_files` of a folder.
-
-    Raises:
-        RNGStateError: It is damaged, malformed, or refused.
-        OSError: It cannot be read.
-    """
-    return Metadata(folder.read(name, 0, folder.sizes[name]), folder.path_of(name))

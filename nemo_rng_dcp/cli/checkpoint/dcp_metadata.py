@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from nemo_rng_dcp.cli.checkpoint.folder import Folder
 from nemo_rng_dcp.cli.checkpoint.index import (
     Chunk,
     Stored,
@@ -18,6 +19,8 @@ from nemo_rng_dcp.errors import RNGStateError
 
 _DCP = "torch.distributed.checkpoint"
 _DTYPE = re.compile(r"torch (bool|bits\w+|[a-z]*(int|float|complex)\d+\w*)")
+_OF_ALL_RANKS = ".metadata"
+_OF_A_RANK = re.compile(r"__(\d{1,9})\.metadata")
 _KNOWN = {
     "torch Size",
     "collections OrderedDict",
@@ -82,6 +85,26 @@ class Metadata:
                 offsets, sizes = _size(_its(part, "offsets")), _size(_its(part, "sizes"))
                 chunks.append(_chunk(offsets, sizes, places.get(offsets)))
             return chunks
+
+
+def metadata_files(folder: Folder) -> dict[int | None, str]:
+    """Return the files in which DCP says what a folder holds, by the rank that reads each.
+
+    ``None`` is all ranks: if that one is there, ``dcp.load`` reads no other.
+    """
+    matches = filter(None, map(_OF_A_RANK.fullmatch, folder.sizes))
+    of_ranks = sorted((int(match[1]), match[0]) for match in matches)
+    return {**({None: _OF_ALL_RANKS} if _OF_ALL_RANKS in folder.sizes else {}), **dict(of_ranks)}
+
+
+def read_metadata(folder: Folder, name: str) -> Metadata:
+    """Return one of the :func:`metadata_files` of a folder.
+
+    Raises:
+        RNGStateError: It is damaged, malformed, or refused.
+        OSError: It cannot be read.
+    """
+    return Metadata(folder.read(name, 0, folder.sizes[name]), folder.path_of(name))
 
 
 def _parse(content: bytes, name: str) -> Made:

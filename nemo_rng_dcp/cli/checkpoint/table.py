@@ -32,13 +32,13 @@ class Table:
     """The records that one ``StatefulRNG`` stored.
 
     Attributes:
-        entry: The dotted path of the ``StatefulRNG``, "" at the top level of the checkpoint.
+        path: The dotted path of the ``StatefulRNG``, "" at the top level of the checkpoint.
         count: Rows, by what the checkpoint says. Nothing here is as long as it says.
         placed: The numbers of the rows that it has a place for, in their order.
     """
 
     def __init__(self, checkpoint: Checkpoint, key: str) -> None:
-        self.entry = key.rpartition(".")[0]
+        self.path = key.rpartition(".")[0]
         self._checkpoint = checkpoint
         self._places: dict[int, Chunk | torch.Tensor | str] = {}
         self._readers: dict[int, set[int | None]] = {}
@@ -77,9 +77,9 @@ class Table:
                 f"damaged: it says that it is row {record.row} of {record.rows}, and stands in the "
                 f"place of row {row} of {self.count}"
             )
-        names = [*record.streams, *(name for name, _ in record.mesh or [])]
-        if not all(name.isprintable() for name in names):
-            return "damaged: a name in it is not printable"
+        texts = [*record.streams, *(name for name, _ in record.mesh or []), record.hash_seed]
+        if not all(text.isprintable() for text in texts):
+            return "damaged: a text in it is not printable"
         return record
 
     def hidden_from(self, row: int, ranks: Collection[int]) -> list[int]:

@@ -160,12 +160,11 @@ def _others(content: Mapping[str, Any], naming: Naming) -> set[str]:
     known: set[str] = set()
     for names in naming.fields.values():
         known |= {names} if isinstance(names, str) else set(names)
-    return {
-        visible(str(name)) for name, its in content.items() if name not in known and _is_state(its)
-    }
+    others = {name: its for name, its in content.items() if name not in known}
+    return {visible(str(name)) for name, its in others.items() if _may_be_state(its)}
 
 
-def _is_state(value: Any) -> bool:
+def _may_be_state(value: Any) -> bool:
     """Return whether something may be a state: Python's and NumPy's are tuples, torch's bytes."""
     if isinstance(value, tuple):
         return True

@@ -7,9 +7,9 @@ import os
 import re
 from typing import Any
 
-from nemo_rng_dcp.cli.checkpoint.checkpoint import Checkpoint
+from nemo_rng_dcp.cli.checkpoint.checkpoint import Checkpoint, ranks_that_wrote
 from nemo_rng_dcp.cli.frameworks import weights_only
-from nemo_rng_dcp.cli.frameworks.foreign import find_keys, ranks_that_wrote
+from nemo_rng_dcp.cli.frameworks.keys import find_keys
 from nemo_rng_dcp.cli.frameworks.rank_states import JobStates, RankStates, require_ranks
 from nemo_rng_dcp.errors import RNGStateError
 
