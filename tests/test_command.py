@@ -146,6 +146,24 @@ def test_a_reader_that_leaves_early_is_no_error(checkpoint: Path) -> None:
     assert (done.returncode, done.stderr) == (2, "")
 
 
+# How it is put together.
+
+CLI = Path(main.__code__.co_filename).parent
+
+
+def imports_within_cli(folder: str) -> set[str]:
+    """Return which modules and folders of the command a folder of it imports, by their names."""
+    found = set()
+    for file in (CLI / folder).glob("*.py"):
+        found |= set(re.findall(r"^from nemo_rng_dcp\.cli\.(\w+)", file.read_text(), re.MULTILINE))
+    return found
+
+
+def test_the_folders_of_the_command_import_only_downward() -> None:
+    assert imports_within_cli("checkpoint") == {"checkpoint"}
+    assert imports_within_cli("frameworks") == {"checkpoint", "frameworks", "terminal"}
+
+
 # What --json prints is described.
 
 
