@@ -324,6 +324,21 @@ def test_rows_that_no_rank_saved_are_missing(tmp_path: Path, capsys: Capture) ->
     assert (code, "damage: rng: 2 of 4 rows are missing, the first is 1" in text) == (1, True)
 
 
+def test_a_row_beyond_the_end_stands_for_none_that_is_missing(
+    tmp_path: Path, capsys: Capture
+) -> None:
+    path = save(records(4), tmp_path)
+
+    def cut(metadata: Any) -> None:
+        (table,) = metadata.state_dict_metadata.values()
+        del table.chunks[1:3]
+        table.size = torch.Size([3 * table.chunks[0].sizes[0]])
+
+    change_metadata(path, cut)
+    code, text = ask(capsys, "inspect", path)
+    assert (code, "damage: rng: 2 of 3 rows are missing, the first is 1" in text) == (1, True)
+
+
 def test_findings_have_one_order(tmp_path: Path, capsys: Capture) -> None:
     """The order was the one of a set, which PYTHONHASHSEED changes."""
     path = save(records(6, at_their_seed), tmp_path)

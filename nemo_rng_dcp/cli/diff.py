@@ -121,8 +121,7 @@ def _compare(path: str, a: Table | None, b: Table | None) -> Comparison:
     tables = {"A": a, "B": b}
     placed = {side: set(its.placed) if its else set() for side, its in tables.items()}
     for side, its in tables.items():
-        if its is not None:
-            found.damaged[side] += its.count - sum(row < its.count for row in its.placed)
+        found.damaged[side] += its.missing if its else 0
     first = True
     for row in sorted(placed["A"] | placed["B"]):
         in_a, in_b = (_read(its, row, row in placed[side]) for side, its in tables.items())

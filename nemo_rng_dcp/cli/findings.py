@@ -93,10 +93,9 @@ def examine(table: Table) -> Entry:
             entry.rows[number] = _row(record)
     for (name, text), rows in damage.items():
         entry.findings.append(Finding(DAMAGE, entry.path, name, tuple(rows), text))
-    missing = table.count - len(table.placed)
-    if missing > 0:
+    if table.missing:
         first = next((n for n, row in enumerate(table.placed) if n != row), len(table.placed))
-        text = f"{missing} of {table.count} rows are missing, the first is {first}"
+        text = f"{table.missing} of {table.count} rows are missing, the first is {first}"
         entry.findings.append(Finding(DAMAGE, entry.path, "", (), text))
     entry.findings += [*_disagreements(entry), *_alike(entry), *_at_their_seed(entry)]
     return entry

@@ -35,6 +35,7 @@ class Table:
         path: The dotted path of the ``StatefulRNG``, "" at the top level of the checkpoint.
         count: Rows, by what the checkpoint says. Nothing here is as long as it says.
         placed: The numbers of the rows that it has a place for, in their order.
+        missing: How many of the ``count`` rows have none.
     """
 
     def __init__(self, checkpoint: Checkpoint, key: str) -> None:
@@ -59,6 +60,7 @@ class Table:
                 self._places[row] = chunk if whole else "damaged: it has no chunk of its own"
                 self._readers[row] = readers
         self.placed = sorted(self._places)
+        self.missing = self.count - sum(row < self.count for row in self.placed)
 
     def read(self, row: int) -> Record | str:
         """Return the record of a row, checked as a load checks it, or the reason why not."""
