@@ -208,6 +208,8 @@ def test_ctrl_c_ends_with_130(checkpoint: Path) -> None:
     program = (
         "import os, signal, sys, threading\n"
         "from nemo_rng_dcp.cli.main import main\n"
+        # A shell's background jobs begin with the signal ignored.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "class Path(str):\n"
         "    def __contains__(self, text): os.kill(os.getpid(), signal.SIGINT); return False\n"
         "sys.argv[1] = Path(sys.argv[1])\n"
