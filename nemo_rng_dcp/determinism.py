@@ -206,7 +206,7 @@ def _describe_accelerator() -> dict[str, Any] | None:
     device = own_device()
     if device is None:
         return None
-    module: Any = torch.get_device_module(device)
+    module: Any = torch.get_device_module()
     count = torch.accelerator.device_count()
     names = [device.type] * count
     driver = None

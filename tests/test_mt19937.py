@@ -229,6 +229,11 @@ def test_a_block_of_which_nothing_is_drawn_is_a_state() -> None:
         state.to_torch()
 
 
+def test_a_position_may_be_a_number_of_numpy() -> None:
+    """As in a state that was read from a file of arrays."""
+    assert MT19937State.from_numpy(("MT19937", WORDS_OF_ONE, np.int64(7), 0, 0.0)).position == 7
+
+
 def test_the_state_of_a_bit_generator_is_taken_as_one_without_a_gaussian() -> None:
     bits = np.random.MT19937(5)
     state = MT19937State.from_numpy(bits.state)
