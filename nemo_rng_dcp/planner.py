@@ -45,11 +45,11 @@ class _Table:
     def take_out(self) -> None:
         for container, key in reversed(self.path):
             if isinstance(container, list):
-                break
+                return
             del container[key]
             # A dict that is empty now goes too: for checkpoints of torch 2.3 it counts as a value.
             if container:
-                break
+                return
 
     def put_in(self) -> None:
         for (container, key), (inner, _) in pairwise(self.path):
