@@ -410,18 +410,19 @@ def test_a_scope_and_seed_worker_never_initialise_the_device() -> None:
     assert job(1, unused_device, group=False) == [[False, False, False, False, True]]
 
 
-def first_used_in_a_scope() -> str:
+def first_used_in_a_scope() -> tuple[str, str]:
     with pytest.warns(RNGStateWarning) as said, ScopedRNG(1):
         draw_on(0)
     with warnings.catch_warnings(), unmoved():
         warnings.simplefilter("error")
         with ScopedRNG(1):
             draw_on(0)
-    return str(said[0].message)
+    return str(said[0].message), said[0].filename
 
 
 def test_a_scope_says_that_it_cannot_cover_a_device_first_used_inside() -> None:
-    [said] = job(1, first_used_in_a_scope, group=False)
+    [(said, file)] = job(1, first_used_in_a_scope, group=False)
+    assert file == __file__
     assert re.match(rf"{TYPE} was first used inside a ScopedRNG", said)
 
 
