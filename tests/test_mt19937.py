@@ -162,7 +162,7 @@ def test_malformed_states_of_python_are_refused(state: object, message: str) -> 
 
 WORDS_OF_ONE = np.ones(WORDS, dtype=np.uint32)
 FLOATS = WORDS_OF_ONE.astype(float)
-TOO_LARGE = WORDS_OF_ONE.astype(np.int64) * 2**32
+TOO_LARGE = np.array([0, *[2**32] * (WORDS - 1)])
 
 
 @pytest.mark.parametrize(
