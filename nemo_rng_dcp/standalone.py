@@ -205,4 +205,6 @@ def _raise_first_cause(error: CheckpointException, what: str) -> NoReturn:
     rank = min(error.failures)
     cause, _ = error.failures[rank]
     kind = "" if isinstance(cause, RNGStateError) else f"{type(cause).__name__}: "
-    raise RNGStateError(f"{what} (rank {rank}): {kind}{cause}") from error
+    # torch 2.9 asserts that it has read metadata, and says no more.
+    reason = str(cause) or "is there a .metadata, which a save writes last?"
+    raise RNGStateError(f"{what} (rank {rank}): {kind}{reason}") from error
