@@ -179,7 +179,10 @@ def _make_room(path: str) -> None:
     planner = _ContentsPlanner()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
-        dcp.load({}, checkpoint_id=path, planner=planner, no_dist=True)
+        try:
+            dcp.load({}, checkpoint_id=path, planner=planner, no_dist=True)
+        except CheckpointException as error:
+            _raise_first_cause(error, f"the checkpoint in {path} cannot be read")
     others = sorted(planner.saved.keys() - record_keys(planner.saved))
     if others:
         raise RNGStateError(

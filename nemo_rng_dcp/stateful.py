@@ -181,8 +181,9 @@ class StatefulRNG:
 
         Does not communicate. Under DCP every rank calls it with its own row. What is not put back
         bit for bit is said in one warning, by the ranks of row 0: other rows or another mesh than
-        were saved, generators that only the checkpoint or only the job has, other versions. A rank
-        for which nothing was loaded at all says so itself, and its streams stay as they are.
+        were saved, another ``ranked``, generators that only the checkpoint or only the job has or
+        that are shared now or no longer, other versions, another ``PYTHONHASHSEED``. A rank for
+        which nothing was loaded at all says so itself, and its streams stay as they are.
 
         Args:
             state_dict: What :meth:`state_dict` gave, with the row alone or with all rows; or an
@@ -297,7 +298,7 @@ class StatefulRNG:
         ``load_state_dict``.
 
         Raises:
-            RuntimeError: Nothing has been loaded yet.
+            RuntimeError: Nothing has been loaded yet, or the last load restored nothing.
         """
         if self._loaded_states is None:
             raise RuntimeError("rewind() goes back to the last load, and nothing was loaded yet")

@@ -176,6 +176,15 @@ def test_nor_is_one_behind_a_url_or_with_metadata_of_every_rank(tmp_path: Path) 
 
 
 @pytest.mark.filterwarnings("ignore:Detected an existing checkpoint")
+def test_a_checkpoint_that_cannot_be_read_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / ".metadata").write_bytes(b"junk")
+    with pytest.raises(RNGStateError, match=r"the checkpoint in .* cannot be read") as caught:
+        StatefulRNG(1).save(tmp_path)
+    assert "Traceback" not in str(caught.value)
+    assert (tmp_path / ".metadata").read_bytes() == b"junk"
+
+
+@pytest.mark.filterwarnings("ignore:Detected an existing checkpoint")
 @pytest.mark.parametrize("scheme", ["", "file://"])
 def test_a_record_saved_before_is_replaced(scheme: str, tmp_path: Path) -> None:
     path = f"{scheme}{tmp_path}"
