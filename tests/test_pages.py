@@ -1,6 +1,7 @@
 """README and the pages of docs/: their examples run, their links lead somewhere, they are true."""
 
 import json
+import os
 import re
 import runpy
 import shlex
@@ -13,6 +14,7 @@ import numpy as np
 import pdoc
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
@@ -48,16 +50,53 @@ SNIPPETS = [
 # Examples.
 
 
+def run_example(folder: Path, name: str, variables: dict[str, str] | None) -> None:
+    """Run it on a rank with the variables of torchrun, or of no rank, as with python."""
+    if variables is None:
+        for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+            del os.environ[variable]
+    os.environ.update(variables or {})
+    os.chdir(folder)
+    sys.argv = [name]
+    runpy.run_path(name, run_name="__main__")
+
+
+def torchrun_of(text: str) -> list[str]:
+    """The torchrun command that an example's first line shows, or nothing."""
+    comment, *command = shlex.split(text.splitlines()[0])
+    return command if (comment, command[:1]) == ("#", ["torchrun"]) else []
+
+
 @pytest.mark.parametrize("text", SNIPPETS)
 def test_examples_run_as_they_stand(text: str, tmp_path: Path) -> None:
-    """With python, or with the torchrun command that the first line shows."""
-    command, name = [sys.executable], "example.py"
-    if text.startswith("# torchrun "):
-        _, _, *options, name = shlex.split(text.splitlines()[0])
-        command += ["-m", "torch.distributed.run", *options]
+    """With python, or on the ranks of a torchrun command."""
+    command = torchrun_of(text)
+    if not command:
+        (tmp_path / "example.py").write_text(text)
+        job(1, run_example, tmp_path, "example.py", None, group=False)
+        return
+    name, ranks = command[-1], int(command[command.index("--nproc-per-node") + 1])
+    (tmp_path / name).write_text(text)
+    # As torchrun does, whose agent has the store.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    variables = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
+    job(ranks, run_example, tmp_path, name, variables, group=False)
+
+
+def test_the_first_example_runs_with_its_command(tmp_path: Path) -> None:
+    text = snippets(ROOT / "README.md")[0]
+    _, *options, name = torchrun_of(text)
     (tmp_path / name).write_text(text)
     with subprocess.Popen(
-        [*command, name], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [sys.executable, "-m", "torch.distributed.run", *options, name],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     ) as process:
         try:
             output, _ = process.communicate(timeout=120)
