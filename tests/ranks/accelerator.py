@@ -1,4 +1,4 @@
-"""Two ranks with a device each, under torchrun: what they draw after a save, and after its load."""
+"""Ranks under torchrun, a device each where there are enough: draws after a save and its load."""
 
 import os
 import sys
@@ -15,7 +15,8 @@ from scripts.demo.leaving import leave_group
 def main(folder: Path) -> None:
     accelerator = torch.accelerator.current_accelerator()
     assert accelerator is not None
-    torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
+    device = int(os.environ["LOCAL_RANK"]) % torch.accelerator.device_count()
+    torch.accelerator.set_device_index(device)
     dist.init_process_group("gloo")
     rng = StatefulRNG(42, ranked=True)
     dcp.save({"rng": rng}, checkpoint_id=folder / "checkpoint")
