@@ -1,7 +1,6 @@
 """README and the pages of docs/: their examples run, their links lead somewhere, they are true."""
 
 import json
-import os
 import re
 import runpy
 import shlex
@@ -14,7 +13,6 @@ import numpy as np
 import pdoc
 import pytest
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
@@ -24,6 +22,7 @@ from jobs import job
 from nemo_rng_dcp import RNGLoadPlanner, RNGStateWarning, StatefulRNG
 from nemo_rng_dcp.generators.numpy_random import NumPyGeneratorAdapter
 from nemo_rng_dcp.record import fingerprint
+from scripted import run_script
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
@@ -50,17 +49,6 @@ SNIPPETS = [
 # Examples.
 
 
-def run_example(folder: Path, name: str, variables: dict[str, str] | None) -> None:
-    """Run it on a rank with the variables of torchrun, or of no rank, as with python."""
-    if variables is None:
-        for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
-            del os.environ[variable]
-    os.environ.update(variables or {})
-    os.chdir(folder)
-    sys.argv = [name]
-    runpy.run_path(name, run_name="__main__")
-
-
 def torchrun_of(text: str) -> list[str]:
     """The torchrun command that an example's first line shows, or nothing."""
     comment, *command = shlex.split(text.splitlines()[0])
@@ -71,20 +59,9 @@ def torchrun_of(text: str) -> list[str]:
 def test_examples_run_as_they_stand(text: str, tmp_path: Path) -> None:
     """With python, or on the ranks of a torchrun command."""
     command = torchrun_of(text)
-    if not command:
-        (tmp_path / "example.py").write_text(text)
-        job(1, run_example, tmp_path, "example.py", None, group=False)
-        return
-    name, ranks = command[-1], int(command[command.index("--nproc-per-node") + 1])
-    (tmp_path / name).write_text(text)
-    # As torchrun does, whose agent has the store.
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    variables = {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(store.port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
-    }
-    job(ranks, run_example, tmp_path, name, variables, group=False)
+    script = tmp_path / (command[-1] if command else "example.py")
+    script.write_text(text)
+    run_script(int(command[command.index("--nproc-per-node") + 1]) if command else 0, script)
 
 
 def test_the_first_example_runs_with_its_command(tmp_path: Path) -> None:

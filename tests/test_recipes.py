@@ -3,8 +3,10 @@
 import ast
 import gc
 import importlib
+import os
 import random
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +18,11 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
+from jobs import JobError, job
 from nemo_rng_dcp import ScopedRNG, StatefulRNG, init_all_rng
+from scripted import agent, execute, run_script
 from scripts.demo import recipes, runs
+from scripts.demo.launch import POLL_SECONDS, kill_if
 from scripts.demo.recipes import Job, Recipe
 from scripts.recipes import train_ddp, train_fsdp2, train_grpo, train_hsdp_tp
 
@@ -34,12 +39,43 @@ SMALL["train_hsdp_tp"] = Recipe("train_hsdp_tp", Job(2, 2, ("--tp", "2")), {})
 SMALL["train_grpo"] = replace(SMALL["train_grpo"], resumes={"on 1 rank": Job(1)})
 
 
+UNDER_TORCHRUN = "train_fsdp2"
+"""The others run on forked ranks here, and all under torchrun in `make recipes`."""
+
+
 def module_of(name: str) -> Any:
     return importlib.import_module(f"scripts.recipes.{name}")
 
 
+def train_forked(recipe: Recipe, its: Job, out: Path, kill: bool = False) -> None:
+    """As ``recipes.train``, on forked ranks, which start in no time."""
+    if kill:
+        killed = f"rank {recipes.KILLED_RANK} ended with SIGKILL"
+        with agent() as variables, pytest.raises(JobError, match=killed):
+            job(its.ranks, train_and_die, recipe, its, out, variables, group=False)
+    script, arguments = recipes.command(recipe, its, out)
+    run_script(its.ranks, script, *arguments)
+
+
+def train_and_die(recipe: Recipe, its: Job, out: Path, variables: dict[str, str]) -> None:
+    def now() -> bool:
+        return recipes.is_the_moment(recipe, out)
+
+    rank = os.getpid()
+    if os.environ["RANK"] == str(recipes.KILLED_RANK) and os.fork() == 0:
+        while os.getppid() == rank and not (now() and kill_if(rank, now)):
+            time.sleep(POLL_SECONDS)
+        os._exit(0)
+    script, arguments = recipes.command(recipe, its, out)
+    execute(script, arguments, variables)
+
+
 @pytest.mark.parametrize("recipe", SMALL.values(), ids=SMALL)
-def test_a_killed_job_continues(recipe: Recipe, tmp_path: Path) -> None:
+def test_a_killed_job_continues(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if recipe.name != UNDER_TORCHRUN:
+        monkeypatch.setattr(recipes, "train", train_forked)
     findings = list(recipes.compare(recipe, tmp_path))
     assert {finding.compared: finding.found for finding in findings} == {
         finding.compared: finding.expected for finding in findings

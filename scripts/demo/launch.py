@@ -62,18 +62,12 @@ class Launch:
     def kill(self, rank: int, when: Callable[[], bool]) -> None:
         """Send SIGKILL to a rank at a moment when ``when()`` is true.
 
-        The rank is stopped before the last look, so it cannot get past that moment.
-
         Raises:
             LaunchError: The launch ended, or its time did, before there was such a moment.
         """
         while self.process.poll() is None and time.monotonic() < self.deadline:
-            if when() and (pid := self._pid(rank)) is not None:
-                os.kill(pid, signal.SIGSTOP)
-                if when():
-                    os.kill(pid, signal.SIGKILL)
-                    return
-                os.kill(pid, signal.SIGCONT)
+            if when() and (pid := self._pid(rank)) is not None and kill_if(pid, when):
+                return
             time.sleep(POLL_SECONDS)
         self._end()
         raise LaunchError(f"{self.name}: no moment to kill rank {rank}:\n{self._output()}")
@@ -118,6 +112,17 @@ class Launch:
         with self.printed:
             self.printed.seek(0)
             return self.printed.read()
+
+
+def kill_if(pid: int, when: Callable[[], bool]) -> bool:
+    """Send SIGKILL to a process if ``when()`` is true; return whether it was.
+
+    The process is stopped before the look, so it cannot get past that moment.
+    """
+    os.kill(pid, signal.SIGSTOP)
+    reached = when()
+    os.kill(pid, signal.SIGKILL if reached else signal.SIGCONT)
+    return reached
 
 
 def torchrun(script: Path, processes: int, *arguments: str, timeout: float = 120) -> str:

@@ -82,22 +82,28 @@ RECIPES = (
 
 def train(recipe: Recipe, job: Job, out: Path, kill: bool = False) -> None:
     """Train into ``out``; with ``kill``, kill a rank once and let torchrun restart all of them."""
-
-    def reached() -> bool:
-        done = [runs.last_step(out, KILLED_RANK, note) for note in recipe.notes]
-        # Of a recipe that notes its rollout before the update: between the two.
-        return done[-1] in KILLED_STEPS and (len(done) == 1 or done[0] == done[-1] + 1)
-
     started = time.monotonic()
     print(f"{recipe.name:<14}  {out.name:<14} ", end="", flush=True)
-    options = {"--out": out, "--steps": STEPS, "--save-every": SAVE_EVERY, "--keep": STEPS}
-    arguments = [str(word) for option in options.items() for word in option]
-    script = ROOT / "scripts" / "recipes" / f"{recipe.name}.py"
-    launch = Launch(script, job.ranks, *arguments, *job.options, restarts=int(kill))
+    script, arguments = command(recipe, job, out)
+    launch = Launch(script, job.ranks, *arguments, restarts=int(kill))
     if kill:
-        launch.kill(KILLED_RANK, reached)
+        launch.kill(KILLED_RANK, lambda: is_the_moment(recipe, out))
     (out / "log.txt").write_text(launch.output())
     print(f"{time.monotonic() - started:4.0f} s", flush=True)
+
+
+def command(recipe: Recipe, job: Job, out: Path) -> tuple[Path, list[str]]:
+    """Return the recipe's file and its arguments."""
+    options = {"--out": out, "--steps": STEPS, "--save-every": SAVE_EVERY, "--keep": STEPS}
+    arguments = [str(word) for option in options.items() for word in option]
+    return ROOT / "scripts" / "recipes" / f"{recipe.name}.py", [*arguments, *job.options]
+
+
+def is_the_moment(recipe: Recipe, out: Path) -> bool:
+    """Return whether the rank to kill is after the checkpoint, and between its steps' notes."""
+    done = [runs.last_step(out, KILLED_RANK, note) for note in recipe.notes]
+    # Of a recipe that notes its rollout before the update: between the two.
+    return done[-1] in KILLED_STEPS and (len(done) == 1 or done[0] == done[-1] + 1)
 
 
 def compare(recipe: Recipe, out: Path) -> Iterator[Finding]:
