@@ -5,6 +5,7 @@
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,11 @@ from torch.utils.checkpoint import checkpoint
 from jobs import job
 from nemo_rng_dcp import StatefulRNG
 from nemo_rng_dcp.determinism import CUBLAS_VARIABLE, _Process, environment, set_deterministic
+from scripts.demo import recipes, runs
+from scripts.demo.recipes import RECIPES, Job, Recipe
 from test_accelerator import COUNT, TYPE
 from test_accelerator_jobs import resume, train
+from test_recipes import train_forked
 
 pytestmark = [
     pytest.mark.cuda,
@@ -50,6 +54,22 @@ def test_deterministic_algorithms_on_a_gpu_in_use(monkeypatch: pytest.MonkeyPatc
 def test_training_over_nccl_continues_exactly(tmp_path: Path, parallel: str) -> None:
     expected = job(COUNT, train, parallel, tmp_path, group=False)
     assert job(COUNT, resume, parallel, tmp_path, group=False) == expected
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
+def test_a_killed_recipe_continues(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recipes, "train", train_forked)
+    names = (*recipe.generators, "cuda")
+    recipe = replace(recipe, job=Job(COUNT), resumes={}, generators=names)
+    for finding in recipes.compare(recipe, tmp_path):
+        assert finding.found == finding.expected, finding.compared
+    streams = [
+        runs.read_streams(runs.checkpoint(tmp_path / run, recipes.STEPS), generators=names)
+        for run in ("killed", "uninterrupted")
+    ]
+    assert streams[0] == streams[1]
 
 
 Step = Callable[[], list[float]]

@@ -50,7 +50,7 @@ def module_of(name: str) -> Any:
 def train_forked(recipe: Recipe, its: Job, out: Path, kill: bool = False) -> None:
     """As ``recipes.train``, on forked ranks, which start in no time."""
     if kill:
-        killed = f"rank {recipes.KILLED_RANK} ended with SIGKILL"
+        killed = f"rank {recipe.killed_rank} ended with SIGKILL"
         with agent() as variables, pytest.raises(JobError, match=killed):
             job(its.ranks, train_and_die, recipe, its, out, variables, group=False)
     script, arguments = recipes.command(recipe, its, out)
@@ -62,7 +62,7 @@ def train_and_die(recipe: Recipe, its: Job, out: Path, variables: dict[str, str]
         return recipes.is_the_moment(recipe, out)
 
     rank = os.getpid()
-    if os.environ["RANK"] == str(recipes.KILLED_RANK) and os.fork() == 0:
+    if os.environ["RANK"] == str(recipe.killed_rank) and os.fork() == 0:
         while os.getppid() == rank and not (now() and kill_if(rank, now)):
             time.sleep(POLL_SECONDS)
         os._exit(0)
@@ -74,6 +74,8 @@ def train_and_die(recipe: Recipe, its: Job, out: Path, variables: dict[str, str]
 def test_a_killed_job_continues(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if torch.cuda.device_count() < recipe.job.ranks:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # a recipe takes a GPU for each rank
     if recipe.name != UNDER_TORCHRUN:
         monkeypatch.setattr(recipes, "train", train_forked)
     findings = list(recipes.compare(recipe, tmp_path))

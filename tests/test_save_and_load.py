@@ -13,6 +13,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.checkpoint.stateful import Stateful
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from altered import record_of
@@ -324,7 +325,7 @@ def test_below_the_top_level_the_object_itself_is_refused(tmp_path: Path) -> Non
 def shards_initialised_after_sharding(scope: bool) -> list[float]:
     StatefulRNG(42, ranked=True)
     model = torch.nn.Linear(8, 8, device="meta")
-    fully_shard(model)
+    fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
     model.to_empty(device="cpu")
     with ScopedRNG(7) if scope else nullcontext():
         model.reset_parameters()

@@ -24,7 +24,6 @@ OUT = Path("runs", "recipes")
 STEPS = 20
 SAVE_EVERY = 5
 RESUMED_STEP = 10
-KILLED_RANK = 1
 KILLED_STEPS = range(10, 14)  # any of these; the newest checkpoint is then that of step 10
 
 
@@ -51,6 +50,10 @@ class Recipe:
     resumes: dict[str, Job]
     notes: tuple[str, ...] = ("losses",)
     generators: tuple[str, ...] = ("python", "numpy", "torch")
+
+    @property
+    def killed_rank(self) -> int:
+        return self.job.ranks - 1
 
 
 class Finding(NamedTuple):
@@ -87,7 +90,7 @@ def train(recipe: Recipe, job: Job, out: Path, kill: bool = False) -> None:
     script, arguments = command(recipe, job, out)
     launch = Launch(script, job.ranks, *arguments, restarts=int(kill))
     if kill:
-        launch.kill(KILLED_RANK, lambda: is_the_moment(recipe, out))
+        launch.kill(recipe.killed_rank, lambda: is_the_moment(recipe, out))
     (out / "log.txt").write_text(launch.output())
     print(f"{time.monotonic() - started:4.0f} s", flush=True)
 
@@ -101,7 +104,7 @@ def command(recipe: Recipe, job: Job, out: Path) -> tuple[Path, list[str]]:
 
 def is_the_moment(recipe: Recipe, out: Path) -> bool:
     """Return whether the rank to kill is after the checkpoint, and between its steps' notes."""
-    done = [runs.last_step(out, KILLED_RANK, note) for note in recipe.notes]
+    done = [runs.last_step(out, recipe.killed_rank, note) for note in recipe.notes]
     # Of a recipe that notes its rollout before the update: between the two.
     return done[-1] in KILLED_STEPS and (len(done) == 1 or done[0] == done[-1] + 1)
 
@@ -163,8 +166,8 @@ def report(findings: list[Finding]) -> bool:
 
 def main() -> int:
     shutil.rmtree(OUT, ignore_errors=True)
-    print(f"{STEPS} steps, a checkpoint every {SAVE_EVERY}; rank {KILLED_RANK} is killed after")
-    print(f"step {RESUMED_STEP} and torchrun restarts all ranks. Other jobs resume from there.\n")
+    print(f"{STEPS} steps, a checkpoint every {SAVE_EVERY}; the last rank is killed after step")
+    print(f"{RESUMED_STEP} and torchrun restarts all ranks. Other jobs resume from there.\n")
     findings = [finding for recipe in RECIPES for finding in compare(recipe, OUT / recipe.name)]
     return 0 if report(findings) else 1
 
