@@ -3,7 +3,7 @@
     torchrun --standalone --nproc-per-node 4 scripts/recipes/train_fsdp2.py --out runs/fsdp2
 
 Start it again with the same ``--out``, on any number of ranks, and it goes on from the newest
-complete checkpoint. Runs on CPU with gloo; on GPUs untested. The text is the source code of
+complete checkpoint. On CPU with gloo, on one GPU with NCCL. The text is the source code of
 Python's standard library.
 
 The output folder gets ``checkpoints/``; ``losses-rank<r>.txt``, a line for each step with the loss
