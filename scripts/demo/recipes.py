@@ -103,7 +103,7 @@ def command(recipe: Recipe, job: Job, out: Path) -> tuple[Path, list[str]]:
 
 
 def is_the_moment(recipe: Recipe, out: Path) -> bool:
-    """Return whether the rank to kill is after the checkpoint, and between its steps' notes."""
+    """Return whether the rank to kill has noted a step since the checkpoint to resume from."""
     done = [runs.last_step(out, recipe.killed_rank, note) for note in recipe.notes]
     # Of a recipe that notes its rollout before the update: between the two.
     return done[-1] in KILLED_STEPS and (len(done) == 1 or done[0] == done[-1] + 1)

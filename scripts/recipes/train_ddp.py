@@ -9,8 +9,8 @@ checkpoint. Three kinds of random numbers meet here:
 - Augmentation in DataLoader workers, seeded by epoch and rank; they draw again for skipped batches.
 - Dropout in this process: its streams are in the checkpoint.
 
-On CPU with gloo, on one GPU with NCCL. The output folder gets ``checkpoints/``, ``run.json`` and,
-with a line for each step, ``losses-rank<r>.txt``.
+Tested on CPU with gloo and on one GPU with NCCL. The output folder gets ``checkpoints/``,
+``run.json`` and, with a line for each step, ``losses-rank<r>.txt``.
 """
 
 from __future__ import annotations

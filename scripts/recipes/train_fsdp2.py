@@ -3,8 +3,8 @@
     torchrun --standalone --nproc-per-node 4 scripts/recipes/train_fsdp2.py --out runs/fsdp2
 
 Start it again with the same ``--out``, on any number of ranks, and it goes on from the newest
-complete checkpoint. On CPU with gloo, on one GPU with NCCL. The text is the source code of
-Python's standard library.
+complete checkpoint. Tested on CPU with gloo and on one GPU with NCCL. The text is the source code
+of Python's standard library.
 
 The output folder gets ``checkpoints/``; ``losses-rank<r>.txt``, a line for each step with the loss
 as ``float.hex()``; and ``run.json``: what the results of the latest start depend on.
