@@ -32,14 +32,14 @@ test: setup
 
 # The whole suite on a machine that has a device: the simulated one.
 test-device: setup
-	TORCH_CPP_LOG_LEVEL=ERROR PYTHONPATH=tests/simulated_device $(BIN)/python -m pytest -n 2
+	TORCH_CPP_LOG_LEVEL=ERROR PYTHONPATH=tests/devices/simulated_device $(BIN)/python -m pytest -n 2
 
 # 1,000,000 damaged or mixed records and 100,000 sequences of uses; 20,000 damaged .metadata files.
 fuzz: setup
 	FUZZ_RECORDS=$${FUZZ_RECORDS:-1000000} FUZZ_SEQUENCES=$${FUZZ_SEQUENCES:-100000} \
-		$(BIN)/python -m pytest -n 2 --dist=load tests/test_fuzz.py
+		$(BIN)/python -m pytest -n 2 --dist=load tests/fuzz/test_records.py
 	FUZZ_EXAMPLES=$${FUZZ_EXAMPLES:-10000} \
-		$(BIN)/python -m pytest -n 2 --dist=load tests/test_fuzz_metadata.py
+		$(BIN)/python -m pytest -n 2 --dist=load tests/fuzz/test_metadata.py
 
 # Plants faults one at a time and looks whether the tests that reach them notice; an hour on 2 cores.
 mutants: setup
@@ -96,7 +96,7 @@ dist: setup
 	rm -rf dist *.egg-info/SOURCES.txt # which keeps what MANIFEST.in no longer names
 	$(BIN)/python -m build --outdir dist
 	$(BIN)/python -m twine check --strict dist/*
-	$(BIN)/python -m pytest -m dist tests/test_dist.py
+	$(BIN)/python -m pytest -m dist tests/project/test_dist.py
 
 demo: setup
 	$(BIN)/python -m scripts.demo

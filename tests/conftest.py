@@ -1,6 +1,4 @@
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -9,15 +7,13 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from nemo_rng_dcp import ScopedRNG
-from scripts.demo.launch import Launch, LaunchError
 
 # Launched scripts import what the tests import.
-TESTS = Path(__file__).parent
-_FOLDERS = [str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")]
-os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, _FOLDERS))
+_PATH = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, _PATH))
 
 # Not a test, and to import it is to have the device: see its README.
-collect_ignore = ["simulated_device"]
+collect_ignore = ["devices/simulated_device"]
 
 
 @pytest.fixture(autouse=True)
@@ -40,18 +36,3 @@ def fake_group() -> Iterator[Callable[[int, int], None]]:
     yield create
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def launch(script: Path, processes: int, *arguments: str) -> str:
-    """Run a script and return its output, whether it failed or not; 0 processes: no torchrun."""
-    if processes == 0:
-        environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-        command = [sys.executable, str(script), *arguments]
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=100, env=environment, check=False
-        )
-        return done.stdout + done.stderr
-    try:
-        return Launch(script, processes, *arguments, timeout=100).output()
-    except LaunchError as error:
-        return str(error)

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 LIMIT_SECONDS = 200
 """Tests that take longer have noticed a fault."""
 
+OTHER_ENVIRONMENTS = ("frameworks", "libraries")
+"""Folders of tests/ whose tests need packages that the default environment has not."""
+
 NO_TESTS = 5
 """pytest's exit code when it ran none."""
 
@@ -51,9 +54,10 @@ def main() -> int:
     print(f"{len(faults)} faults can be planted in {', '.join(arguments.only)}")
     random.Random(arguments.seed).shuffle(faults)
 
-    files = sorted(str(path.relative_to(FOLDER)) for path in FOLDER.glob("tests/test_*.py"))
+    paths = [path.relative_to(FOLDER) for path in FOLDER.glob("tests/**/test_*.py")]
+    files = sorted(str(path) for path in paths if path.parts[1] not in OTHER_ENVIRONMENTS)
     os.chdir(FOLDER)
-    sys.path[:0] = [str(FOLDER), str(FOLDER / "tests")]
+    sys.path.insert(0, str(FOLDER))
     prepare(files)
     notes = Notes(FOLDER / "notes")
     parts = [files[number :: arguments.jobs] for number in range(arguments.jobs)]

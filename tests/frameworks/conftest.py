@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from frameworks.training import EXACT, Plan, Run, Verdict, judge
-from jobs import preload
+from tests.frameworks.training import EXACT, Plan, Run, Verdict, judge
+from tests.support.jobs import preload
 
 preload(
     "accelerate",

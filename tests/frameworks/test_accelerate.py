@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from frameworks.training import (
+from nemo_rng_dcp import RNGStateError, StatefulRNG
+from tests.frameworks.training import (
     AFTER,
     BATCH,
     BEFORE,
@@ -23,9 +24,8 @@ from frameworks.training import (
     run_page,
     train_step,
 )
-from jobs import job
-from nemo_rng_dcp import RNGStateError, StatefulRNG
-from streams import draw
+from tests.support.jobs import job
+from tests.support.streams import draw
 
 pytestmark = pytest.mark.frameworks
 

@@ -9,9 +9,19 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from frameworks.training import AFTER, BEFORE, Plan, Run, Verdict, batch, net, run_page, train_step
-from jobs import job
-from streams import draw
+from tests.frameworks.training import (
+    AFTER,
+    BEFORE,
+    Plan,
+    Run,
+    Verdict,
+    batch,
+    net,
+    run_page,
+    train_step,
+)
+from tests.support.jobs import job
+from tests.support.streams import draw
 
 pytestmark = pytest.mark.frameworks
 

@@ -14,10 +14,20 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from frameworks.training import AFTER, BEFORE, Plan, Run, Verdict, batch, net, run_page, train_step
-from jobs import job
 from nemo_rng_dcp import RNGLoadPlanner, StatefulRNG
-from streams import draw
+from tests.frameworks.training import (
+    AFTER,
+    BEFORE,
+    Plan,
+    Run,
+    Verdict,
+    batch,
+    net,
+    run_page,
+    train_step,
+)
+from tests.support.jobs import job
+from tests.support.streams import draw
 
 pytestmark = pytest.mark.frameworks
 

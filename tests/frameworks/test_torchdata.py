@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from frameworks.training import (
+from nemo_rng_dcp import StatefulRNG
+from tests.frameworks.training import (
     AFTER,
     BATCH,
     BEFORE,
@@ -20,8 +21,7 @@ from frameworks.training import (
     run_page,
     train_step,
 )
-from nemo_rng_dcp import StatefulRNG
-from streams import draw
+from tests.support.streams import draw
 
 pytestmark = pytest.mark.frameworks
 

@@ -15,7 +15,8 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.fsdp import fully_shard
 
-from frameworks.training import (
+from nemo_rng_dcp import StatefulRNG
+from tests.frameworks.training import (
     AFTER,
     BEFORE,
     RANKS,
@@ -27,9 +28,8 @@ from frameworks.training import (
     run_page,
     train_step,
 )
-from jobs import job
-from nemo_rng_dcp import StatefulRNG
-from streams import draw
+from tests.support.jobs import job
+from tests.support.streams import draw
 
 pytestmark = pytest.mark.frameworks
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from frameworks.training import (
+from tests.frameworks.training import (
     AFTER,
     BATCH,
     BEFORE,
@@ -22,8 +22,8 @@ from frameworks.training import (
     net,
     run_page,
 )
-from jobs import job
-from streams import draw
+from tests.support.jobs import job
+from tests.support.streams import draw
 
 pytestmark = pytest.mark.frameworks
 

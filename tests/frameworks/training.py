@@ -17,10 +17,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from jobs import JobError, job
 from nemo_rng_dcp import StatefulRNG
 from nemo_rng_dcp.cli.main import main
-from streams import draw
+from tests.support.jobs import JobError, job
+from tests.support.streams import draw
 
 PAGES = Path(__file__).parents[2] / "docs" / "frameworks"
 BEFORE, AFTER, BATCH = 3, 3, 2

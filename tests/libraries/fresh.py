@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from jobs import job
-from streams import states
+from tests.support.jobs import job
+from tests.support.streams import states
 
 SEEDS: dict[str, Callable[[int], object]] = {
     "python": random.seed,

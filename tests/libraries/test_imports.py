@@ -7,9 +7,9 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from libraries.fresh import fresh, moved
 from nemo_rng_dcp import StatefulRNG
-from streams import draw
+from tests.libraries.fresh import fresh, moved
+from tests.support.streams import draw
 
 pytestmark = [
     pytest.mark.libraries,

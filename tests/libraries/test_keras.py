@@ -9,8 +9,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.nn.parallel import DistributedDataParallel
 
-from libraries.fresh import fresh, moved
 from nemo_rng_dcp import ScopedRNG, StatefulRNG, derive_seed
+from tests.libraries.fresh import fresh, moved
 
 pytestmark = [
     pytest.mark.libraries,

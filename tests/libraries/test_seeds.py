@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from libraries.fresh import SEEDS, fresh, moved
 from nemo_rng_dcp import derive_seed
+from tests.libraries.fresh import SEEDS, fresh, moved
 
 pytestmark = pytest.mark.libraries
 

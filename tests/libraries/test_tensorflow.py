@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch.distributed.checkpoint as dcp
 
-from libraries.fresh import fresh
 from nemo_rng_dcp import StatefulRNG, derive_seed
 from nemo_rng_dcp.determinism import set_deterministic
+from tests.libraries.fresh import fresh
 
 pytestmark = [
     pytest.mark.libraries,

@@ -5,9 +5,9 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 
-from libraries.fresh import fresh
-from libraries.test_seeds import LABELS, POINTS
 from nemo_rng_dcp import ScopedRNG, StatefulRNG, derive_seed
+from tests.libraries.fresh import fresh
+from tests.libraries.test_seeds import LABELS, POINTS
 
 pytestmark = pytest.mark.libraries
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from frameworks.conftest import TABLE
-from frameworks.training import AFTER, BATCH, BEFORE, Plan, Run, judge, run_page
-from streams import draw
+from tests.frameworks.conftest import TABLE
+from tests.frameworks.training import AFTER, BATCH, BEFORE, Plan, Run, judge, run_page
+from tests.support.streams import draw
 
 pytestmark = pytest.mark.frameworks
 

@@ -12,7 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, DistributedSampler
 
 import nemo_rng_dcp
-from frameworks.training import (
+from tests.frameworks.training import (
     AFTER,
     BATCH,
     BEFORE,
@@ -26,8 +26,8 @@ from frameworks.training import (
     run_page,
     train_step,
 )
-from jobs import job
-from streams import draw
+from tests.support.jobs import job
+from tests.support.streams import draw
 
 pytestmark = pytest.mark.frameworks
 

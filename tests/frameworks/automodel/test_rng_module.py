@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from nemo_rng_dcp import StatefulRNG, automodel
-from streams import draw
+from tests.support.streams import draw
 
 pytestmark = pytest.mark.frameworks
 

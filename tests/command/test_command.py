@@ -1,0 +1,237 @@
+"""The command as it is installed: its output, its exit codes and its options."""
+
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import nemo_rng_dcp
+from nemo_rng_dcp.cli.main import main
+from tests.support.command import INSTALLED, Capture, ask, ask_json, run
+from tests.support.records import drawn_streams, records, save
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(records(2), tmp_path_factory.mktemp("command") / "checkpoint")
+
+
+def test_it_is_installed(checkpoint: Path, tmp_path: Path) -> None:
+    done = run("inspect", checkpoint, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.endswith("no findings\n")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--version"], ["--help"], ["inspect", "--help"], ["diff", "--help"], ["explain", "-h"]],
+)
+def test_help_and_version_import_neither_torch_nor_numpy(words: list[str]) -> None:
+    """So they answer at once: torch alone takes a second to import."""
+    program = (
+        "import sys\nfrom nemo_rng_dcp.cli.main import main\n"
+        "try: main(sys.argv[1:])\n"
+        "finally: print('imported:', {'torch', 'numpy'} & set(sys.modules))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, *words],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=True,
+    )
+    assert done.stdout.endswith("imported: set()\n")
+    if words == ["--version"]:
+        assert done.stdout.startswith(f"nemo-rng-dcp {nemo_rng_dcp.__version__}\n")
+    elif len(words) == 2:
+        examples = re.findall(r"^  nemo-rng-dcp .*", done.stdout, re.MULTILINE)
+        assert len(examples) == 2
+
+
+def test_it_runs_as_a_module(checkpoint: Path) -> None:
+    words = [sys.executable, "-m", "nemo_rng_dcp", "inspect", str(checkpoint), "--json"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=100, check=True)
+    (entry,) = json.loads(done.stdout)["entries"]
+    assert (entry["path"], entry["rows"], len(entry["streams"])) == ("rng", 2, 2)
+
+
+def test_a_reason_is_one_line_on_stderr(tmp_path: Path) -> None:
+    done = run("inspect", tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.count("\n") == 1
+    assert "no .metadata in it, nothing" in done.stderr
+
+
+def test_colour_is_for_terminals(checkpoint: Path) -> None:
+    """On a real terminal, and not on one whose owner has set NO_COLOR."""
+
+    def shown(**variables: str) -> str:
+        ours, theirs = pty.openpty()
+        environment = {"TERM": "xterm", **os.environ, **variables}
+        words = [INSTALLED, "inspect", str(checkpoint)]
+        subprocess.run(words, stdout=theirs, env=environment, timeout=100, check=True)
+        text = os.read(ours, 2**16).decode()
+        os.close(ours)
+        os.close(theirs)
+        return text
+
+    assert "\033[" in shown(NO_COLOR="")
+    assert "\033[" not in shown(NO_COLOR="1")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["inspect", ".", "--rows", "a-b"],
+        ["inspect", ".", "--rows", "9-3"],
+        ["inspect", ".", "--rows", "1-"],
+        ["inspect", ".", "--fail-on", "everything"],
+        ["explain", ".", "--world-size", "0"],
+        ["explain", ".", "--world-size", "4", "--mesh", "dp4"],
+        ["explain", ".", "--world-size", "4", "--mesh", "dp=4", "--along", ""],
+        ["explain", ".", "--world-size", "4", "--generators", ""],
+        ["explain", ".", "--world-size", "4", "--shared", "a,"],
+        ["explain", "."],
+        [],
+    ],
+)
+def test_a_bad_command_line_is_refused(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as error:
+        main(arguments)
+    assert error.value.code == 2
+
+
+def test_an_empty_path_is_refused(capsys: Capture) -> None:
+    code, text = ask(capsys, "inspect", "")
+    assert (code, text) == (
+        2,
+        "nemo-rng-dcp: the path is empty, expected the folder of a checkpoint",
+    )
+
+
+# stdout that cannot be written.
+
+
+def test_a_closed_stdout_is_one_line_and_exit_code_2(checkpoint: Path) -> None:
+    words = f'"{INSTALLED}" inspect "{checkpoint}" >&-'
+    done = subprocess.run(
+        ["/bin/sh", "-c", words], stderr=subprocess.PIPE, text=True, timeout=100, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr == ("nemo-rng-dcp: stdout is closed, so there is nowhere to print to\n")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk_is_one_line_and_exit_code_2(checkpoint: Path) -> None:
+    with open("/dev/full", "w") as full:
+        done = run("inspect", checkpoint, stdout=full)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "No space left" in done.stderr
+
+
+def test_a_reader_that_leaves_early_is_no_error(checkpoint: Path) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    done = run("inspect", checkpoint, stdout=write)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (2, "")
+
+
+# How it is put together.
+
+CLI = Path(main.__code__.co_filename).parent
+
+
+def imports_within_cli(folder: str) -> set[str]:
+    """Return which modules and folders of the command a folder of it imports, by their names."""
+    found = set()
+    for file in (CLI / folder).glob("*.py"):
+        found |= set(re.findall(r"^from nemo_rng_dcp\.cli\.(\w+)", file.read_text(), re.MULTILINE))
+    return found
+
+
+def test_the_folders_of_the_command_import_only_downward() -> None:
+    assert imports_within_cli("checkpoint") == {"checkpoint"}
+    assert imports_within_cli("frameworks") == {"checkpoint", "frameworks", "terminal"}
+
+
+# What --json prints is described.
+
+
+def keys_in(content: object) -> set[str]:
+    if isinstance(content, list):
+        return {key for each in content for key in keys_in(each)}
+    if not isinstance(content, dict):
+        return set()
+    return content.keys() | keys_in([*content.values()])
+
+
+def test_every_field_of_the_json_is_documented(
+    checkpoint: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    other = save(records(3, lambda row: drawn_streams(row // 2)), tmp_path / "other")
+    answers = [
+        ask_json(capsys, "inspect", other),
+        ask_json(capsys, "diff", checkpoint, other),
+        ask_json(capsys, "explain", other, "--world-size", 4),
+    ]
+    assert answers[0]["findings"]
+    assert answers[1]["entries"][0]["differences"]
+    assert all(answer["schema"] == 1 for answer in answers)
+    text = (Path(__file__).parents[2] / "docs" / "command.md").read_text()
+    named = set(re.findall(r"`(\w+)`", text)) | {"A", "B"}
+    missing = keys_in(answers) - named - set(drawn_streams(0))
+    assert not missing
+
+
+# Errors that nobody foresaw, and a stderr that cannot be written.
+
+
+def test_an_error_that_nobody_foresaw_is_no_finding(tmp_path: Path) -> None:
+    """A traceback ends with exit code 1, which means findings."""
+    (tmp_path / ".metadata").touch()
+    os.truncate(tmp_path / ".metadata", 2**43)  # more than any memory, and no byte on the disk
+    done = run("inspect", tmp_path)
+    assert (done.returncode, done.stderr) == (2, "nemo-rng-dcp: MemoryError\n")
+
+
+def test_ctrl_c_ends_with_130(checkpoint: Path) -> None:
+    program = (
+        "import os, signal, sys, threading\n"
+        "from nemo_rng_dcp.cli.main import main\n"
+        # A shell's background jobs begin with the signal ignored.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "class Path(str):\n"
+        "    def __contains__(self, text): os.kill(os.getpid(), signal.SIGINT); return False\n"
+        "sys.argv[1] = Path(sys.argv[1])\n"
+        "sys.exit(main(['inspect', sys.argv[1]]))"
+    )
+    words = [sys.executable, "-c", program, str(checkpoint)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=100, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize("stderr", ["2>&-", "2>/dev/full"])
+def test_a_stderr_that_cannot_be_written_changes_nothing(
+    stderr: str, checkpoint: Path, tmp_path: Path
+) -> None:
+    """The reason went to stdout, where --json prints, or the exit code became 1."""
+    damaged = save(records(2), tmp_path)
+    (damaged / "__0_0.distcp").write_bytes(b"")
+    for words, answers in (([damaged, damaged, "--json"], True), ([checkpoint, "/nowhere"], False)):
+        line = " ".join([INSTALLED, "diff", *map(str, words), stderr])
+        done = subprocess.run(
+            ["/bin/sh", "-c", line], stdout=subprocess.PIPE, text=True, timeout=100, check=False
+        )
+        assert done.returncode == 2
+        assert json.loads(done.stdout)["entries"] if answers else done.stdout == ""

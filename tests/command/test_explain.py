@@ -1,0 +1,234 @@
+"""``explain`` foretells what real loads do."""
+
+import os
+import random
+import re
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.device_mesh import init_device_mesh
+
+from nemo_rng_dcp import RNGLoadPlanner, RNGStateWarning, StatefulRNG
+from nemo_rng_dcp.cli.main import main
+from nemo_rng_dcp.generators import generators_of_process, own_device
+from nemo_rng_dcp.layout import Layout
+from tests.support.command import Capture, ask, ask_json
+from tests.support.jobs import job
+from tests.support.records import change_metadata, records, save
+from tests.support.streams import draw
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
+EXAMPLES = max(10, int(os.environ.get("FUZZ_EXAMPLES", "0")) // 1000)
+
+
+# Against real loads.
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A job: its ranks, and what each of them gives ``StatefulRNG``."""
+
+    size: int
+    mesh: dict[str, int] | None
+    along: tuple[str, ...]
+    ranked: bool
+    own: tuple[str, ...]
+    shared: tuple[str, ...]
+
+    @classmethod
+    def any(cls, dice: random.Random) -> "Spec":
+        size = dice.randint(2, 6)
+        mesh, along = None, ()
+        if dice.random() < 0.6:
+            dp = dice.choice([n for n in range(1, size + 1) if size % n == 0])
+            mesh = {"dp": dp, "tp": size // dp}
+            along = dice.choice([("dp",), ("tp",), ("dp", "tp")])
+        kinds = {name: dice.choice(["own", "own", "shared", "none"]) for name in MAKERS}
+        own, shared = ([n for n, kind in kinds.items() if kind == k] for k in ("own", "shared"))
+        return cls(size, mesh, along, dice.random() < 0.5, tuple(own), tuple(shared))
+
+    def rng(self, seed: int) -> StatefulRNG:
+        mesh = None
+        if self.mesh is not None:
+            names = tuple(self.mesh)
+            mesh = init_device_mesh("cpu", tuple(self.mesh.values()), mesh_dim_names=names)
+            mesh = mesh[self.along]
+        row = Layout.current(mesh).row
+        return StatefulRNG(
+            seed,
+            self.ranked,
+            mesh=mesh,
+            generators={name: MAKERS[name](seed + row) for name in self.own},
+            shared_generators={name: MAKERS[name](seed) for name in self.shared},
+        )
+
+    def words(self) -> list[object]:
+        """Return the job as ``explain`` is told of it."""
+        generators = (*generators_of_process(own_device()), *self.own, *self.shared)
+        words: list[object] = ["--world-size", self.size, "--generators", ",".join(generators)]
+        words += ["--shared", ",".join(self.shared), f"--{'' if self.ranked else 'no-'}ranked"]
+        if self.mesh is not None:
+            sizes = ",".join(f"{name}={size}" for name, size in self.mesh.items())
+            words += ["--mesh", sizes, "--along", ",".join(self.along)]
+        return words
+
+
+MAKERS: dict[str, Any] = {
+    "noise": lambda seed: torch.Generator().manual_seed(seed),
+    "shuffle": lambda seed: np.random.default_rng(seed),
+    "choice": lambda seed: random.Random(seed),
+}
+
+
+def save_real(path: Path, spec: Spec) -> None:
+    rng = spec.rng(42)
+    draw()
+    dcp.save({"rng": rng}, checkpoint_id=path)
+
+
+def load_real(
+    path: Path, spec: Spec, needs_planner: bool
+) -> tuple[int, dict[str, str], dict[str, str], list[str]]:
+    """Return the row, the streams before and after the load, and what was said."""
+    rng = spec.rng(1000)
+    draw()
+    before = rng.fingerprint()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        planner = RNGLoadPlanner() if needs_planner else None
+        dcp.load({"rng": rng}, checkpoint_id=path, planner=planner)
+    said = [str(w.message) for w in caught if w.category is RNGStateWarning]
+    return Layout.current(rng.mesh).row, before, rng.fingerprint(), said
+
+
+@pytest.mark.parametrize("example", range(EXAMPLES))
+def test_a_load_does_what_explain_foretells(example: int, tmp_path: Path, capsys: Capture) -> None:
+    dice = random.Random(example)
+    saved, resumed = Spec.any(dice), Spec.any(dice)
+    if example % 5 == 0:
+        resumed = saved
+    job(saved.size, save_real, tmp_path, saved)
+    (entry,) = ask_json(capsys, "explain", tmp_path, *resumed.words())["entries"]
+    fates = {fate["row"]: fate for fate in entry["fates"] if fate["ranks"]}
+    loaded = job(resumed.size, load_real, tmp_path, resumed, entry["needs_planner"])
+    device = list(generators_of_process(own_device()))[3:]
+    for rank, (row, before, after, said) in enumerate(loaded):
+        fate = fates[row]
+        assert rank in fate["ranks"]
+        # Only a process that has the device knows what a seed makes of its generator.
+        digests = {n: after[n] if its == "?" else its for n, its in fate["digests"].items()}
+        assert [n for n in digests if fate["digests"][n] == "?"] in ([], device)
+        assert after == {**before, **digests}
+        expected = ["RNG state: " + ". ".join(entry["remarks"])] if entry["remarks"] else []
+        assert said == (expected if row == 0 else [])
+        assert fate["fate"] != "refused"
+        forked = [name for name in after if name in fate["forked"]]
+        assert forked == fate["forked"]
+        assert (fate["fate"] == "continued") == (row == fate["source"])
+    dropped = [fate["row"] for fate in entry["fates"] if not fate["ranks"]]
+    assert dropped == list(range(entry["rows"], entry["rows_saved"]))
+
+
+# The rules, one by one.
+
+
+def test_many_fates_are_summarised(tmp_path: Path, capsys: Capture) -> None:
+    path = save(records(300), tmp_path)
+    code, text = ask(capsys, "explain", path, "--world-size", 400)
+    assert code == 0
+    assert "rows 0-299: continued rows 300-399: forked, from row r % 300" in text
+    _, text = ask(capsys, "explain", path, "--world-size", 400, "--rows", "299-300")
+    assert re.search(r"299 299 continued .* 300 300 forked, from 0 ", text)
+
+
+def test_a_summary_has_a_line_for_each_fate(tmp_path: Path, capsys: Capture) -> None:
+    """A line for each new row was printed: 3,000 of them."""
+    code = main(["explain", str(save(records(1), tmp_path / "one")), "--world-size", "3000"])
+    lines = capsys.readouterr().out.splitlines()
+    assert (code, len(lines) < 12) == (0, True)
+    assert lines[4:6] == ["  row 0: continued", "  rows 1-2999: forked, from row r % 1"]
+    damaged = save([records(2)[0]] * 2, tmp_path / "damaged")
+    code, text = ask(capsys, "explain", damaged, "--world-size", 101)
+    assert (code, len(text) < 2000) == (1, True)
+    assert "row 0: continued row 1: refused rows 2, 4, 6, 8, 10, ... (50 in all): forked" in text
+    assert "rows 3, 5, 7, 9, 11, ... (49 in all): refused, from row r % 2" in text
+    text = ask(capsys, "explain", save(records(50), tmp_path / "more"), "--world-size", 51)[1]
+    assert "rows 0-49: continued row 50: forked, from row 0 " in text
+
+
+def test_the_rules_are_those_of_a_load(tmp_path: Path, capsys: Capture) -> None:
+    alike = save(records(4, ranked=False), tmp_path)
+    code, text = ask(capsys, "explain", alike, "--world-size", 5)
+    assert (code, "copied, from 0" in text) == (0, True)
+    assert "forked, from 0" in ask(capsys, "explain", alike, "--world-size", 5, "--ranked")[1]
+    text = ask(capsys, "explain", alike, "--world-size", 4)[1]
+    assert "with plain dcp.load" in text
+    text = ask(capsys, "explain", alike, "--world-size", 4, "--generators", "numpy,cuda")[1]
+    assert "the checkpoint has no cuda: the stream stays as it is" in text
+    assert "the checkpoint has python, torch, which this job has not: dropped" in text
+    assert "planner=RNGLoadPlanner()" in text
+
+
+MESH = ["--mesh", "dp=2,tp=2"]
+
+
+@pytest.mark.parametrize(
+    ("bad", "said"),
+    [
+        (["--mesh", "dp=3"], "a mesh of 3 has 3 ranks, not 4"),
+        (["--along", "dp"], "--along names dimensions of a mesh: give --mesh too"),
+        ([*MESH, "--along", "pp"], "the mesh has no dimension 'pp', only dp, tp"),
+        ([*MESH, "--along", "tp,dp"], "once and in the mesh's order, dp,tp"),
+        ([*MESH, "--along", "dp,dp"], "once and in the mesh's order, dp"),
+        (["--shared", "noize"], "no such generator, only python, numpy, torch. --generators names"),
+        (["--generators", "python,noise", "--shared", "noize"], "only python, noise."),
+        (["--shared", "cuda"], "--shared cuda: it is a global generator, which is never shared"),
+    ],
+)
+def test_a_job_that_cannot_exist_is_refused(
+    bad: list[str], said: str, tmp_path: Path, capsys: Capture
+) -> None:
+    path = save(records(1), tmp_path)
+    code, text = ask(capsys, "explain", path, "--world-size", 4, *bad)
+    assert (code, said in text) == (2, True), text
+
+
+def test_torch_has_no_such_meshes() -> None:
+    """The control of two of these."""
+    assert job(4, slice_meshes) == [[True, True, False]] * 4
+
+
+def slice_meshes() -> list[bool]:
+    """Return which of some slices torch refuses."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    refused = []
+    for names in (("tp", "dp"), ("dp", "dp"), ("dp", "tp")):
+        try:
+            mesh[names]
+            refused.append(False)
+        except (KeyError, RuntimeError):
+            refused.append(True)
+    return refused
+
+
+def test_rows_that_are_only_claimed_cost_nothing(tmp_path: Path, capsys: Capture) -> None:
+    """An entry was built for every row that .metadata claims."""
+    path = save(records(2), tmp_path)
+
+    def enlarge(metadata: Any) -> None:
+        (table,) = metadata.state_dict_metadata.values()
+        table.size = torch.Size([2**60 * table.chunks[0].sizes[0] // 2**12])
+
+    change_metadata(path, enlarge)
+    code, text = ask(capsys, "explain", path, "--world-size", 2)
+    assert (code, "a load raises" in text) == (1, True)
+    code, text = ask(capsys, "inspect", path)
+    assert code == 1
+    assert re.search(r"\d{12,} of \d{12,} rows are missing, the first is 2", text)

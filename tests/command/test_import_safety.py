@@ -1,0 +1,257 @@
+"""``import`` executes nothing, in what it reads and where it writes, and takes little memory."""
+
+import contextlib
+import copy
+import io
+import os
+import pickle
+import random
+import resource
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+
+from nemo_rng_dcp import StatefulRNG
+from nemo_rng_dcp.cli.main import main
+from tests.support.command import Capture, ask
+from tests.support.jobs import job
+from tests.support.streams import draw
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
+
+def states() -> dict[str, Any]:
+    """Return a file's content as Transformers writes it."""
+    return {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "cpu": torch.get_rng_state(),
+    }
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A framework's checkpoint of one rank."""
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    torch.save(states(), folder / "rng_state_0.pth")
+    return folder
+
+
+@pytest.fixture
+def trap(tmp_path: Path) -> Iterator[Path]:
+    """A file that must not come into being."""
+    file = tmp_path / "executed"
+    yield file
+    assert not file.exists()
+
+
+# Where it writes.
+
+
+class Payload:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {self.file}",)
+
+
+@pytest.mark.parametrize("name", [".metadata", "__0.metadata"])
+def test_code_in_the_folder_to_write_to_is_refused_by_name(
+    name: str, folder: Path, trap: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    out = tmp_path / "ours"
+    out.mkdir()
+    (out / name).write_bytes(pickle.dumps(Payload(trap)))
+    code, text = ask(capsys, "import", folder, out)
+    assert (code, text) == (
+        2,
+        f"nemo-rng-dcp: nothing was saved to {out}, name another folder: refused: {out}/{name} "
+        "wants posix.system, which DCP never stores there. Nothing in it was executed; do not load "
+        "this checkpoint.",
+    )
+    assert [file.name for file in out.iterdir()] == [name]
+
+
+def test_an_earlier_record_is_not_unpickled(folder: Path, trap: Path, tmp_path: Path) -> None:
+    """Of names that DCP does store, a pickle can make a call of a method."""
+    assert main(["import", str(folder), str(tmp_path / "ours")]) == 0
+    file = tmp_path / "ours" / ".metadata"
+    metadata = pickle.loads(file.read_bytes())
+    metadata.planner_data = "HERE"
+    method = b"cbuiltins\ngetattr\ncpathlib\nPosixPath\nX%b%b\x85RX\x05\x00\x00\x00touch\x86R"
+    method %= (len(str(trap)).to_bytes(4, "little"), str(trap).encode())
+    # An object whose state gives it a __setstate__ is then given the state 0: touch(0) is called.
+    call = b"ctorch.distributed.checkpoint.metadata\nMetadataIndex\n)\x81}X\x0c\x00\x00\x00"
+    call += b"__setstate__" + method + b"sbK\x00b"
+    hostile = pickle.dumps(metadata, 2).replace(b"X\x04\x00\x00\x00HERE", call)
+    file.write_bytes(hostile)
+    assert main(["import", str(folder), str(tmp_path / "ours")]) == 0
+    assert not trap.exists()
+    pickle.loads(hostile)  # the control: this is what DCP does
+    trap.unlink()
+
+
+def test_junk_in_the_folder_to_write_to_is_one_line(
+    folder: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    out = tmp_path / "ours"
+    out.mkdir()
+    (out / ".metadata").write_bytes(b"junk")
+    code, text = ask(capsys, "import", folder, out)
+    said = f"saved to {out}, name another folder: {out}/.metadata is damaged"
+    assert (code, said in text) == (2, True)
+    assert "Traceback" not in text
+
+
+def test_a_checkpoint_of_other_things_is_not_replaced(
+    folder: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    out = tmp_path / "ours"
+    dcp.save({"weight": torch.ones(3)}, checkpoint_id=out)
+    code, text = ask(capsys, "import", folder, out)
+    assert (code, "holds a checkpoint of other things (weight, for one)" in text) == (2, True)
+    loaded = {"weight": torch.zeros(3)}
+    dcp.load(loaded, checkpoint_id=out)
+    assert loaded["weight"].tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_an_earlier_record_is_replaced(scheme: str, folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "ours"
+    StatefulRNG(7).save(out)
+    (out / "below").mkdir()
+    (out / "below" / ".metadata").write_bytes(b"not of this checkpoint")
+    StatefulRNG(42)
+    torch.save(states(), folder / "rng_state_0.pth")
+    expected = draw()
+    assert main(["import", str(folder), f"{scheme}{out}"]) == 0
+    StatefulRNG(1).load(out)
+    assert draw() == expected
+
+
+# Time and memory grow with the bytes that are there.
+
+
+def reason(folder: Path) -> str:
+    """Return why ``import`` stops, in a process with little memory."""
+    [text] = job(1, import_in_little_memory, folder, group=False, limit=30)
+    return text
+
+
+def import_in_little_memory(folder: Path) -> str:
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 2**28, resource.RLIM_INFINITY))
+    printed = io.StringIO()
+    with contextlib.redirect_stderr(printed):
+        assert main(["import", str(folder), str(folder / "out")]) == 2
+    assert not (folder / "out").exists()
+    return printed.getvalue()
+
+
+def test_a_large_number_in_a_files_name_costs_nothing(tmp_path: Path) -> None:
+    """A set of all ranks up to it was built."""
+    torch.save({"rng": states()}, tmp_path / "extra_state_world_size_99999999_rank_0.pt")
+    assert "rank 1, 2, 3, 4, 5, 6, 7, 8, 9, 10 are missing" in reason(tmp_path)
+
+
+def nested(depth: int) -> Any:
+    """Return a tuple that takes a few bytes and 2**depth steps to print, compare or hash."""
+    value: Any = ()
+    for _ in range(depth):
+        value = (value, value)
+    return value
+
+
+MANY = torch.zeros(1, dtype=torch.uint8).expand(10**11)
+
+
+@pytest.mark.parametrize(
+    ("name", "state"),
+    [
+        ("cpu", MANY),
+        ("cuda", MANY),
+        ("cuda", [MANY]),
+        ("cuda", nested(60)),
+        ("numpy", ("MT19937", MANY, 0, 0, 0.0)),
+        ("numpy", nested(60)),
+    ],
+)
+def test_a_state_of_too_many_numbers_costs_nothing(name: str, state: Any, folder: Path) -> None:
+    """Bytes that stand for many times as many: a tensor repeats them, or a tuple itself."""
+    torch.save({**states(), name: state}, folder / "rng_state_0.pth")
+    assert (folder / "rng_state_0.pth").stat().st_size < 30000
+    assert "the state is malformed: it has more than 65536 numbers" in reason(folder)
+
+
+def test_a_compressed_file_is_refused(folder: Path) -> None:
+    """torch inflates it: 500 kB took 764 MB."""
+    file, plain = folder / "rng_state_0.pth", io.BytesIO()
+    torch.save({**states(), "zeros": torch.zeros(2**29, dtype=torch.uint8)}, plain)
+    with zipfile.ZipFile(plain) as old, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+    assert file.stat().st_size < 2**20
+    assert "rng_state_0.pth: refused: it holds something compressed" in reason(folder)
+
+
+def test_entries_that_lie_over_each_other_are_refused(folder: Path) -> None:
+    """The same megabyte under a thousand names."""
+    file, plain = folder / "rng_state_0.pth", io.BytesIO()
+    zeros = {str(number): torch.zeros(2**20, dtype=torch.uint8) for number in range(1000)}
+    torch.save({**states(), **zeros}, plain)
+    with zipfile.ZipFile(plain) as old, zipfile.ZipFile(file, "w") as new:
+        once = None
+        for its in old.infolist():
+            if its.file_size < 2**20:
+                new.writestr(its.filename, old.read(its))
+            elif once is None:
+                new.writestr(its.filename, old.read(its))
+                once = new.getinfo(its.filename)
+            else:
+                new.filelist.append(copy.copy(once))
+                new.filelist[-1].filename = new.filelist[-1].orig_filename = its.filename
+    assert file.stat().st_size < 2**22
+    assert "rng_state_0.pth: refused: it holds more bytes than the file has" in reason(folder)
+
+
+def test_a_pipe_is_no_file(tmp_path: Path) -> None:
+    """To open it waits for ever."""
+    os.mkfifo(tmp_path / "rng_state_0.pth")
+    assert "no RNG files of a rank in it" in reason(tmp_path)
+
+
+# Names that a file has.
+
+
+def test_names_do_not_reach_the_terminal_as_control_codes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, out = tmp_path / "\033[31mtheirs", tmp_path / "\033[31mours"
+    folder.mkdir()
+    unknown = torch.zeros(16, dtype=torch.uint8)
+    state = {"rng": {**states(), "torch": torch.get_rng_state(), "\033[31mxpu": unknown}}
+    torch.save(state, folder / "\033[31m.pt")
+    assert main(["import", str(folder / "\033[31m.pt"), str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "\033" not in printed
+    assert "note: not read: \\x1b[31mxpu, cpu\n" in printed
+
+
+def test_a_field_without_a_name_is_noted(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It was a TypeError, after everything was written."""
+    unknown = torch.zeros(16, dtype=torch.uint8)
+    torch.save({**states(), 7: unknown, "xpu": unknown}, folder / "rng_state_0.pth")
+    assert main(["import", str(folder), str(tmp_path / "out")]) == 0
+    assert "note: not read: 7, xpu\n" in capsys.readouterr().out

@@ -1,0 +1,450 @@
+"""What an accelerator's streams do in one process.
+
+The tests run where torch has an accelerator: on a GPU where there is one, and everywhere on the
+simulated device, through ``test_simulated_device.py``.
+"""
+
+import os
+import re
+import threading
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+
+from nemo_rng_dcp import (
+    RNGLoadPlanner,
+    RNGStateError,
+    RNGStateWarning,
+    ScopedRNG,
+    StatefulRNG,
+    init_all_rng,
+    seed_worker,
+)
+from nemo_rng_dcp.automodel import _get_rng_state, _restore_rng_state
+from nemo_rng_dcp.determinism import environment
+from nemo_rng_dcp.generators.torch_random import AcceleratorAdapter
+from nemo_rng_dcp.record import KEY
+from tests.support.altered import record_of
+from tests.support.jobs import job
+from tests.support.streams import draw, unmoved
+
+AVAILABLE = torch.accelerator.is_available()
+ACCELERATOR = torch.accelerator.current_accelerator() if AVAILABLE else None
+TYPE = "none" if ACCELERATOR is None else ACCELERATOR.type
+MODULE: Any = torch.get_device_module(ACCELERATOR) if AVAILABLE else None
+COUNT = torch.accelerator.device_count() if AVAILABLE else 0
+
+pytestmark = [
+    pytest.mark.skipif(not AVAILABLE, reason="needs an accelerator (see test_simulated_device.py)"),
+    pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),
+]
+two_devices = pytest.mark.skipif(COUNT < 2, reason="needs two devices")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _device_in_use() -> None:
+    MODULE.init()  # before conftest's scope, which would warn
+
+
+@pytest.fixture(autouse=True)
+def _first_device_is_current() -> None:
+    MODULE.set_device(0)
+
+
+def draw_on(index: int) -> list[float]:
+    return torch.randn(4, device=f"{TYPE}:{index}").tolist()
+
+
+def in_a_thread(function: Callable[[], Any]) -> Any:
+    results: list[Any] = []
+    thread = threading.Thread(target=lambda: results.append(function()))
+    thread.start()
+    thread.join()
+    [result] = results
+    return result
+
+
+def test_the_seed_reaches_every_device() -> None:
+    init_all_rng(5)
+    for index in range(COUNT):
+        generator = torch.Generator(f"{TYPE}:{index}").manual_seed(5)
+        expected = torch.randn(4, device=generator.device, generator=generator)
+        assert draw_on(index) == expected.tolist()
+
+
+def test_a_round_trip_is_exact(tmp_path: Path) -> None:
+    rng = StatefulRNG(1, ranked=True)
+    draw_on(0)
+    with unmoved():
+        dcp.save({"rng": rng}, checkpoint_id=tmp_path)
+    expected = draw_on(0), draw()
+    dcp.load({"rng": rng}, checkpoint_id=tmp_path)
+    assert (draw_on(0), draw()) == expected
+
+
+def test_the_record_is_on_the_cpu() -> None:
+    assert StatefulRNG(1).state_dict()[KEY].device.type == "cpu"
+
+
+@two_devices
+def test_another_thread_saves_and_loads_the_same_device(tmp_path: Path) -> None:
+    """The current device is per thread, and a new thread's is the first one."""
+    MODULE.set_device(1)
+    rng = StatefulRNG(1)
+    draw_on(1)
+    in_a_thread(lambda: dcp.save({"rng": rng}, checkpoint_id=tmp_path))
+    expected = draw_on(1)
+    other = draw_on(0)
+    init_all_rng(2)
+    draw_on(0)
+    following = torch.Generator(f"{TYPE}:0")
+    following.set_state(MODULE.get_rng_state(0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RNGStateWarning)
+        in_a_thread(lambda: dcp.load({"rng": rng}, checkpoint_id=tmp_path))
+    assert draw_on(1) == expected
+    assert draw_on(0) == torch.randn(4, device=f"{TYPE}:0", generator=following).tolist() != other
+
+
+@two_devices
+def test_a_device_chosen_later_is_left_alone_and_named(tmp_path: Path) -> None:
+    rng = StatefulRNG(1)
+    state = rng.state_dict()
+    dcp.save({"rng": rng}, checkpoint_id=tmp_path)
+    expected = draw_on(0)
+    MODULE.set_device(1)
+    draw_on(1)
+    other = MODULE.get_rng_state(1)
+    both = rf"stream of {TYPE}:0, but {TYPE}:1 is"
+    with pytest.warns(RNGStateWarning, match=both):
+        dcp.load({"rng": rng}, checkpoint_id=tmp_path)
+    assert draw_on(0) == expected
+    rng.rewind()
+    assert draw_on(0) == expected
+    with pytest.warns(RNGStateWarning, match=both) as caught:
+        rng.state_dict()
+    assert caught[0].filename == __file__
+    for loaded in (state, _get_rng_state()):
+        with pytest.warns(RNGStateWarning, match=both) as caught:
+            rng.load_state_dict(loaded)
+        assert caught[0].filename == __file__
+    assert torch.equal(MODULE.get_rng_state(1), other)
+
+
+@two_devices
+def test_a_device_can_be_named() -> None:
+    for device in (1, f"{TYPE}:1", torch.device(TYPE, 1)):
+        rng = StatefulRNG(1, device=device)
+        assert rng.device == torch.device(TYPE, 1)
+    assert StatefulRNG(1, device=TYPE).device == torch.device(TYPE, 0)
+    MODULE.set_device(1)
+    draw_on(1)
+    state = rng.state_dict()
+    expected = draw_on(1)
+    rng.load_state_dict(state)
+    assert draw_on(1) == expected
+
+
+@two_devices
+def test_a_fork_seeds_the_ranks_own_device_and_no_other() -> None:
+    MODULE.set_device(0)
+    following = MODULE.get_rng_state(0)
+    AcceleratorAdapter(torch.device(TYPE, 1)).seed(2**63 + 5)
+    generator = torch.Generator(f"{TYPE}:1").manual_seed(2**63 + 5)
+    assert draw_on(1) == torch.randn(4, device=generator.device, generator=generator).tolist()
+    assert torch.equal(MODULE.get_rng_state(0), following)
+
+
+def test_a_rank_on_the_cpu_stores_no_devices_stream() -> None:
+    rng = StatefulRNG(1, device="cpu")
+    assert rng.device is None
+    assert list(rng.fingerprint()) == ["python", "numpy", "torch"]
+
+
+@pytest.mark.parametrize("device", [99, f"{TYPE}:99", "meta", "nonsense"])
+def test_a_device_that_is_not_there_is_refused(device: Any) -> None:
+    with unmoved(), pytest.raises(ValueError, match=r"^device is .*(expected|names no device)"):
+        StatefulRNG(1, device=device)
+
+
+def test_a_checkpoint_without_the_device_says_so(tmp_path: Path) -> None:
+    dcp.save({"rng": StatefulRNG(1, device="cpu")}, checkpoint_id=tmp_path)
+    expected = draw()
+    rng = StatefulRNG(2)
+    draw_on(0)
+    device = MODULE.get_rng_state(0)
+    with pytest.warns(RNGStateWarning, match=f"has no {TYPE}: the stream stays as it is"):
+        dcp.load({"rng": rng}, checkpoint_id=tmp_path, planner=RNGLoadPlanner())
+    assert draw() == expected
+    assert torch.equal(MODULE.get_rng_state(0), device)
+
+
+def test_a_checkpoint_with_the_device_says_so_on_the_cpu(tmp_path: Path) -> None:
+    dcp.save({"rng": StatefulRNG(1)}, checkpoint_id=tmp_path)
+    expected = draw()
+    rng = StatefulRNG(2, device="cpu")
+    with pytest.warns(RNGStateWarning, match=f"has {TYPE}, which this job has not: dropped"):
+        dcp.load({"rng": rng}, checkpoint_id=tmp_path, planner=RNGLoadPlanner())
+    assert draw() == expected
+
+
+@pytest.mark.parametrize("index", range(COUNT))
+def test_a_devices_own_generator_is_refused(index: int) -> None:
+    own = {"own": MODULE.default_generators[index]}
+    for argument in ("generators", "shared_generators"):
+        with unmoved(), pytest.raises(ValueError, match=f"^own is the same generator as {TYPE}:"):
+            StatefulRNG(1, device=index, **{argument: own})
+
+
+@two_devices
+def test_a_device_that_hides_its_generator_is_stored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Apple's mps does."""
+    monkeypatch.delattr(MODULE, "default_generators")
+    rng = StatefulRNG(1, generators={"own": torch.Generator(TYPE)}, device=TYPE)
+    assert set(record_of(rng.state_dict()).streams) == {"python", "numpy", "torch", TYPE, "own"}
+
+
+@two_devices
+def test_generators_on_another_device_come_back(tmp_path: Path) -> None:
+    own = torch.Generator(f"{TYPE}:1").manual_seed(3)
+    generators = {"own": own, "of_device_1": MODULE.default_generators[1]}
+    rng = StatefulRNG(1, generators=generators)
+
+    def numbers() -> list[float]:
+        return [*torch.randn(2, device=own.device, generator=own).tolist(), *draw_on(1)]
+
+    numbers()
+    dcp.save({"rng": rng}, checkpoint_id=tmp_path)
+    expected = numbers()
+    numbers()
+    dcp.load({"rng": rng}, checkpoint_id=tmp_path)
+    assert numbers() == expected
+
+
+def test_a_state_that_the_device_refuses_is_named_and_nothing_moves() -> None:
+    rng = StatefulRNG(1)
+    state = _get_rng_state()
+    state.cuda_rng_state = [torch.zeros(7, dtype=torch.uint8)]
+    with unmoved(), pytest.raises(RNGStateError, match=f"^{TYPE}: "):
+        rng.load_state_dict(state)
+
+
+def test_a_device_that_fails_is_named_and_everything_is_put_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rng = StatefulRNG(1)
+    state = rng.state_dict()
+    draw()
+    draw_on(0)
+    set_rng_state, calls = MODULE.set_rng_state, []
+
+    def failing_once(*args: Any) -> None:
+        calls.append(args)
+        if len(calls) == 1:
+            raise RuntimeError("device-side assert")
+        set_rng_state(*args)
+
+    monkeypatch.setattr(MODULE, "set_rng_state", failing_once)
+    with unmoved(), pytest.raises(RNGStateError, match=f"^{TYPE}: .*device-side assert") as error:
+        rng.load_state_dict(state)
+    assert isinstance(error.value.__cause__, RuntimeError)
+
+
+def test_a_device_that_cannot_be_put_back_is_named_and_the_others_are_put_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def failing(*args: Any) -> None:
+        raise RuntimeError("device-side assert")
+
+    before = torch.get_rng_state()
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(
+            RNGStateError, match=rf"^{TYPE}: .*\(RuntimeError: device-side as.*\. Its"
+        ) as error,
+        ScopedRNG(1),
+    ):
+        patch.setattr(MODULE, "set_rng_state", failing)
+    assert "set_bit_generator" not in str(error.value)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_an_rng_state_holds_the_current_device_alone_and_takes_all() -> None:
+    init_all_rng(3)
+    state = _get_rng_state()
+    assert len(state.cuda_rng_state) == 1
+    expected = draw_on(0)
+    _restore_rng_state(state)
+    assert draw_on(0) == expected
+    state.cuda_rng_state = MODULE.get_rng_state_all()
+    expected = draw_on(0)
+    _restore_rng_state(state)
+    assert draw_on(0) == expected
+    state.cuda_rng_state *= 5
+    with unmoved(), pytest.raises(RNGStateError, match="Keep the one of this rank's device"):
+        _restore_rng_state(state)
+
+
+def test_an_rng_state_of_a_machine_without_the_device_says_so() -> None:
+    state = _get_rng_state()
+    state.cuda_rng_state = []
+    expected = draw()
+    draw_on(0)
+    device = MODULE.get_rng_state(0)
+    for restore in (StatefulRNG(1).load_state_dict, _restore_rng_state):
+        MODULE.set_rng_state(device, 0)
+        with pytest.warns(RNGStateWarning, match=f"no accelerator's stream: that of {TYPE}:0"):
+            restore(state)
+        assert draw() == expected
+        assert torch.equal(MODULE.get_rng_state(0), device)
+
+
+def test_an_rng_state_with_a_device_on_the_cpu_says_so() -> None:
+    state = _get_rng_state()
+    expected = draw()
+    rng = StatefulRNG(1, device="cpu")
+    with pytest.warns(RNGStateWarning, match="an accelerator's stream, which this rank has not"):
+        rng.load_state_dict(state)
+    assert draw() == expected
+
+
+def test_a_scope_covers_the_device() -> None:
+    init_all_rng(7)
+    expected = draw_on(0)
+    with unmoved(), ScopedRNG(7):
+        assert draw_on(0) == expected
+
+
+@two_devices
+def test_a_scope_covers_the_device_that_is_current_on_entry_and_no_other() -> None:
+    init_all_rng(7)
+    expected = draw_on(0)
+    init_all_rng(3)
+    on_1 = draw_on(1), draw_on(1)
+    init_all_rng(3)
+    with unmoved(), ScopedRNG(7):
+        MODULE.set_device(1)
+        assert draw_on(1) == on_1[0]
+        assert draw_on(0) == expected
+        MODULE.set_device(0)
+    assert draw_on(1) == on_1[1]
+    with unmoved():
+        with ScopedRNG(7):
+            draw_on(0)
+            MODULE.set_device(1)
+        MODULE.set_device(0)
+
+
+def in_a_forked_child(function: Callable[[], str]) -> str:
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.write(writer, function().encode())
+        finally:
+            os._exit(0)
+    os.close(writer)
+    os.waitpid(child, 0)
+    with os.fdopen(reader) as pipe:
+        return pipe.read()
+
+
+def test_a_scope_can_be_left_in_a_forked_child() -> None:
+    before = torch.get_rng_state()
+
+    def leave() -> str:
+        scope.__exit__(None, None, None)
+        return str(torch.equal(torch.get_rng_state(), before))
+
+    with ScopedRNG(1) as scope:
+        assert in_a_forked_child(leave) == "True"
+
+
+def test_a_forked_child_has_no_device() -> None:
+    names = in_a_forked_child(lambda: " ".join(StatefulRNG(1).fingerprint()))
+    assert names == "python numpy torch"
+
+
+class Scoped(torch.utils.data.Dataset[bool]):
+    """Samples with a scope each; says whether the process has initialised the accelerator."""
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int) -> bool:
+        with ScopedRNG(index):
+            torch.rand(1)
+        return bool(MODULE.is_initialized())
+
+
+def workers_that_initialise_it(context: str) -> list[bool]:
+    loader = torch.utils.data.DataLoader(
+        Scoped(), num_workers=1, multiprocessing_context=context, worker_init_fn=seed_worker
+    )
+    return [bool(batch.any()) for batch in loader]
+
+
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_a_worker_of_a_process_that_uses_the_device_does_not(context: str) -> None:
+    assert workers_that_initialise_it(context) == [False, False]
+
+
+def unused_device() -> list[bool]:
+    """In a process that has not used its accelerator: what initialises it."""
+    said = [bool(MODULE.is_initialized())]
+    with ScopedRNG(1):
+        torch.rand(1)
+    seed_worker(0)
+    init_all_rng(1)
+    said += [*workers_that_initialise_it("fork"), bool(MODULE.is_initialized())]
+    StatefulRNG(1)
+    return [*said, bool(MODULE.is_initialized())]
+
+
+def test_a_scope_and_seed_worker_never_initialise_the_device() -> None:
+    assert job(1, unused_device, group=False) == [[False, False, False, False, True]]
+
+
+def first_used_in_a_scope() -> tuple[str, str]:
+    with pytest.warns(RNGStateWarning) as said, ScopedRNG(1):
+        draw_on(0)
+    with warnings.catch_warnings(), unmoved():
+        warnings.simplefilter("error")
+        with ScopedRNG(1):
+            draw_on(0)
+    return str(said[0].message), said[0].filename
+
+
+def test_a_scope_says_that_it_cannot_cover_a_device_first_used_inside() -> None:
+    [(said, file)] = job(1, first_used_in_a_scope, group=False)
+    assert file == __file__
+    assert re.match(rf"{TYPE} was first used inside a ScopedRNG", said)
+
+
+def test_seed_worker_leaves_the_device_the_seed_that_torch_gave_it() -> None:
+    torch.manual_seed(2**40 + 5)
+    expected = draw_on(0)
+    torch.manual_seed(2**40 + 5)
+    seed_worker(0)
+    assert draw_on(0) == expected
+
+
+def test_the_environment_names_the_devices() -> None:
+    accelerator = environment()["accelerator"]
+    assert accelerator.keys() == {"type", "runtime", "driver", "cudnn", "devices"}
+    assert accelerator["type"] == TYPE
+    assert len(accelerator["devices"]) == COUNT
+    if TYPE == "simacc":
+        assert accelerator["devices"] == [f"Simulated {index}" for index in range(COUNT)]
+        assert accelerator["driver"] == "1.2"
+    assert environment()["float32"].keys() == {
+        "cuda_matmul",
+        "cudnn_conv",
+        "cudnn_rnn",
+        "cpu_matmul",
+    }

@@ -1,0 +1,119 @@
+"""The tests of an accelerator's streams, on the simulated device beside this file.
+
+They run in one process that has the device, and are reported here one by one.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+
+from nemo_rng_dcp import RNGLoadPlanner, RNGStateWarning, StatefulRNG
+from tests.devices import test_accelerator, test_accelerator_jobs
+from tests.support.streams import draw
+
+FOLDER = Path(__file__).with_name("simulated_device")
+LIMIT_SECONDS = 600
+
+pytestmark = [
+    pytest.mark.skipif(shutil.which("g++") is None, reason="g++ compiles the simulated device"),
+]
+
+
+def run(*arguments: str) -> str:
+    """Run Python in a process that has the device, and return what it printed."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(FOLDER), os.environ["PYTHONPATH"]]),
+        "TORCH_CPP_LOG_LEVEL": "ERROR",  # torch warns that the device has collectives of its own
+    }
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=LIMIT_SECONDS,
+        check=False,
+    )
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def device() -> None:
+    """Compile the device if that was not done yet."""
+    printed = run("-c", "import torch; print(torch.accelerator.current_accelerator())")
+    assert printed.endswith("simacc\n"), f"the simulated device does not load:\n{printed}"
+
+
+@pytest.fixture(scope="module")
+def outcomes(
+    device: None, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, list[ElementTree.Element]]:
+    """The tests' outcomes by name, once for each set of parameters."""
+    report = tmp_path_factory.mktemp("simulated") / "report.xml"
+    files = [str(module.__file__) for module in (test_accelerator, test_accelerator_jobs)]
+    printed = run("-m", "pytest", "-p", "no:cacheprovider", f"--junitxml={report}", *files)
+    assert report.exists(), printed
+    cases: dict[str, list[ElementTree.Element]] = {}
+    for case in ElementTree.parse(report).iter("testcase"):
+        cases.setdefault(case.attrib["name"].partition("[")[0], []).append(case)
+    return cases
+
+
+@pytest.mark.parametrize(
+    "test",
+    [
+        name
+        for module in (test_accelerator, test_accelerator_jobs)
+        for name in vars(module)
+        if name.startswith("test_") and callable(getattr(module, name))
+    ],
+)
+def test_on_the_simulated_device(outcomes: dict[str, list[ElementTree.Element]], test: str) -> None:
+    assert test in outcomes
+    for case in outcomes[test]:
+        for outcome in case:
+            if outcome.tag == "skipped":
+                pytest.skip(outcome.attrib["message"])
+            if outcome.tag in ("failure", "error"):
+                pytest.fail(f"{case.attrib['name']}\n{outcome.text}", pytrace=False)
+
+
+LOADS_AND_SAVES = """
+import json, sys, warnings
+import torch
+import torch.distributed.checkpoint as dcp
+from nemo_rng_dcp import RNGLoadPlanner, StatefulRNG
+from tests.support.streams import draw
+
+rng = StatefulRNG(7)
+with warnings.catch_warnings(record=True) as said:
+    dcp.load({"rng": rng}, checkpoint_id=sys.argv[1], planner=RNGLoadPlanner())
+drawn = draw()
+dcp.save({"rng": rng}, checkpoint_id=sys.argv[2])
+print(json.dumps([drawn, [str(each.message) for each in said], draw()]))
+"""
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="needs a machine without accelerator")
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.usefixtures("device")
+def test_checkpoints_go_from_a_cpu_machine_to_an_accelerator_and_back(tmp_path: Path) -> None:
+    dcp.save({"rng": StatefulRNG(42)}, checkpoint_id=tmp_path / "cpu")
+    expected = draw()
+    printed = run("-c", LOADS_AND_SAVES, str(tmp_path / "cpu"), str(tmp_path / "simacc"))
+    drawn, said, expected_next = json.loads(printed.splitlines()[-1])
+    assert drawn == expected
+    assert any("the checkpoint has no simacc: the stream stays as it is" in each for each in said)
+    rng = StatefulRNG(7)
+    with pytest.warns(RNGStateWarning, match="has simacc, which this job has not: dropped"):
+        dcp.load({"rng": rng}, checkpoint_id=tmp_path / "simacc", planner=RNGLoadPlanner())
+    assert draw() == expected_next

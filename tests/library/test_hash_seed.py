@@ -1,0 +1,101 @@
+"""``PYTHONHASHSEED`` in a record: said when a resume has another one, and never in the way."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+from nemo_rng_dcp.record import HASH_SEED, UNSEEDED, Mesh, Record, records_in
+from tests.library import hash_seed
+from tests.library.test_layout_1 import FOLDER
+from tests.library.test_record import RECORD
+from tests.support.command import Capture, ask, ask_json
+from tests.support.records import records, save
+
+LONGEST = str(2**32 - 1)
+
+
+def start(seed: str | None, *arguments: object) -> Any:
+    """Run the script under a hash seed and return what it printed."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "PYTHONHASHSEED")}
+    if seed is not None:
+        environment["PYTHONHASHSEED"] = seed
+    command = [sys.executable, hash_seed.__file__, *map(str, arguments)]
+    done = subprocess.run(
+        command, env=environment, stdout=subprocess.PIPE, text=True, timeout=100, check=True
+    )
+    return json.loads(done.stdout)
+
+
+def test_a_resume_under_another_hash_seed_is_said(tmp_path: Path) -> None:
+    """In processes of their own; a set of strings tells that it matters."""
+    set_, unset = tmp_path / "set", tmp_path / "unset"
+    order, _ = start("0", "save", set_)
+    start(None, "save", unset)
+    orders, warnings = {}, {}
+    for seed in ("0", None):
+        orders[seed], warnings[seed] = start(seed, "load", set_, unset)
+    assert orders["0"] == order != orders[None]
+    remedy = "iterated in another order. Start the job with PYTHONHASHSEED=0"
+    text = "RNG state: saved with PYTHONHASHSEED 0, now {}: a set of strings is " + remedy
+    assert warnings == {
+        "0": [[], []],
+        None: [[text.format("random")], []],
+    }
+
+
+MESHES: list[Mesh | None] = [None, (("dp", 4), ("pp", 2)), (("a" * 94, 2),), (("a" * 95, 2),)]
+
+
+@pytest.mark.parametrize("mesh", [*MESHES, (("a" * 120, 2),), (("a" * 121, 2),)])
+def test_no_hash_seed_changes_the_length(mesh: Mesh | None) -> None:
+    """Plain ``dcp.load`` takes no other length. What has no room is left out."""
+    record = replace(RECORD, mesh=mesh)
+    length = len(record.to_tensor())
+    for seed in ("0", LONGEST, "x" * 1000):
+        tensor = replace(record, hash_seed=seed).to_tensor()
+        assert len(tensor) == length
+        found = Record.from_tensor(tensor)
+        assert found.mesh == mesh
+        assert found.hash_seed in (seed, UNSEEDED)
+
+
+@pytest.mark.parametrize("mesh", MESHES[:3])
+def test_every_hash_seed_has_room_beside_a_mesh_of_some_dimensions(mesh: Mesh | None) -> None:
+    record = replace(RECORD, mesh=mesh, hash_seed=LONGEST)
+    assert Record.from_tensor(record.to_tensor()) == record
+
+
+def test_it_stands_in_the_padding_of_the_mesh() -> None:
+    content = replace(RECORD, hash_seed="7").to_tensor().numpy().tobytes()
+    expected = b'"mesh":[["dp",4],["pp",2]],"hash_seed":"7"' + 93 * b" " + b"}"
+    assert expected in content
+    without = RECORD.to_tensor().numpy().tobytes()
+    assert b"hash_seed" not in without, "as before there was such a field"
+
+
+def test_records_from_before_the_field_say_nothing_of_it(tmp_path: Path) -> None:
+    dcp_to_torch_save(FOLDER, tmp_path / "file.pt")
+    table = torch.load(tmp_path / "file.pt", weights_only=True)["app"]["rng"]["rng_streams"]
+    assert [Record.from_tensor(each).hash_seed for each in records_in(table)] == [UNSEEDED] * 2
+
+
+def test_a_record_has_the_hash_seed_of_its_process() -> None:
+    record = Record(0, 1, 1, 1, False, 0, 1, None, {})
+    assert record.hash_seed == HASH_SEED == os.environ.get("PYTHONHASHSEED", UNSEEDED)
+
+
+def test_inspect_shows_it(tmp_path: Path, capsys: Capture) -> None:
+    save(records(1, hash_seed="7"), tmp_path / "set")
+    save(records(1, hash_seed=UNSEEDED), tmp_path / "unset")
+    assert "PYTHONHASHSEED 7" in ask(capsys, "inspect", tmp_path / "set")[1]
+    assert "PYTHONHASHSEED" not in ask(capsys, "inspect", tmp_path / "unset")[1]
+    [entry] = ask_json(capsys, "inspect", tmp_path / "set")["entries"]
+    assert [row["hash_seed"] for row in entry["streams"]] == ["7"]

@@ -1,0 +1,163 @@
+"""Rows on meshes of many shapes, seen by each rank in turn of a fake group."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.checkpoint import DefaultSavePlanner, default_planner
+from torch.distributed.checkpoint.planner import SavePlan
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
+
+from nemo_rng_dcp import RNGStateError, StatefulRNG
+from nemo_rng_dcp.layout import Layout
+from tests.support.altered import record_of
+from tests.support.streams import unmoved
+
+FakeGroup = Callable[[int, int], None]
+
+
+def rows_of(
+    fake_group: FakeGroup, shape: tuple[int, ...], names: tuple[str, ...], along: Any
+) -> list[int]:
+    """Each rank's row, in the order of the ranks."""
+    world_size = torch.Size(shape).numel()
+    rows = []
+    for rank in range(world_size):
+        fake_group(rank, world_size)
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
+        layout = Layout.current(mesh if along is None else mesh[along])
+        table = layout.table(torch.full((3,), rank))
+        assert isinstance(table, DTensor)
+        assert table.shape == (3 * layout.rows,)
+        assert table.to_local().tolist() == [rank] * 3
+        [chunk] = table.__create_chunk_list__()  # type: ignore[attr-defined]
+        assert (chunk.offsets, chunk.sizes) == ((3 * layout.row,), (3,))
+        rows.append(layout.row)
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("shape", "names", "along", "rows"),
+    [
+        ((2, 2), ("dp", "tp"), "dp", [0, 0, 1, 1]),
+        ((2, 2), ("dp", "tp"), "tp", [0, 1, 0, 1]),
+        ((2, 3), ("replicate", "shard"), None, [0, 1, 2, 3, 4, 5]),
+        ((2, 3), ("replicate", "shard"), "shard", [0, 1, 2, 0, 1, 2]),
+        ((2, 2, 2), ("pp", "dp", "tp"), "dp", [0, 0, 1, 1, 0, 0, 1, 1]),
+        ((2, 2, 2), ("pp", "dp", "tp"), ("pp", "dp"), [0, 0, 1, 1, 2, 2, 3, 3]),
+        ((2, 2, 2), ("pp", "dp", "tp"), None, [0, 1, 2, 3, 4, 5, 6, 7]),
+        ((2, 1, 3), ("pp", "dp", "tp"), ("dp", "tp"), [0, 1, 2, 0, 1, 2]),
+    ],
+)
+def test_a_row_per_coordinate_numbered_row_major(
+    shape: tuple[int, ...],
+    names: tuple[str, ...],
+    along: Any,
+    rows: list[int],
+    fake_group: FakeGroup,
+) -> None:
+    assert rows_of(fake_group, shape, names, along) == rows
+
+
+def test_a_rank_outside_the_mesh_has_no_row(fake_group: FakeGroup) -> None:
+    fake_group(3, 4)
+    mesh = DeviceMesh("cpu", [0, 1])
+    with pytest.raises(ValueError, match="rank 3 is not in the mesh"):
+        StatefulRNG(1, mesh=mesh)
+
+
+def test_the_names_and_sizes_of_a_mesh_are_stored(fake_group: FakeGroup) -> None:
+    fake_group(1, 8)
+    mesh = init_device_mesh("cpu", (2, 2, 2), mesh_dim_names=("pp", "dp", "tp"))
+    for along, expected in {
+        "dp": (("dp", 2),),
+        ("pp", "tp"): (("pp", 2), ("tp", 2)),
+    }.items():
+        rng = StatefulRNG(1, mesh=mesh[along])
+        assert record_of(rng.state_dict()).mesh == expected
+    unnamed = StatefulRNG(1, mesh=DeviceMesh("cpu", [[0, 1, 2, 3], [4, 5, 6, 7]]))
+    assert record_of(unnamed.state_dict()).mesh == (("0", 2), ("1", 4))
+
+
+def test_the_record_of_another_row_is_refused(fake_group: FakeGroup) -> None:
+    """The same shape, but rank 1 holds row 1 of the one and row 0 of the other."""
+    fake_group(1, 4)
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    of_dp, of_tp = StatefulRNG(1, mesh=mesh["dp"]), StatefulRNG(1, mesh=mesh["tp"])
+    with unmoved(), pytest.raises(RNGStateError, match="row 0 of 2 was given row 1 of 2"):
+        of_dp.load_state_dict(of_tp.state_dict())
+
+
+def test_without_a_group_gathering_gives_the_own_streams() -> None:
+    rng = StatefulRNG(1)
+    assert rng.fingerprint(gather=True) == [rng.fingerprint()]
+    rng.verify_shared()
+
+
+def plan_of(rank: int, world_size: int, fake_group: FakeGroup) -> SavePlan:
+    fake_group(rank, world_size)
+    planner = DefaultSavePlanner()
+    planner.set_up_planner({"rng": StatefulRNG(1, ranked=True).state_dict()})
+    return planner.create_local_plan()
+
+
+def test_4096_ranks_have_the_same_key_and_one_write_item_each(fake_group: FakeGroup) -> None:
+    lengths = set()
+    for rank in (0, 1, 4095):
+        [item] = plan_of(rank, 4096, fake_group).items
+        assert item.index.fqn == "rng.rng_streams"
+        assert item.tensor_data is not None
+        [length] = item.tensor_data.chunk.sizes
+        assert item.index.offset == (rank * length,)
+        assert item.tensor_data.size == (4096 * length,)
+        lengths.add(length)
+    assert len(lengths) == 1
+
+
+@pytest.mark.skipif(
+    not hasattr(default_planner, "insort"), reason="this torch compares all pairs of chunks"
+)
+def test_dcp_plans_the_rows_in_linear_time(
+    fake_group: FakeGroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counted, not timed: how often DCP compares two chunks for overlap."""
+    comparisons = 0
+
+    def count(*_: object) -> bool:
+        nonlocal comparisons
+        comparisons += 1
+        return False
+
+    monkeypatch.setattr(default_planner, "_check_box_overlap", count)
+    counted = {}
+    for world_size in (16, 32, 1024, 2048):
+        plan = plan_of(0, world_size, fake_group)
+        plans = [plan]
+        for rank in range(1, world_size):
+            plans.append(_moved_to(plan, rank))
+        comparisons = 0
+        DefaultSavePlanner().create_global_plan(plans)
+        counted[world_size] = comparisons
+    assert all(count <= 8 * world_size for world_size, count in counted.items())
+
+
+def _moved_to(plan: SavePlan, rank: int) -> SavePlan:
+    """The plan of another rank: the same but for the row, as the test above shows."""
+    from dataclasses import replace
+
+    items = []
+    for item in plan.items:
+        data = item.tensor_data
+        assert data is not None
+        offsets = torch.Size((rank * data.chunk.sizes[0],))
+        chunk = replace(data.chunk, offsets=offsets)
+        items.append(
+            replace(
+                item,
+                index=replace(item.index, offset=offsets),
+                tensor_data=replace(data, chunk=chunk),
+            )
+        )
+    return replace(plan, items=items)

@@ -1,0 +1,99 @@
+"""What the demo says of a run is what the run's files say."""
+
+from pathlib import Path
+
+import pytest
+
+from scripts.demo import __main__ as demo
+from scripts.demo import recipes, runs
+from scripts.demo.launch import Launch, LaunchError
+
+PAGE = (Path(__file__).parents[2] / "docs" / "reliability.md").read_text()
+
+
+def write_losses(out: Path, offset: float) -> Path:
+    out.mkdir()
+    for rank in range(demo.RANKS):
+        lines = [f"{step} {float(step + offset).hex()}\n" for step in range(demo.STEPS)]
+        (out / f"losses-rank{rank}.txt").write_text("".join(lines))
+    return out
+
+
+def test_the_demo_sees_one_different_bit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    uninterrupted = write_losses(tmp_path / "uninterrupted", 0.5)
+    equal = write_losses(tmp_path / "equal", 0.5)
+    rank_less = write_losses(tmp_path / "rank-less", 0.75)
+    assert demo.report_losses(uninterrupted, equal, rank_less)
+    assert capsys.readouterr().out.count("differs from step 0") == demo.RANKS
+
+    file = equal / "losses-rank3.txt"
+    file.write_text(file.read_text().replace("30 " + (30.5).hex(), "30 " + (30.5 + 2**-47).hex()))
+    assert not demo.report_losses(uninterrupted, equal, rank_less)
+    assert "differs from step 30" in capsys.readouterr().out
+
+
+def test_a_step_that_was_never_trained_differs(tmp_path: Path) -> None:
+    uninterrupted = write_losses(tmp_path / "uninterrupted", 0.5)
+    ended = write_losses(tmp_path / "ended", 0.5)
+    file = ended / "losses-rank0.txt"
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(lines[:30]) + lines[30].rstrip("\n"))  # killed while it wrote a line
+    assert runs.last_step(ended, 0) == 29
+    assert runs.first_difference(ended, uninterrupted, 0) == 30
+    assert runs.first_difference(ended, uninterrupted, 1) is None
+    assert runs.last_step(tmp_path / "not begun", 0) == -1
+
+
+def test_the_demo_tells_what_became_of_each_stream(capsys: pytest.CaptureFixture[str]) -> None:
+    def streams(digits: str) -> runs.Streams:
+        return {row: {"torch": digit} for row, digit in enumerate(digits)}
+
+    saved = streams("abcd")
+    assert demo.report_streams(saved, [streams("ab"), streams("abcdef")])
+    assert capsys.readouterr().out in PAGE
+    for bad in ("abcdbf", "abcdee", "abcxef"):
+        assert not demo.report_streams(saved, [streams("ab"), streams(bad)])
+    assert runs.fates(streams("ba"), saved) == ["MIXED UP", "MIXED UP", "dropped", "dropped"]
+
+
+def test_a_wrong_finding_fails_the_recipes(capsys: pytest.CaptureFixture[str]) -> None:
+    good = recipes.Finding("train_ddp", "killed: losses", ["equal"], ["equal"])
+    bad = recipes.Finding("train_ddp", "on 1 rank: streams", ["forked"], ["continued"])
+    assert recipes.report([good])
+    assert "FAILED" not in capsys.readouterr().out
+    assert not recipes.report([good, bad])
+    assert (
+        "FAILED: train_ddp, on 1 rank: streams: expected ['continued']" in capsys.readouterr().out
+    )
+
+
+def test_a_rollout_is_taken_over_in_parts(tmp_path: Path) -> None:
+    for run, parts in (("whole", ["[1, 2, 3]", "[4, 5, 6]"]), ("other", ["[1, 2]", "[3, 4]"])):
+        (tmp_path / run).mkdir()
+        for rank, part in enumerate([*parts, "[5, 7]"]):
+            (tmp_path / run / f"rollouts-rank{rank}.txt").write_text(f"10 {part}\n")
+    found = recipes.rollout_taken_over(tmp_path / "whole", 2, tmp_path / "other", 3)
+    assert found == ["equal", "equal", "DIFFERENT"]
+
+
+def test_a_launch_that_fails_is_an_error(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text("raise SystemExit(3)")
+    with pytest.raises(LaunchError, match=r"script\.py on 2 ranks ended with 1:\n"):
+        Launch(script, 2).output()
+
+
+def test_a_launch_that_ends_before_the_moment_to_kill_is_an_error(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text("print('nothing happened')")
+    with pytest.raises(LaunchError, match=r"no moment to kill rank 0:\n(.*\n)*nothing happened"):
+        Launch(script, 1).kill(0, lambda: False)
+
+
+def test_a_launch_that_takes_too_long_is_ended(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text("import time\ntime.sleep(100)")
+    with pytest.raises(LaunchError, match=r"script\.py on 1 ranks took over 1 s"):
+        Launch(script, 1, timeout=1).output()
