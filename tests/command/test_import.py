@@ -519,7 +519,7 @@ def unknown_names() -> dict[str, Any]:
         (no_key_of_rank_1, "the states of rank 1 are missing"),
         (the_same_keys, "one state for all ranks, though 2 or more wrote this checkpoint"),
         (as_megatron, r"found rng_state/shard_0\.0_1\.2: Megatron's, one state for each pipeline"),
-        (an_object, r"rng\.0\.python: refused: it names test_import\.Opaque"),
+        (an_object, r"rng\.0\.python: refused: it names tests\.command\.test_import\.Opaque"),
         (words_alone, r"rng\.0: python: .* expected \(3, \(\.\.\.\), gauss_next\)"),
         (two_names, r"rng\.0\.random is not rank 0's only state of python"),
         (two_devices_0, r"rng\.0\.cuda_state\.0 is not rank 0's only state of cuda"),
