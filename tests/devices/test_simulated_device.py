@@ -114,6 +114,6 @@ def test_checkpoints_go_from_a_cpu_machine_to_an_accelerator_and_back(tmp_path: 
     assert drawn == expected
     assert any("the checkpoint has no simacc: the stream stays as it is" in each for each in said)
     rng = StatefulRNG(7)
-    with pytest.warns(RNGStateWarning, match="has simacc, which this job has not: dropped"):
+    with pytest.warns(RNGStateWarning, match="has simacc, which this job does not have: ignored"):
         dcp.load({"rng": rng}, checkpoint_id=tmp_path / "simacc", planner=RNGLoadPlanner())
     assert draw() == expected_next

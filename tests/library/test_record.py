@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from nemo_rng_dcp import StatefulRNG
-from nemo_rng_dcp.record import KEY, Record, Stream, fingerprint, records_in
-from nemo_rng_dcp.resume import Job, Kind, fork_seed, resume
+from nemo_rng_dcp.generators import Slot
+from nemo_rng_dcp.record import KEY, Record, Stream, fingerprint
+from nemo_rng_dcp.resume import Job, fork_seed, resume
+from nemo_rng_dcp.table import records_in
 from tests.support.altered import altered, record_of
 
 RECORD = Record(
@@ -141,12 +143,12 @@ def test_fingerprints_are_for_ever() -> None:
 
 
 def job_of(row: int, rows: int, *, ranked: bool, mesh: tuple[tuple[str, int], ...] | None) -> Job:
-    kinds = {
-        "python": Kind("python", False),
-        "noise": Kind("torch.cpu", False),
-        "order": Kind("numpy.PCG64", True),
+    slots = {
+        "python": Slot("python", False, True),
+        "noise": Slot("torch.cpu", False, False),
+        "order": Slot("numpy.PCG64", True, False),
     }
-    return Job(row, rows, mesh, ranked, kinds, frozenset({"python"}))
+    return Job(row, rows, mesh, ranked, slots)
 
 
 def saved(rows: int, *, ranked: bool, mesh: tuple[tuple[str, int], ...] | None) -> Record:
@@ -167,12 +169,11 @@ def test_on_a_new_row_globals_follow_ranked_and_registered_ones_do_not(
     its = resume(record, job_of(2, 4, ranked=ranked_now, mesh=None))
     forked = {"noise"} | ({"python"} if ranked_then or ranked_now else set())
     assert its.seeds.keys() == forked
-    assert set(its.restored) == {"python", "noise", "order"} - forked
+    assert its.states == {"python": b"p", "noise": b"n", "order": b"o"}
     assert its.resizes == 4
     assert its.seeds["noise"] == fork_seed("noise", 2, 4, b"n")
     own = resume(record, job_of(0, 4, ranked=ranked_now, mesh=None))
-    assert set(own.restored) == {"python", "noise", "order"}
-    assert not own.seeds
+    assert (own.states, own.seeds) == (its.states, {})
 
 
 @pytest.mark.parametrize(
@@ -195,20 +196,21 @@ def test_another_mesh_of_as_many_rows_is_said(then: object, now: object, said: s
 
 
 @pytest.mark.parametrize(
-    ("then", "now", "rows", "global_names", "said"),
+    ("then", "now", "rows", "is_global", "said"),
     [
-        (False, True, 2, {"python"}, "saved with ranked=False, now ranked=True"),
-        (True, False, 2, {"python"}, "saved with ranked=True, now ranked=False"),
-        (True, True, 2, {"python"}, ""),
-        (False, True, 1, {"python"}, ""),  # one row: it makes no difference
-        (False, True, 2, set(), ""),  # nor where no global stream is stored
+        (False, True, 2, True, "saved with ranked=False, now ranked=True"),
+        (True, False, 2, True, "saved with ranked=True, now ranked=False"),
+        (True, True, 2, True, ""),
+        (False, True, 1, True, ""),  # one row: it makes no difference
+        (False, True, 2, False, ""),  # nor where no global stream is stored
     ],
 )
 def test_another_ranked_is_said(
-    then: bool, now: bool, rows: int, global_names: set[str], said: str
+    then: bool, now: bool, rows: int, is_global: bool, said: str
 ) -> None:
     job = job_of(0, rows, ranked=now, mesh=None)
-    job = dataclasses.replace(job, global_names=frozenset(global_names))
+    python = job.slots["python"]._replace(is_global=is_global)
+    job = dataclasses.replace(job, slots={**job.slots, "python": python})
     its = resume(saved(rows, ranked=then, mesh=None), job)
     assert said in " ".join(its.remarks)
     assert bool(its.remarks) == bool(said)
@@ -227,10 +229,11 @@ def test_a_generator_that_is_shared_now_or_no_longer_is_said(
 ) -> None:
     job = job_of(0, rows, ranked=True, mesh=None)
     name = "noise" if shared else "order"
-    moved = {name: job.generators[name]._replace(shared=shared)}
-    job = dataclasses.replace(job, generators={**job.generators, **moved})
+    moved = {name: job.slots[name]._replace(shared=shared)}
+    job = dataclasses.replace(job, slots={**job.slots, **moved})
     its = resume(saved(rows, ranked=True, mesh=None), job)
-    assert set(its.restored) == {"python", "noise", "order"}
+    assert its.states.keys() == {"python", "noise", "order"}
+    assert not its.seeds
     assert said in " ".join(its.remarks)
     assert len(its.remarks) == bool(said)
 
@@ -241,9 +244,7 @@ def test_one_dimension_that_grows_keeps_its_numbers_and_two_do_not() -> None:
         job_of(0, 3, ranked=True, mesh=(("dp", 3),)),
     )
     assert len(grown.remarks) == 1
-    assert (
-        "2 rows were saved and 3 are loaded: row 2 is new, made from row r % 2" in grown.remarks[0]
-    )
+    assert "2 rows were saved and 3 are loaded: row 2 is new, row 2 from row 0" in grown.remarks[0]
     assert "(python, noise forked; order taken as saved)" in grown.remarks[0]
     two = resume(
         saved(4, ranked=True, mesh=(("pp", 2), ("dp", 2))),
@@ -255,7 +256,7 @@ def test_one_dimension_that_grows_keeps_its_numbers_and_two_do_not() -> None:
 def test_record_of_a_live_rng_is_what_resume_takes() -> None:
     rng = StatefulRNG(1)
     record = record_of(rng.state_dict())
-    kinds = {name: Kind(stream.kind, False) for name, stream in record.streams.items()}
-    its = resume(record, Job(0, 1, None, False, kinds, frozenset(kinds)))
-    assert set(its.restored) == set(kinds)
+    slots = {name: Slot(stream.kind, False, True) for name, stream in record.streams.items()}
+    its = resume(record, Job(0, 1, None, False, slots))
+    assert its.states.keys() == slots.keys()
     assert its.remarks == ()

@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from nemo_rng_dcp import RNGStateError, RNGStateWarning, StatefulRNG
-from nemo_rng_dcp.record import KEY, Mesh, Record, Stream, version_number, version_text
-from nemo_rng_dcp.resume import Job, Kind, resume
+from nemo_rng_dcp.generators import Slot
+from nemo_rng_dcp.record import KEY, Mesh, Record, Stream
+from nemo_rng_dcp.resume import Job, resume
+from nemo_rng_dcp.versions import version_number, version_text
 from tests.support.altered import State, altered, record_of
 from tests.support.streams import draw, unmoved
 
@@ -120,8 +122,8 @@ def of(rows: int, mesh: Mesh | None, *names: str) -> Record:
 
 
 def job(rows: int, mesh: Mesh | None, *names: str) -> Job:
-    kinds = {name: Kind("python", False) for name in names}
-    return Job(0, rows, mesh, True, kinds, frozenset(names))
+    slots = {name: Slot("python", False, True) for name in names}
+    return Job(0, rows, mesh, True, slots)
 
 
 @pytest.mark.parametrize(
@@ -129,8 +131,13 @@ def job(rows: int, mesh: Mesh | None, *names: str) -> Job:
     [
         (3, 2, "3 rows were saved and 2 are loaded: row 2 is dropped"),
         (4, 2, "4 rows were saved and 2 are loaded: rows 2 to 3 are dropped"),
-        (2, 3, "2 rows were saved and 3 are loaded: row 2 is new, made from row r % 2 (a, b for"),
-        (2, 5, "2 rows were saved and 5 are loaded: rows 2 to 4 are new, made from row r % 2"),
+        (2, 3, "2 rows were saved and 3 are loaded: row 2 is new, row 2 from row 0 (a, b for"),
+        (
+            2,
+            5,
+            "2 rows were saved and 5 are loaded: rows 2 to 4 are new, row 2 from row 0, row 3 "
+            "from row 1, ... (",
+        ),
     ],
 )
 def test_rows_are_counted_in_words(then: int, now: int, said: str) -> None:
@@ -142,10 +149,10 @@ def test_rows_are_counted_in_words(then: int, now: int, said: str) -> None:
 
 def test_all_that_only_one_side_has_is_named() -> None:
     its = resume(of(1, None, "a", "b", "c"), job(1, None, "c", "d", "e"))
-    assert (its.restored, its.resizes) == (("c",), 0)
-    absent, left_over = its.remarks
+    assert (its.states, its.resizes) == ({"c": b"c"}, 0)
+    absent, ignored = its.remarks
     assert "the checkpoint has no d, e: the stream stays as it is" in absent
-    assert "the checkpoint has a, b, which this job has not: dropped" in left_over
+    assert "the checkpoint has a, b, which this job does not have: ignored" in ignored
 
 
 @pytest.mark.parametrize("then", [(("a", 2), ("b", 3)), (("a", 3), ("b", 2)), (("c", 6),), None])
@@ -159,8 +166,7 @@ def test_the_kind_of_every_generator_is_compared() -> None:
     record = of(1, None, "a", "b", "c")
     here = job(1, None, "a", "b", "c")
     for name in "abc":
-        kinds = {**here.generators, name: Kind("torch.cpu", False)}
-        other = Job(0, 1, None, True, kinds, here.global_names)
+        other = Job(0, 1, None, True, {**here.slots, name: Slot("torch.cpu", False, True)})
         with pytest.raises(RNGStateError, match=f"^{name}: .*a python generator.*is torch.cpu"):
             resume(record, other)
 
