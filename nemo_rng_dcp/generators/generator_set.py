@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from nemo_rng_dcp.errors import RNGStateError
+from nemo_rng_dcp.generators.python_random import PythonAdapter
 from nemo_rng_dcp.generators.registry import generators_of_process, registered_generators
 
 _Result = TypeVar("_Result")
@@ -59,10 +60,14 @@ class GeneratorSet:
         slots: By name.
         device: As given.
         has_global: Whether the process's global generators are in the set.
+        lock: Held while generators are read or written. One for all sets, and reentrant: whoever
+            does several things at once holds it around them.
 
     Raises:
         ValueError, TypeError: As for :func:`registered_generators`.
     """
+
+    lock = _LOCK
 
     def __init__(
         self,
@@ -107,7 +112,11 @@ class GeneratorSet:
         """
         return _by_name(packed, lambda name: self._adapters[name].unpack(packed[name]))
 
-    def restore(self, states: Mapping[str, Any], seeds: Mapping[str, int] | None = None) -> States:
+    def moved(self, before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+        """Return the names of those whose states differ; both are what :meth:`take` gave."""
+        return [name for name in before if not self._same(name, before[name], after[name])]
+
+    def restore(self, states: Mapping[str, Any], seeds: Mapping[str, int] | None = None) -> None:
         """Put generators into states or start them from seeds, all or nothing.
 
         Args:
@@ -115,26 +124,30 @@ class GeneratorSet:
                 before, and so are known to be good.
             seeds: By name, ``0 <= seed < 2**64``, of those that start a new stream instead.
 
-        Returns:
-            The states of all generators afterwards, those included that were left alone.
-
         Raises:
             RNGStateError: A generator raised. Its exception is the cause, and all are put back.
         """
-        seeds = seeds or {}
         with _LOCK:
             before = self.take()
             try:
-                for name in self._adapters:
-                    with _accepts(name):
-                        if name in seeds:
-                            self._adapters[name].seed(seeds[name])
-                        elif name in states:
-                            self._adapters[name].set(states[name])
-                return {**before, **states, **{name: self._adapters[name].get() for name in seeds}}
+                self.write(states, seeds or {})
             except BaseException:
                 self.put_back(before)
                 raise
+
+    def write(self, states: Mapping[str, Any], seeds: Mapping[str, int]) -> None:
+        """Do what :meth:`restore` does for a caller who puts all back if it fails.
+
+        Raises:
+            RNGStateError: A generator raised. Its exception is the cause.
+        """
+        with _LOCK:
+            for name, adapter in self._adapters.items():
+                with _accepts(name):
+                    if name in seeds:
+                        adapter.seed(seeds[name])
+                    elif name in states:
+                        adapter.set(states[name])
 
     def put_back(self, states: Mapping[str, Any]) -> None:
         """Write states that :meth:`take` gave earlier; one that fails does not stop the others.
@@ -160,6 +173,12 @@ class GeneratorSet:
             f"{name}: the generator does not take back its own earlier state "
             f"({type(reason).__name__}: {reason}). {hint}"
         ) from reason
+
+    def _same(self, name: str, before: Any, after: Any) -> bool:
+        adapter = self._adapters[name]
+        if isinstance(adapter, PythonAdapter):
+            return bool(before == after)  # as packed, in a third of the time
+        return adapter.pack(before) == adapter.pack(after)
 
 
 def _by_name(names: Iterable[str], function: Callable[[str], _Result]) -> dict[str, _Result]:
