@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from nemo_rng_dcp.errors import RNGStateError, warn
 from nemo_rng_dcp.record import KEY, Record
-from nemo_rng_dcp.table import NOT_SAVED, read_of_row, record_keys
+from nemo_rng_dcp.table import buffer_for, place_in, reads_of_rows, record_keys, records_in
 
 _Path = tuple[tuple[Any, Any], ...]
 
@@ -27,14 +27,16 @@ class _Entry:
 
     Attributes:
         path: The containers that it is nested in, from the outside in, each with the key in it.
-        value: The live table; once it is planned, the buffer for the record that is read instead,
+        value: The live table; once it is planned, the buffer for the records that are read instead,
             or ``NOT_SAVED``.
-        row: This process's row.
+        live: This process's part of the live table.
+        reads: What is read instead.
     """
 
     path: _Path
     value: torch.Tensor
-    row: int
+    live: torch.Tensor
+    reads: list[ReadItem] = dataclasses.field(default_factory=list)
 
     def take_out(self) -> None:
         for container, key in reversed(self.path):
@@ -109,11 +111,9 @@ class RNGLoadPlanner(LoadPlanner):
         entries = {key: _entry(path) for key, path in paths.items()}
         self._entries: dict[str, _Entry]
         self._entries = {key: entry for key, entry in entries.items() if entry is not None}
-        self._reads = [
-            read_of_row(key, entry.row, saved[key])
-            for key, entry in self._entries.items()
-            if key in saved
-        ]
+        for key, entry in self._entries.items():
+            if key in saved:
+                entry.reads = reads_of_rows(key, entry.live, saved[key])
         others = {key: stored for key, stored in saved.items() if key not in self._entries}
         with self._taken_out():
             self.planner.set_up_planner(
@@ -129,12 +129,10 @@ class RNGLoadPlanner(LoadPlanner):
         with self._taken_out():
             plan = self.planner.create_local_plan()
             for entry in self._entries.values():
-                entry.value = NOT_SAVED
-            for read in self._reads:
-                # The record comes as it was saved: StatefulRNG is given it instead of the live one.
-                buffer = torch.zeros(read.lengths, dtype=torch.int64)
-                self._entries[read.dest_index.fqn].value = buffer
-        return dataclasses.replace(plan, items=[*plan.items, *self._reads])
+                # Records come as they were saved: StatefulRNG is given them instead of its own.
+                entry.value = buffer_for(entry.reads)
+        reads = [read for entry in self._entries.values() for read in entry.reads]
+        return dataclasses.replace(plan, items=[*plan.items, *reads])
 
     def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
         return self.planner.create_global_plan(global_plan)
@@ -150,7 +148,9 @@ class RNGLoadPlanner(LoadPlanner):
 
     def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
         entry = self._entries.get(read_item.dest_index.fqn)
-        return self.planner.resolve_tensor(read_item) if entry is None else entry.value
+        if entry is None:
+            return self.planner.resolve_tensor(read_item)
+        return place_in(entry.value, read_item)
 
     def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
         if read_item.dest_index.fqn not in self._entries:
@@ -190,11 +190,12 @@ def _entry(path: _Path) -> _Entry | None:
     """Return the RNG entry at a path, or ``None`` for a weight that happens to have its name."""
     container, key = path[-1]
     value = container[key]
+    live = value.to_local() if isinstance(value, DTensor) else value
     try:
-        record = Record.from_tensor(value.to_local() if isinstance(value, DTensor) else value)
+        Record.from_tensor(records_in(live)[0])
     except RNGStateError:
         return None
-    return _Entry(path, value, record.row)
+    return _Entry(path, value, live)
 
 
 def _warn_of_ignored(saved: Mapping[str, Any], asked_for: Collection[str]) -> None:

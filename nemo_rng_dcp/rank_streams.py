@@ -1,4 +1,4 @@
-"""The streams of all ranks that a process plays: one rank's in the generators, the others' parked."""
+"""The streams of all ranks that a process plays, of which the generators have one at a time."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from nemo_rng_dcp.errors import RNGStateError
 from nemo_rng_dcp.generators import GeneratorSet, States
+from nemo_rng_dcp.seeding import is_integer
 
 Seeds = Mapping[str, int]
 """By generator, the seed of a stream that starts anew."""
@@ -25,8 +26,8 @@ class RankStreams:
 
     Args:
         generators: The generators.
-        ranks: The ranks that this process plays, at least one. All start from the streams that the
-            generators have.
+        ranks: The ranks that this process plays: one, or more if they are logical. All start from
+            the streams that the generators have.
         logical: Whether another number of processes must give the same streams, so that draws
             outside of :meth:`as_rank` are looked for.
 
@@ -42,15 +43,26 @@ class RankStreams:
         self.ranks, self.rank = ranks, ranks[0]
         self.drawn_outside: set[str] = set()
         self._generators = generators
-        # The current rank has an entry as well, which is out of date.
-        self._parked = dict.fromkeys(ranks, generators.take())
+        here = generators.take() if logical else None
+        # The current rank may have an entry as well, which is out of date.
+        self._parked = {} if here is None else dict.fromkeys(ranks, here)
         self._entered: dict[object, int] = {}
         self._logical = logical
         # The current rank's states when the last as_rank() ended; None: not looked at.
-        self._outside = self._parked[self.rank] if logical else None
+        self._outside = here
         self._steady = False
         # The current rank's states while generators are written.
         self._before: States | None = None
+
+    @property
+    def is_inside(self) -> bool:
+        """Whether :meth:`as_rank` was entered and has not ended."""
+        return bool(self._entered)
+
+    def renumber(self, rank: int) -> None:
+        """Call the only rank something else: the process group came after the streams."""
+        self.ranks, self.rank = range(rank, rank + 1), rank
+        self._entered = dict.fromkeys(self._entered, rank)
 
     def take(self) -> dict[int, States]:
         """Return the states of all generators by rank; moves no stream.
@@ -113,14 +125,21 @@ class RankStreams:
             rank: One of ``ranks``.
 
         Raises:
+            ValueError: This process does not play that rank.
             RNGStateError: A generator does not take its state, or as for :meth:`take`. All streams
                 are back where they were.
         """
+        if not is_integer(rank) or rank not in self.ranks:
+            first, last = self.ranks[0], self.ranks[-1]
+            plays = f"rank {first}" if first == last else f"ranks {first} to {last}"
+            raise ValueError(
+                f"as_rank({rank!r}): this process plays {plays}, no other. Loop over rng.ranks"
+            )
         entry = object()
         try:
             with self._kept_steady():
                 here = None if self._outside is None else self._look()
-                self._entered[entry], self._outside = rank, None
+                self._entered[entry], self._outside = int(rank), None
                 self._settle(here)
             yield
         finally:

@@ -37,59 +37,76 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def gather_fingerprints(row: int, fingerprints: Mapping[str, str]) -> list[dict[str, str]]:
+def launched_processes() -> int:
+    """Return how many processes torchrun started (``WORLD_SIZE``), 1 if it did not."""
+    value = os.environ.get("WORLD_SIZE", "1")
+    return int(value) if value.isdecimal() else 1
+
+
+def gather_fingerprints(own: Mapping[int, Mapping[str, str]]) -> list[dict[str, str]]:
     """Return the fingerprints of the streams of all rows, by row; every rank must call it.
 
     Args:
-        row: This rank's row. Of ranks that share one, the lowest speaks.
-        fingerprints: This rank's by generator; the same names on every rank.
+        own: This rank's by row and generator; as many rows and the same names on every rank. Of
+            ranks that share a row, the lowest speaks.
     """
     rows: dict[int, dict[str, str]] = {}
-    for number, *values in _gather(row, fingerprints):
+    names = list(next(iter(own.values())))
+    for _, row, values in _gather(own):
         gathered = [f"{value:012x}" for value in values]
-        rows.setdefault(number, dict(zip(fingerprints, gathered, strict=True)))
+        rows.setdefault(row, dict(zip(names, gathered, strict=True)))
     return [rows[number] for number in sorted(rows)]
 
 
-def drifted(row: int, fingerprints: Mapping[str, str], shared: Collection[str]) -> list[str]:
+def drifted(own: Mapping[int, Mapping[str, str]], shared: Collection[str]) -> list[str]:
     """Return where ranks should have one stream and have not; every rank must call it.
 
     Args:
-        row: This rank's row.
-        fingerprints: This rank's by generator; the same names on every rank.
+        own: As for :func:`gather_fingerprints`.
         shared: The generators that are alike on all ranks; the others are alike within a row.
 
     Returns:
         The same on every rank: one text for each generator and row in which ranks differ.
     """
-    everyone = _gather(row, fingerprints)
-    sharing: dict[int, list[int]] = {}
-    for rank, (number, *_) in enumerate(everyone):
-        sharing.setdefault(number, []).append(rank)
+    everyone = _gather(own)
+    sharing: dict[int, list[_Said]] = {}
+    for rank, row, values in everyone:
+        sharing.setdefault(row, []).append((rank, row, values))
     messages = []
-    for column, name in enumerate(fingerprints, start=1):
-        groups = {"all ranks share it": list(range(len(everyone)))}
+    for column, name in enumerate(next(iter(own.values()))):
+        groups = {"all ranks share it": everyone}
         if name not in shared:
             groups = {
-                f"ranks {', '.join(map(str, ranks))} share row {number}": ranks
-                for number, ranks in sharing.items()
+                f"ranks {', '.join(str(rank) for rank, *_ in peers)} share row {row}": peers
+                for row, peers in sharing.items()
             }
-        for text, ranks in groups.items():
-            other = [r for r in ranks if everyone[r][column] != everyone[ranks[0]][column]]
+        for text, (first, *others) in groups.items():
+            other = [entry for entry in others if entry[2][column] != first[2][column]]
             if other:
-                differ = f"rank {', '.join(map(str, other))} differs from rank {ranks[0]}"
-                messages.append(f"{name}: {text}, but {differ}")
+                # A process that plays several ranks is named by those.
+                place = 0 if len(own) == 1 or name not in shared else 1
+                differ = f"rank {', '.join(str(entry[place]) for entry in other)} differs from"
+                messages.append(f"{name}: {text}, but {differ} rank {first[place]}")
     return messages
 
 
-def _gather(row: int, fingerprints: Mapping[str, str]) -> list[list[int]]:
-    """Return by rank its row and the fingerprints of its streams, as numbers."""
-    numbers = [row, *(int(fingerprint, 16) for fingerprint in fingerprints.values())]
-    if not dist.is_initialized():
-        return [numbers]
-    # "cpu:gloo,cuda:nccl" or "cuda:nccl": a group that serves the CPU is used there.
-    devices = [backend.split(":")[0] for backend in dist.get_backend_config().split(",")]
-    own = torch.tensor(numbers, dtype=torch.int64, device="cpu" if "cpu" in devices else devices[0])
-    everyone = [torch.empty_like(own) for _ in range(world_size())]
-    dist.all_gather(everyone, own)
-    return [gathered.tolist() for gathered in everyone]
+_Said = tuple[int, int, list[int]]
+"""A rank, one of its rows, and the fingerprints of that row's streams as numbers."""
+
+
+def _gather(own: Mapping[int, Mapping[str, str]]) -> list[_Said]:
+    """Return what all ranks say, in the order of the ranks."""
+    numbers = [
+        [row, *(int(fingerprint, 16) for fingerprint in fingerprints.values())]
+        for row, fingerprints in own.items()
+    ]
+    everyone = [numbers]
+    if dist.is_initialized():
+        # "cpu:gloo,cuda:nccl" or "cuda:nccl": a group that serves the CPU is used there.
+        devices = [backend.split(":")[0] for backend in dist.get_backend_config().split(",")]
+        device = "cpu" if "cpu" in devices else devices[0]
+        mine = torch.tensor(numbers, dtype=torch.int64, device=device)
+        gathered = [torch.empty_like(mine) for _ in range(world_size())]
+        dist.all_gather(gathered, mine)
+        everyone = [tensor.tolist() for tensor in gathered]
+    return [(rank, row, values) for rank, rows in enumerate(everyone) for row, *values in rows]

@@ -24,6 +24,7 @@ class Job:
         mesh: The mesh along which streams differ; ``None``: all ranks.
         ranked: What its ``StatefulRNG`` was given.
         slots: Its generators by name.
+        logical: Whether rows are logical ranks, and so of no coordinate of the mesh.
     """
 
     row: int
@@ -31,6 +32,7 @@ class Job:
     mesh: Mesh | None
     ranked: bool
     slots: Mapping[str, Slot]
+    logical: bool = False
 
 
 @dataclass(frozen=True)
@@ -149,7 +151,7 @@ def _remarks(record: Record, job: Job, saved: list[str], forked: list[str]) -> I
             f"{rows} rows were saved and {now} are loaded: {_rows(rows, now)} new, "
             f"{_sources(rows, now)} ({'; '.join(done)})"
         )
-    if _renumbered(record.mesh, job.mesh):
+    if _renumbered(record.mesh, job.mesh, job.logical):
         yield (
             f"the rows were saved along {mesh_text(record.mesh)} and are loaded along "
             f"{mesh_text(job.mesh)}: row r may belong to another coordinate now"
@@ -186,10 +188,10 @@ def _remarks(record: Record, job: Job, saved: list[str], forked: list[str]) -> I
         )
 
 
-def _renumbered(saved: Mesh | None, now: Mesh | None) -> bool:
-    if saved is None or now is None or len(saved) != 1:
+def _renumbered(saved: Mesh | None, now: Mesh | None, logical: bool) -> bool:
+    if saved is None or now is None or (len(saved) != 1 and not logical):
         return saved != now
-    # One dimension that grew or shrank keeps its numbers.
+    # One dimension that grew or shrank keeps its numbers, and so do logical ranks.
     return [name for name, _ in saved] != [name for name, _ in now]
 
 

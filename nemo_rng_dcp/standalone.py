@@ -21,10 +21,11 @@ from torch.distributed.checkpoint import (
 )
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.tensor import DTensor
 
 from nemo_rng_dcp.errors import RNGStateError
 from nemo_rng_dcp.record import KEY
-from nemo_rng_dcp.table import NOT_SAVED, read_of_row, record_keys
+from nemo_rng_dcp.table import NOT_SAVED, buffer_for, place_in, reads_of_rows, record_keys
 
 CheckpointId = str | os.PathLike[str] | None
 """A folder or URL as DCP's ``checkpoint_id`` takes it; ``None``: the storage object knows it."""
@@ -52,29 +53,32 @@ def save(
 
 
 def load(
-    row: Callable[[], int], path: CheckpointId, reader: StorageReader | None, key: str | None
+    take: Callable[[], dict[str, torch.Tensor]],
+    path: CheckpointId,
+    reader: StorageReader | None,
+    key: str | None,
 ) -> dict[str, torch.Tensor]:
-    """Return the saved record for a row, and read nothing else; a collective, as ``dcp.load`` is.
+    """Return the saved records for a job's rows; a collective, as ``dcp.load`` is.
 
     Args:
-        row: Returns this process's row. What it raises, all ranks are told.
+        take: Returns the table of which this rank has its rows. What it raises, all ranks are told.
         path: A checkpoint that holds a record, alone or beside other things, at any depth.
         reader: DCP's reader of the checkpoint; ``None``: one for ``path``.
         key: The record's key in the checkpoint, if there is more than one.
 
     Returns:
-        ``{"rng_streams": record}``, not checked yet.
+        ``{"rng_streams": records}``, not checked yet. Nothing else is read.
 
     Raises:
         RNGStateError: On every rank: one of them has no row, there is no record, or several and no
             ``key``, or the storage failed.
     """
-    planner = _LoadPlanner(row, key)
+    planner = _LoadPlanner(take, key)
     try:
         dcp.load({}, checkpoint_id=path, storage_reader=reader, planner=planner)
     except CheckpointException as error:
         _raise_first_cause(error, f"no record was loaded from {path or reader}")
-    return {KEY: planner.record}
+    return {KEY: planner.records}
 
 
 class _SavePlanner(DefaultSavePlanner):
@@ -122,28 +126,30 @@ class _ContentsPlanner(DefaultLoadPlanner):
 
 
 class _LoadPlanner(_ContentsPlanner):
-    """Reads one record, wherever it lies in the checkpoint.
+    """Reads one table's records, wherever it lies in the checkpoint.
 
-    The record is chosen in here, because DCP tells every rank what is raised in a planner.
+    It is chosen in here, because DCP tells every rank what is raised in a planner.
     """
 
-    def __init__(self, row: Callable[[], int], key: str | None) -> None:
+    def __init__(self, take: Callable[[], dict[str, torch.Tensor]], key: str | None) -> None:
         super().__init__()
-        self._row = row
+        self._take = take
         self._key = key
-        self.record = NOT_SAVED
+        self.records = NOT_SAVED
 
     def create_local_plan(self) -> LoadPlan:
         key = _chosen(self.saved, self._key)
-        read = read_of_row(key, self._row(), self.saved[key])
-        self.record = torch.zeros(read.lengths, dtype=torch.int64)
-        return LoadPlan([read])
+        live = self._take()[KEY]
+        live = live.to_local() if isinstance(live, DTensor) else live
+        reads = reads_of_rows(key, live, self.saved[key])
+        self.records = buffer_for(reads)
+        return LoadPlan(reads)
 
     def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
-        return self.record
+        return place_in(self.records, read_item)
 
     def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
-        pass  # it was read into the record itself
+        pass  # it was read into its place itself
 
 
 def _chosen(saved: Mapping[str, Any], key: str | None) -> str:

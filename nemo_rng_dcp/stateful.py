@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, NoReturn, SupportsIndex, overload
 
 import torch
+import torch.distributed as dist
 from torch.distributed.checkpoint import StorageReader, StorageWriter
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -16,11 +18,24 @@ from nemo_rng_dcp.automodel import RNGState, is_automodel_state, packed_states
 from nemo_rng_dcp.errors import RNGStateError, warn
 from nemo_rng_dcp.first_forward import rewind_at_first_forward
 from nemo_rng_dcp.generators import DeviceWatch, GeneratorSet, States, own_device
-from nemo_rng_dcp.ranks import drifted, gather_fingerprints, global_rank, world_size
+from nemo_rng_dcp.rank_streams import RankStreams
+from nemo_rng_dcp.ranks import (
+    drifted,
+    gather_fingerprints,
+    global_rank,
+    launched_processes,
+    world_size,
+)
 from nemo_rng_dcp.record import KEY, Record, Stream, fingerprint
 from nemo_rng_dcp.resume import Job, Loaded, resume
-from nemo_rng_dcp.seeding import check_ranked, check_seed, seed_all
-from nemo_rng_dcp.table import NOT_SAVED, Rows
+from nemo_rng_dcp.seeding import (
+    check_logical_ranks,
+    check_ranked,
+    check_seed,
+    derive_seed,
+    seed_all,
+)
+from nemo_rng_dcp.table import NOT_SAVED, Rows, rows_text
 
 
 class StatefulRNG:
@@ -101,8 +116,11 @@ class StatefulRNG:
         shared_generators: Mapping[str, Any] | None = None,
         global_generators: bool = True,
         device: torch.device | str | int | None = None,
+        logical_ranks: int | None = None,
     ) -> None:
         self.ranked = check_ranked(ranked)
+        self.logical_ranks = check_logical_ranks(logical_ranks, ranked)
+        """The number that was given; ``None``: each process is one rank."""
         if not isinstance(global_generators, bool):
             raise TypeError(f"global_generators is {global_generators!r}, expected True or False")
         self._generators = GeneratorSet(
@@ -114,25 +132,62 @@ class StatefulRNG:
         if mesh is not None and not isinstance(mesh, DeviceMesh):
             raise TypeError(f"mesh is {mesh!r}, expected a DeviceMesh or None")
         self.mesh = mesh
-        self._seeded_row = self._row_number()
-        row_seed = check_seed(seed, self._seeded_row if ranked else 0)
+        own = self._own_rows()
+        check_seed(seed, own[-1] if ranked else 0)
         self.seed = int(seed)
         self._resizes = 0
         # The tables that state_dict() handed out and that are still in use, by their time.
         self._handed_out: weakref.WeakValueDictionary[int, torch.Tensor] = (
             weakref.WeakValueDictionary()
         )
-        self._loaded_states: States | None = None
+        self._loaded_states: Mapping[int, States] | None = None
         self.loaded: Loaded | None = None
         """What the last load restored, with its rows, world size and time; ``None``: nothing."""
-        if global_generators:
-            seed_all(row_seed)
-        self._watch = DeviceWatch(self.device if global_generators else None)
+        self._streams = RankStreams(self._generators, own, logical=logical_ranks is not None)
+        for rank in reversed(own):
+            with self._streams.as_rank(rank):
+                self._seed(rank)
+        watched = self.device if global_generators else None
+        self._watch = DeviceWatch(watched, {} if watched is None else self._streams.take())
 
     @property
     def device(self) -> torch.device | None:
         """The accelerator device whose global generator is this rank's; ``None``: it uses none."""
         return self._generators.device
+
+    @property
+    def ranks(self) -> range:
+        """The logical ranks that this process plays; without ``logical_ranks`` its own row."""
+        return self._streams.ranks
+
+    @property
+    def rank(self) -> int:
+        """The one of :attr:`ranks` whose streams the generators have now."""
+        return self._streams.rank
+
+    @contextmanager
+    def as_rank(self, rank: int) -> Iterator[None]:
+        """Give all generators the streams of a logical rank; does not communicate.
+
+        Afterwards they have those of the rank before, whatever ended the block. Outside they are
+        those of the first of :attr:`ranks`. It may be nested, and ranks may be entered in any
+        order. A save or a load inside is that of all ranks. Where each process is one rank,
+        nothing changes, so one loop serves both::
+
+            for r in rng.ranks:
+                with rng.as_rank(r):
+                    (model(batch_of(r)) / 8).backward()
+
+        Args:
+            rank: One of :attr:`ranks`.
+
+        Raises:
+            ValueError: This process does not play that rank; the message names those that it plays.
+            RNGStateError: A generator did not take its state; the streams are as they were. Or a
+                shared generator was drawn from outside, while ranks had different streams of it.
+        """
+        with self._streams.as_rank(rank):
+            yield
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Return this rank's record as its row of a table; moves no stream.
@@ -156,24 +211,30 @@ class StatefulRNG:
         """
         rows = self._rows()
         self._watch.warn_if_another_is_current()
-        self._watch.warn_if_reseeded(rows.row)
-        slots = self._generators.slots
-        record = Record(
-            row=rows.row,
-            rows=rows.count,
-            world_size=world_size(),
-            seed=self.seed,
-            ranked=self.ranked,
-            resizes=self._resizes,
-            taken_at=time.time_ns(),
-            mesh=rows.mesh_sizes,
-            streams={
-                name: Stream(slots[name].kind, slots[name].shared, state)
-                for name, state in self._packed().items()
-            },
-        )
-        table = rows.table(record.to_tensor())
-        self._handed_out[record.taken_at] = table
+        states = self._streams.take()
+        # Of several processes with row 1 or the like, all are alike.
+        self._watch.warn_if_reseeded(states, speaks=rows.own.start == len(rows.own))
+        self._warn_if_drawn_outside()
+        slots, taken_at = self._generators.slots, time.time_ns()
+        records = [
+            Record(
+                row=row,
+                rows=rows.count,
+                world_size=world_size(),
+                seed=self.seed,
+                ranked=self.ranked,
+                resizes=self._resizes,
+                taken_at=taken_at,
+                mesh=rows.mesh_sizes,
+                streams={
+                    name: Stream(slots[name].kind, slots[name].shared, state)
+                    for name, state in self._generators.pack(of_row).items()
+                },
+            ).to_tensor()
+            for row, of_row in states.items()
+        ]
+        table = rows.table(records)
+        self._handed_out[taken_at] = table
         return {KEY: table}
 
     def load_state_dict(self, state_dict: Mapping[str, Any] | RNGState) -> None:
@@ -209,21 +270,26 @@ class StatefulRNG:
                 "no state of a StatefulRNG"
             )
         table = state_dict[KEY]
-        record = None if table is NOT_SAVED else rows.own_record(table)
-        if record is None or self._is_untouched(record, table):
+        records = {} if table is NOT_SAVED else rows.own_records(table)
+        if not records or self._is_untouched(records, table):
             warn(
                 f"rank {global_rank()}: the load restored no random stream: the checkpoint holds "
                 f"no {KEY} for row {rows.row}, or this is what state_dict() has just returned.",
             )
             self.loaded = self._loaded_states = None
             return
-        outcome = resume(record, self._job(rows))
+        outcomes = {row: resume(record, self._job(row, rows)) for row, record in records.items()}
         self._watch.warn_if_another_is_current()
-        if outcome.remarks and rows.row == 0:
+        # Rows mostly have the same to say.
+        remarks = dict.fromkeys(text for outcome in outcomes.values() for text in outcome.remarks)
+        if remarks and rows.row == 0:
             # Before the restore: where warnings are errors, nothing may have moved by then.
-            warn("RNG state: " + ". ".join(outcome.remarks))
-        self._restore(self._generators.unpack(outcome.states), outcome.seeds)
-        self.loaded, self._resizes = outcome.loaded, outcome.resizes
+            warn("RNG state: " + ". ".join(remarks))
+        self._restore(
+            {row: self._unpacked(row, outcome.states) for row, outcome in outcomes.items()},
+            {row: outcome.seeds for row, outcome in outcomes.items()},
+        )
+        self.loaded, self._resizes = outcomes[rows.row].loaded, outcomes[rows.row].resizes
 
     def save(
         self,
@@ -271,7 +337,7 @@ class StatefulRNG:
                 no record or several, one of the ranks has no row, or the storage failed. No stream
                 of this rank has moved.
         """
-        loaded = standalone.load(lambda: self._rows().row, path, storage_reader, key)
+        loaded = standalone.load(self.state_dict, path, storage_reader, key)
         self.load_state_dict(loaded)
 
     def rewind(self) -> None:
@@ -282,10 +348,17 @@ class StatefulRNG:
         ``load_state_dict``.
 
         Raises:
-            RuntimeError: Nothing has been loaded yet, or the last load restored nothing.
+            RuntimeError: Nothing has been loaded yet, or the last load restored nothing; or it is
+                called inside :meth:`as_rank` of a process that plays several ranks.
         """
         if self._loaded_states is None:
             raise RuntimeError("rewind() goes back to the last load, and nothing was loaded yet")
+        if self._streams.is_inside and len(self.ranks) > 1:
+            first, last = self.ranks[0], self.ranks[-1]
+            raise RuntimeError(
+                f"rewind() inside as_rank({self.rank}) would put back the streams of ranks {first} "
+                f"to {last}, all of them: call it outside, once"
+            )
         self._restore(self._loaded_states)
 
     def rewind_at_first_forward(self, model: torch.nn.Module | Sequence[torch.nn.Module]) -> None:
@@ -312,7 +385,7 @@ class StatefulRNG:
             RuntimeError: In that forward: it runs inside an activation checkpoint. Checkpoints
                 inside the model are fine.
         """
-        rewind_at_first_forward(model, lambda: self.loaded is not None, self.rewind)
+        rewind_at_first_forward(model, lambda: self.loaded is not None, self._rewind)
 
     @overload
     def fingerprint(self, gather: Literal[False] = False) -> dict[str, str]: ...
@@ -338,8 +411,11 @@ class StatefulRNG:
             RNGStateError: As for :meth:`state_dict`.
             RuntimeError: With ``gather``, as for :meth:`state_dict`.
         """
-        own = {name: fingerprint(state) for name, state in self._packed().items()}
-        return gather_fingerprints(self._rows().row, own) if gather else own
+        own = self._fingerprints()
+        if not gather:
+            return own[self.rank]
+        self._rows()
+        return gather_fingerprints(own)
 
     def verify_shared(self) -> None:
         """Make sure that ranks which should have one stream are in the same state.
@@ -359,7 +435,8 @@ class StatefulRNG:
             for name, slot in self._generators.slots.items()
             if slot.shared or (slot.is_global and not self.ranked)
         }
-        messages = drifted(self._rows().row, self.fingerprint(), shared)
+        self._rows()
+        messages = drifted(self._fingerprints(), shared)
         if messages:
             raise RNGStateError(
                 "; ".join(messages) + ". A draw happened on some of them only, or the mesh given "
@@ -380,48 +457,121 @@ class StatefulRNG:
                 "the state is of the global generators, which this StatefulRNG leaves alone "
                 "(global_generators=False): load it with the one that stores them"
             )
+        if len(self.ranks) > 1 and not self._streams.is_inside:
+            raise RNGStateError(
+                f"the state is one rank's, and this process plays ranks {self.ranks[0]} to "
+                f"{self.ranks[-1]}: load it inside as_rank() of the rank that it belongs to"
+            )
         states = self._generators.unpack(packed_states(state, self.device))
         self._watch.warn_if_another_is_current()
-        self._restore(states)
+        self._restore({self.rank: states})
         self.loaded = Loaded()
 
-    def _restore(self, states: States, seeds: Mapping[str, int] | None = None) -> None:
-        self._loaded_states = self._generators.restore(states, seeds)
-        self._watch.note_seeds()
+    def _seed(self, rank: int) -> None:
+        """Start the current rank's streams."""
+        slots = self._generators.slots
+        if self.logical_ranks is not None:
+            own = [name for name, slot in slots.items() if not slot.shared and not slot.is_global]
+            seeds = {
+                name: derive_seed(self.seed, "logical rank", rank, name, bits=64) for name in own
+            }
+            self._generators.restore({}, seeds)
+        if self._generators.has_global:
+            seed_all(self.seed + rank if self.ranked else self.seed)
 
-    def _packed(self) -> dict[str, bytes]:
-        return self._generators.pack(self._generators.take())
+    def _rewind(self) -> None:
+        assert self._loaded_states is not None
+        self._restore(self._loaded_states)
 
-    def _job(self, rows: Rows) -> Job:
-        return Job(rows.row, rows.count, rows.mesh_sizes, self.ranked, self._generators.slots)
+    def _restore(
+        self,
+        states: Mapping[int, States],
+        seeds: Mapping[int, Mapping[str, int]] | None = None,
+    ) -> None:
+        self._loaded_states = self._streams.restore(states, seeds)
+        self._watch.note_seeds(self._loaded_states)
 
-    def _is_untouched(self, record: Record, table: torch.Tensor) -> bool:
+    def _unpacked(self, row: int, packed: Mapping[str, bytes]) -> States:
+        try:
+            return self._generators.unpack(packed)
+        except RNGStateError as error:
+            if len(self.ranks) == 1:
+                raise
+            raise RNGStateError(f"row {row}: {error}") from error
+
+    def _fingerprints(self) -> dict[int, dict[str, str]]:
+        return {
+            rank: {
+                name: fingerprint(state) for name, state in self._generators.pack(states).items()
+            }
+            for rank, states in self._streams.take().items()
+        }
+
+    def _warn_if_drawn_outside(self) -> None:
+        """Warn of draws that another number of processes would not make; once for each."""
+        names = sorted(self._streams.drawn_outside)
+        if names:
+            self._streams.drawn_outside.clear()
+            warn(
+                f"rank {global_rank()}: {', '.join(names)} drawn from outside of as_rank(), since "
+                "the last load or such warning: those numbers were logical rank "
+                f"{self.ranks[0]}'s, and would be another one's on another number of processes. "
+                "Draw inside as_rank(), or resume on as many processes"
+            )
+
+    def _job(self, row: int, rows: Rows) -> Job:
+        return Job(
+            row,
+            rows.count,
+            rows.mesh_sizes,
+            self.ranked,
+            self._generators.slots,
+            self.logical_ranks is not None,
+        )
+
+    def _is_untouched(self, records: Mapping[int, Record], table: torch.Tensor) -> bool:
         """Return whether DCP left in a table what :meth:`state_dict` had put there.
 
         The table of an earlier moment may be given back on purpose, and is then restored. While no
         stream has moved, there is nothing to restore either way.
         """
-        if self._handed_out.get(record.taken_at) is not table:
+        if self._handed_out.get(next(iter(records.values())).taken_at) is not table:
             return False
-        saved = {name: stream.state for name, stream in record.streams.items()}
-        return saved == self._packed()
+        return all(
+            {name: stream.state for name, stream in records[row].streams.items()}
+            == self._generators.pack(states)
+            for row, states in self._streams.take().items()
+        )
 
-    def _row_number(self) -> int:
-        """Return the row that this process must own, with or without a process group."""
-        return global_rank() if self.mesh is None else Rows.current(self.mesh).row
+    def _own_rows(self) -> range:
+        """Return the rows that this process must own, with or without a process group."""
+        if self.mesh is None and self.logical_ranks is None:
+            return range(global_rank(), global_rank() + 1)
+        if self.mesh is None and not dist.is_initialized() and launched_processes() > 1:
+            raise RuntimeError(
+                f"this process is one of {launched_processes()} (WORLD_SIZE), and without a "
+                "process group each would play all logical ranks: construct StatefulRNG after "
+                "init_process_group"
+            )
+        return Rows.current(self.mesh, self.logical_ranks).own
 
     def _rows(self) -> Rows:
         """Return the rows, after making sure that they give this process the streams it has."""
-        rows, own_row = Rows.current(self.mesh), self._row_number()
-        if self.ranked and self._generators.has_global and self._seeded_row != own_row:
+        rows, own = Rows.current(self.mesh, self.logical_ranks), self._own_rows()
+        seeded = (self.ranked and self._generators.has_global) or self.logical_ranks is not None
+        if self.ranks != own and seeded:
             raise RuntimeError(
-                f"this StatefulRNG was seeded for row {self._seeded_row}, but the process has row "
-                f"{own_row}: construct it after init_process_group"
+                f"this StatefulRNG was seeded for {rows_text(self.ranks)}, but the process has "
+                f"{rows_text(own)}: construct it after init_process_group"
             )
-        if rows.row != own_row:
+        if rows.own != own:
             raise RuntimeError(
-                f"this process is rank {own_row} (RANK), but without a process group its streams "
+                f"this process is rank {own[0]} (RANK), but without a process group its streams "
                 f"would be stored as rank {rows.row}'s: call init_process_group, and construct "
                 "StatefulRNG after init_process_group"
             )
+        if self.ranks != own:
+            self._streams.renumber(own[0])
+            if self._loaded_states is not None:
+                self._loaded_states = dict(zip(own, self._loaded_states.values(), strict=True))
         return rows
