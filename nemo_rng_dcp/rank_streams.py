@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import NamedTuple
 
 from nemo_rng_dcp.errors import RNGStateError
 from nemo_rng_dcp.generators import GeneratorSet, States
@@ -11,6 +12,22 @@ from nemo_rng_dcp.seeding import is_integer
 
 Seeds = Mapping[str, int]
 """By generator, the seed of a stream that starts anew."""
+
+
+class _Moment(NamedTuple):
+    """Where all streams are; exchanged as a whole, so that a signal handler sees one moment.
+
+    Attributes:
+        rank: The current rank.
+        parked: The states of the ranks; the current one's, if it has an entry, is out of date.
+        here: The current rank's while the generators are written; ``None``: ask the generators.
+        outside: The current rank's when the last as_rank() ended; ``None``: it is not looked at.
+    """
+
+    rank: int
+    parked: Mapping[int, States]
+    here: States | None
+    outside: States | None
 
 
 class RankStreams:
@@ -33,26 +50,26 @@ class RankStreams:
 
     Attributes:
         ranks: As given.
-        rank: The current one.
         drawn_outside: Generators that were drawn from outside of :meth:`as_rank` since the last
             restore, as of the last :meth:`take`; those that all ranks share not counted. Whoever
             has told of them may clear it.
     """
 
     def __init__(self, generators: GeneratorSet, ranks: range, *, logical: bool = False) -> None:
-        self.ranks, self.rank = ranks, ranks[0]
+        self.ranks = ranks
         self.drawn_outside: set[str] = set()
         self._generators = generators
-        here = generators.take() if logical else None
-        # The current rank may have an entry as well, which is out of date.
-        self._parked = {} if here is None else dict.fromkeys(ranks, here)
-        self._entered: dict[object, int] = {}
         self._logical = logical
-        # The current rank's states when the last as_rank() ended; None: not looked at.
-        self._outside = here
-        self._steady = False
-        # The current rank's states while generators are written.
-        self._before: States | None = None
+        here = generators.take() if logical else None
+        parked = {} if here is None else dict.fromkeys(ranks, here)
+        self._moment = _Moment(ranks[0], parked, None, here)
+        self._entered: dict[object, int] = {}
+        self._is_steady = False
+
+    @property
+    def rank(self) -> int:
+        """The current rank."""
+        return self._moment.rank
 
     @property
     def is_inside(self) -> bool:
@@ -61,7 +78,8 @@ class RankStreams:
 
     def renumber(self, rank: int) -> None:
         """Call the only rank something else: the process group came after the streams."""
-        self.ranks, self.rank = range(rank, rank + 1), rank
+        self.ranks = range(rank, rank + 1)
+        self._moment = self._moment._replace(rank=rank)
         self._entered = dict.fromkeys(self._entered, rank)
 
     def take(self) -> dict[int, States]:
@@ -71,10 +89,9 @@ class RankStreams:
             RNGStateError: A generator cannot be stored; or one that all ranks share was drawn from
                 outside of :meth:`as_rank` while they had different streams of it.
         """
-        with self._kept_steady():
-            # A signal handler may ask in the middle of a switch.
-            here = self._look() if self._before is None else self._before
-            return {**self._parked, self.rank: here}
+        with self._steady():
+            here = self._look()
+            return {**self._moment.parked, self._moment.rank: here}
 
     def restore(
         self, states: Mapping[int, States], seeds: Mapping[int, Seeds] | None = None
@@ -92,26 +109,25 @@ class RankStreams:
             RNGStateError: A generator raised. Its exception is the cause, and the streams of all
                 ranks are back where they were.
         """
-        seeds = seeds or {}
-        with self._kept_steady():
-            parked, outside, before = self._parked, self._outside, self._generators.take()
-            after = {**parked, self.rank: before}
-            self._before = before
+        seeds, generators = seeds or {}, self._generators
+        with self._steady():
+            now = before = generators.take()
+            moment = self._moment
+            after = {**moment.parked, moment.rank: before}
             try:
+                self._moment = moment._replace(here=before)
                 # The current rank comes last: its streams stay in the generators.
-                for rank in (*(r for r in self.ranks if r != self.rank), self.rank):
-                    new_states = {**after[rank], **states.get(rank, {})}
-                    self._generators.write(new_states, seeds.get(rank, {}))
-                    after[rank] = self._generators.take()
-                self._parked = after
-                self._outside = None if outside is None else after[self.rank]
+                for rank in (*(r for r in self.ranks if r != moment.rank), moment.rank):
+                    new = {**after[rank], **states.get(rank, {})}
+                    now = generators.restore(new, seeds.get(rank, {}), before=now)
+                    after[rank] = now
+                self.drawn_outside.clear()
+                outside = None if moment.outside is None else after[moment.rank]
+                self._moment = moment._replace(parked=after, outside=outside)
             except BaseException:
-                self._generators.put_back(before)
-                self._parked, self._outside = parked, outside
+                generators.restore(before)
+                self._moment = moment
                 raise
-            finally:
-                self._before = None
-            self.drawn_outside.clear()
             return dict(after)
 
     @contextmanager
@@ -126,6 +142,7 @@ class RankStreams:
 
         Raises:
             ValueError: This process does not play that rank.
+            RuntimeError: A ``ScopedRNG`` has other streams in place: all ranks would draw from it.
             RNGStateError: A generator does not take its state, or as for :meth:`take`. All streams
                 are back where they were.
         """
@@ -135,68 +152,88 @@ class RankStreams:
             raise ValueError(
                 f"as_rank({rank!r}): this process plays {plays}, no other. Loop over rng.ranks"
             )
+        scope = self._generators.parked_at if self._logical else None
+        if scope is not None and not (self._entered and rank == self.rank):
+            raise RuntimeError(
+                f"as_rank({rank}) inside the ScopedRNG entered at {scope}: its streams would stay "
+                "in place, and the ranks of a process would draw from them one after the other. "
+                "Open the scope inside of as_rank()"
+            )
         entry = object()
         try:
-            with self._kept_steady():
-                here = None if self._outside is None else self._look()
-                self._entered[entry], self._outside = int(rank), None
-                self._settle(here)
+            with self._steady():
+                here = None if self._moment.outside is None else self._look()
+                self._entered[entry] = int(rank)
+                try:
+                    self._settle(here)
+                except BaseException:
+                    del self._entered[entry]
+                    raise
             yield
         finally:
             # A generator that is collected may end in the middle of a switch: that one goes on.
-            with self._kept_steady():
+            with self._steady():
                 self._entered.pop(entry, None)
 
     @contextmanager
-    def _kept_steady(self) -> Iterator[None]:
+    def _steady(self) -> Iterator[None]:
         """Hold the lock, and afterwards make current what was entered last and has not ended."""
         with self._generators.lock:
-            outer, self._steady = self._steady, True
+            outer, self._is_steady = self._is_steady, True
             try:
                 yield
             finally:
                 if not outer:
                     self._settle()
-                self._steady = outer
+                self._is_steady = outer
 
     def _settle(self, here: States | None = None) -> None:
-        """Switch to the rank that should be current; ``here`` are the states, if known."""
-        while self.rank != (rank := next(reversed(self._entered.values()), self.ranks[0])):
-            before = self.rank
-            self._before = self._parked[before] = here or self._generators.take()
-            here = self._parked[rank]
+        """Switch to the rank that should be current; ``here`` are the generators' states."""
+        generators = self._generators
+        while True:
+            moment, inside = self._moment, bool(self._entered)
+            rank = next(reversed(self._entered.values()), self.ranks[0])
+            if rank == moment.rank:
+                break
+            here = here or generators.take()
+            new = moment.parked[rank]
             try:
-                self._generators.put_back(here)
-                self.rank = rank
+                self._moment = moment._replace(here=here)
+                generators.restore(new, before=here)
+                self._moment = _Moment(rank, {**moment.parked, moment.rank: here}, None, None)
             except BaseException:
-                self._generators.put_back(self._before)
-                self.rank = before
+                generators.restore(here)
+                self._moment = moment
                 raise
-            finally:
-                self._before = None
-        if self._logical and not self._entered and self._outside is None:
-            self._outside = here or self._generators.take()
+            here = new
+        if inside:
+            self._moment = moment._replace(outside=None)
+        elif self._logical and moment.outside is None:
+            self._moment = moment._replace(outside=here or generators.take())
 
     def _look(self) -> States:
         """Return the current rank's states, after a look at what moved outside of as_rank()."""
-        now = self._generators.take()
-        if self._outside is None:
+        moment, generators = self._moment, self._generators
+        if moment.here is not None:
+            return moment.here  # a signal handler asks in the middle of a switch
+        now = generators.take()
+        if moment.outside is None:
             return now
-        moved = self._generators.moved(self._outside, now)
-        shared = {name for name in moved if self._generators.slots[name].shared}
-        others = [rank for rank in self.ranks if rank != self.rank]
+        moved = generators.moved(moment.outside, now)
+        shared = {name for name in moved if generators.slots[name].shared}
+        others = [rank for rank in self.ranks if rank != moment.rank]
         for rank in others if shared else ():
-            apart = shared.intersection(self._generators.moved(self._outside, self._parked[rank]))
+            apart = shared.intersection(generators.moved(moment.outside, moment.parked[rank]))
             if apart:
                 raise RNGStateError(
                     f"{', '.join(sorted(apart))}: all ranks share it, and a draw outside of "
                     f"as_rank() counts for all. There was one while rank {rank} had drawn inside "
-                    f"another number of times than rank {self.rank}, so it would depend on the "
+                    f"another number of times than rank {moment.rank}, so it would depend on the "
                     "number of processes what they get. Draw outside only, or equally often "
                     "inside of each rank before"
                 )
-        for rank in others:
-            self._parked[rank] = {**self._parked[rank], **{name: now[name] for name in shared}}
+        for_all = {name: now[name] for name in shared}
+        parked = {rank: {**moment.parked[rank], **for_all} for rank in others}
         self.drawn_outside.update(set(moved) - shared)
-        self._outside = now
+        self._moment = moment._replace(parked=parked, outside=now)
         return now

@@ -214,6 +214,8 @@ class StatefulRNG:
         states = self._streams.take()
         # Of several processes with row 1 or the like, all are alike.
         self._watch.warn_if_reseeded(states, speaks=rows.own.start == len(rows.own))
+        self._warn_in_a_scope("the record holds")
+        self._warn_of_exchanged_generators()
         self._warn_if_drawn_outside()
         slots, taken_at = self._generators.slots, time.time_ns()
         records = [
@@ -479,6 +481,23 @@ class StatefulRNG:
         if self._generators.has_global:
             seed_all(self.seed + rank if self.ranked else self.seed)
 
+    def _warn_in_a_scope(self, what: str) -> None:
+        place = self._generators.parked_at
+        if place is not None:
+            warn(
+                f"inside the ScopedRNG entered at {place}: {what} the streams that come back when "
+                "it ends, not the scope's own"
+            )
+
+    def _warn_of_exchanged_generators(self) -> None:
+        for name in self._generators.exchanged():
+            warn(
+                f"{name}: nothing but this StatefulRNG holds the registered generator any more, so "
+                "nothing draws from it. If its owner has another one now (copy.deepcopy, "
+                "unpickling, a reset), that one is not stored: register a function that returns "
+                f"the one in use, such as {name}=lambda: sampler.generator"
+            )
+
     def _rewind(self) -> None:
         assert self._loaded_states is not None
         self._restore(self._loaded_states)
@@ -488,6 +507,7 @@ class StatefulRNG:
         states: Mapping[int, States],
         seeds: Mapping[int, Mapping[str, int]] | None = None,
     ) -> None:
+        self._warn_in_a_scope("what is loaded or rewound are")
         self._loaded_states = self._streams.restore(states, seeds)
         self._watch.note_seeds(self._loaded_states)
 

@@ -28,8 +28,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from nemo_rng_dcp import RNGLoadPlanner, StatefulRNG
-from nemo_rng_dcp.record import KEY
-from nemo_rng_dcp.table import read_of_row
+from nemo_rng_dcp.record import KEY, LENGTH, Record
+from nemo_rng_dcp.table import reads_of_rows
 from tests.support.altered import record_of, without
 from tests.support.jobs import job
 from tests.support.streams import draw, said, unmoved
@@ -423,7 +423,10 @@ def test_a_row_is_read_as_the_default_planner_reads_it(tmp_path: Path) -> None:
     planner = DefaultLoadPlanner()
     planner.set_up_planner({"rng.rng_streams": torch.zeros(saved.size)}, metadata)
     for row, expected in enumerate(planner.create_local_plan().items):
-        read = read_of_row("rng.rng_streams", row, saved)
+        live = Record(row, 3, 3, 1, False, 0, 1, None, {}).to_tensor()
+        live = torch.cat([live, torch.zeros(saved.size[0] // 3 - len(live), dtype=torch.int64)])
+        live[LENGTH] = len(live)
+        [read] = reads_of_rows("rng.rng_streams", live, saved)
         # It reads into a tensor of its own, and not into the row of a table.
         zero = MetadataIndex("rng.rng_streams", torch.Size((0,)))
         assert read == dataclasses.replace(expected, dest_index=zero, dest_offsets=torch.Size((0,)))

@@ -28,7 +28,7 @@ def rows_of(
         fake_group(rank, world_size)
         mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
         layout = Rows.current(mesh if along is None else mesh[along])
-        table = layout.table(torch.full((3,), rank))
+        table = layout.table([torch.full((3,), rank)])
         assert isinstance(table, DTensor)
         assert table.shape == (3 * layout.count,)
         assert table.to_local().tolist() == [rank] * 3

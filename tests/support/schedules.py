@@ -106,18 +106,19 @@ class Generators:
             drawn += [float(self.pcg.standard_normal())]
         return drawn
 
-    def draw_outside(self) -> list[float]:
+    def draw_outside(self, fault: str) -> list[float]:
         """Draw as a process does at the beginning of a step, for all of its ranks."""
-        return [float(self.shared.random())]
+        # With that fault such a draw is an error, so the ranks' own streams would not be seen.
+        return [] if fault == "a switch left out" else [float(self.shared.random())]
 
 
-def expected(steps: int) -> Drawn:
+def expected(steps: int, fault: str = "") -> Drawn:
     """Return what one uninterrupted run draws."""
     drawn: Drawn = {}
     for rank in range(RANKS):
         generators = Generators(rank)
         for step in range(steps):
-            drawn["all", step] = generators.draw_outside()
+            drawn["all", step] = generators.draw_outside(fault)
             drawn[rank, step] = generators.draw(rank, step)
     return drawn
 
@@ -143,12 +144,12 @@ def _play(path: Path, schedule: list[Segment], number: int, fault: str) -> Drawn
     if number:
         _load(state, path / str(number - 1), random.Random(segment.seed))
     if fault == "rows exchanged":
-        parked = rng._streams._parked
+        parked = rng._streams._moment.parked
         parked[ranks[1]], parked[ranks[2]] = parked[ranks[2]], parked[ranks[1]]
     last_step = segment.first + segment.steps
     for step in range(segment.first, last_step + 1):
         if step > segment.first or number == 0:
-            drawn["all", step] = generators.draw_outside()
+            drawn["all", step] = generators.draw_outside(fault)
         for place, rank in enumerate(segment.order(step, ranks)):
             if step == last_step and place == segment.ahead:
                 with rng.as_rank(rank) if segment.seed % 2 and not by_process else nullcontext():
