@@ -83,7 +83,7 @@ class RankStreams:
         self._entered = dict.fromkeys(self._entered, rank)
 
     def take(self) -> dict[int, States]:
-        """Return the states of all generators by rank; moves no stream.
+        """Return the states of all generators by rank, in their order; moves no stream.
 
         Raises:
             RNGStateError: A generator cannot be stored; or one that all ranks share was drawn from
@@ -91,7 +91,8 @@ class RankStreams:
         """
         with self._steady():
             here = self._look()
-            return {**self._moment.parked, self._moment.rank: here}
+            now = {**self._moment.parked, self._moment.rank: here}
+            return {rank: now[rank] for rank in self.ranks}
 
     def restore(
         self, states: Mapping[int, States], seeds: Mapping[int, Seeds] | None = None
@@ -128,7 +129,7 @@ class RankStreams:
                 generators.restore(before)
                 self._moment = moment
                 raise
-            return dict(after)
+            return {rank: after[rank] for rank in self.ranks}
 
     @contextmanager
     def as_rank(self, rank: int) -> Iterator[None]:

@@ -85,8 +85,9 @@ def drifted(own: Mapping[int, Mapping[str, str]], shared: Collection[str]) -> li
             if other:
                 # A process that plays several ranks is named by those.
                 place = 0 if len(own) == 1 or name not in shared else 1
-                differ = f"rank {', '.join(str(entry[place]) for entry in other)} differs from"
-                messages.append(f"{name}: {text}, but {differ} rank {first[place]}")
+                ranks = ", ".join(dict.fromkeys(str(entry[place]) for entry in other))
+                differ = f"rank {ranks} differs from rank {first[place]}"
+                messages.append(f"{name}: {text}, but {differ}")
     return messages
 
 

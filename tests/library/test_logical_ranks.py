@@ -190,7 +190,7 @@ def test_a_damaged_row_moves_no_rank() -> None:
     streams["torch"] = streams["torch"]._replace(state=bytes(5056))
     bad = Record(3, 4, 1, 42, True, 0, record.taken_at, None, streams).to_tensor()
     records[2][700] ^= 1
-    with pytest.raises(RNGStateError, match="^row 3: torch: torch refuses the state"):
+    with pytest.raises(RNGStateError, match=r"^row 3: torch: torch refuses the state"):
         rng.load_state_dict({KEY: torch.cat([*records[:3], bad])})
     assert rng.fingerprint(gather=True) == before
 
