@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Literal, NoReturn, SupportsIndex, overload
 
 import torch
@@ -165,8 +165,7 @@ class StatefulRNG:
         """The one of :attr:`ranks` whose streams the generators have now."""
         return self._streams.rank
 
-    @contextmanager
-    def as_rank(self, rank: int) -> Iterator[None]:
+    def as_rank(self, rank: int) -> AbstractContextManager[None]:
         """Give all generators the streams of a logical rank; does not communicate.
 
         Afterwards they have those of the rank before, whatever ended the block. Outside they are
@@ -186,8 +185,7 @@ class StatefulRNG:
             RNGStateError: A generator did not take its state; the streams are as they were. Or a
                 shared generator was drawn from outside, while ranks had different streams of it.
         """
-        with self._streams.as_rank(rank):
-            yield
+        return self._streams.as_rank(rank)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Return this rank's record as its row of a table; moves no stream.

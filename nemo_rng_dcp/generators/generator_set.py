@@ -12,6 +12,7 @@ import torch
 
 from nemo_rng_dcp.errors import RNGStateError
 from nemo_rng_dcp.generators.held import Held
+from nemo_rng_dcp.generators.numpy_random import NumPyAdapter
 from nemo_rng_dcp.generators.parked import (
     Parked,
     first_inside,
@@ -171,12 +172,18 @@ class GeneratorSet:
 
             def write() -> States:
                 self._put(waiting)
-                for name in self._adapters:
-                    with _accepts(name):
+                for name, adapter in self._adapters.items():
+                    try:
                         if name in seeds:
-                            self._adapters[name].seed(seeds[name])
+                            adapter.seed(seeds[name])
                         elif name in states:
-                            self._adapters[name].set(states[name])
+                            adapter.set(states[name])
+                    except Exception as error:
+                        raise RNGStateError(
+                            f"{name}: the generator did not take its state "
+                            f"({type(error).__name__}: {error}); every stream is back where it was "
+                            "before"
+                        ) from error
                 new = {name: self._adapters[name].get() for name in seeds}
                 after = {**before, **states, **new}
                 if parked is not None:
@@ -233,8 +240,8 @@ class GeneratorSet:
 
     def _same(self, name: str, before: Any, after: Any) -> bool:
         adapter = self._adapters[name]
-        if isinstance(adapter, PythonAdapter):
-            return bool(before == after)  # as packed, in a third of the time
+        if isinstance(adapter, (PythonAdapter, NumPyAdapter)):
+            return adapter.glance(before) == adapter.glance(after)
         return adapter.pack(before) == adapter.pack(after)
 
     def _parked(self) -> Parked | None:
@@ -261,8 +268,9 @@ class GeneratorSet:
         def state(name: str) -> Any:
             if name in waiting:
                 return waiting[name]
-            key = self._key(name)
-            return interrupted[key] if key in interrupted else self._adapters[name].get()
+            if interrupted and (key := self._key(name)) in interrupted:
+                return interrupted[key]
+            return self._adapters[name].get()
 
         return _by_name(self._adapters, state)
 
@@ -356,14 +364,3 @@ def _by_name(names: Iterable[str], function: Callable[[str], _Result]) -> dict[s
         except ValueError as error:
             raise RNGStateError(f"{name}: {error}") from error
     return results
-
-
-@contextmanager
-def _accepts(name: str) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        raise RNGStateError(
-            f"{name}: the generator did not take its state ({type(error).__name__}: {error}); "
-            "every stream is back where it was before"
-        ) from error
