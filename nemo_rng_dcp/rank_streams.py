@@ -64,7 +64,7 @@ class RankStreams:
         parked = {} if here is None else dict.fromkeys(ranks, here)
         self._moment = _Moment(ranks[0], parked, None, here)
         self._entered: dict[object, int] = {}
-        self._is_steady = False
+        self._steady = _Steady(self)
 
     @property
     def rank(self) -> int:
@@ -89,7 +89,7 @@ class RankStreams:
             RNGStateError: A generator cannot be stored; or one that all ranks share was drawn from
                 outside of :meth:`as_rank` while they had different streams of it.
         """
-        with self._steady():
+        with self._steady:
             here = self._look()
             now = {**self._moment.parked, self._moment.rank: here}
             return {rank: now[rank] for rank in self.ranks}
@@ -111,7 +111,7 @@ class RankStreams:
                 ranks are back where they were.
         """
         seeds, generators = seeds or {}, self._generators
-        with self._steady():
+        with self._steady:
             now = before = generators.take()
             moment = self._moment
             after = {**moment.parked, moment.rank: before}
@@ -162,7 +162,7 @@ class RankStreams:
             )
         entry = object()
         try:
-            with self._steady():
+            with self._steady:
                 here = None if self._moment.outside is None else self._look()
                 self._entered[entry] = int(rank)
                 try:
@@ -173,20 +173,8 @@ class RankStreams:
             yield
         finally:
             # A generator that is collected may end in the middle of a switch: that one goes on.
-            with self._steady():
+            with self._steady:
                 self._entered.pop(entry, None)
-
-    @contextmanager
-    def _steady(self) -> Iterator[None]:
-        """Hold the lock, and afterwards make current what was entered last and has not ended."""
-        with self._generators.lock:
-            outer, self._is_steady = self._is_steady, True
-            try:
-                yield
-            finally:
-                if not outer:
-                    self._settle()
-                self._is_steady = outer
 
     def _settle(self, here: States | None = None) -> None:
         """Switch to the rank that should be current; ``here`` are the generators' states."""
@@ -199,7 +187,7 @@ class RankStreams:
             here = here or generators.take()
             new = moment.parked[rank]
             try:
-                self._moment = moment._replace(here=here)
+                self._moment = _Moment(moment.rank, moment.parked, here, moment.outside)
                 generators.restore(new, before=here)
                 self._moment = _Moment(rank, {**moment.parked, moment.rank: here}, None, None)
             except BaseException:
@@ -207,17 +195,17 @@ class RankStreams:
                 self._moment = moment
                 raise
             here = new
-        if inside:
-            self._moment = moment._replace(outside=None)
-        elif self._logical and moment.outside is None:
-            self._moment = moment._replace(outside=here or generators.take())
+        if inside and moment.outside is not None:
+            self._moment = _Moment(rank, moment.parked, None, None)
+        elif self._logical and not inside and moment.outside is None:
+            self._moment = _Moment(rank, moment.parked, None, here or generators.take())
 
     def _look(self) -> States:
         """Return the current rank's states, after a look at what moved outside of as_rank()."""
         moment, generators = self._moment, self._generators
         if moment.here is not None:
             return moment.here  # a signal handler asks in the middle of a switch
-        now = generators.take()
+        now = generators.take(moment.outside)
         if moment.outside is None:
             return now
         moved = generators.moved(moment.outside, now)
@@ -236,5 +224,24 @@ class RankStreams:
         for_all = {name: now[name] for name in shared}
         parked = {rank: {**moment.parked[rank], **for_all} for rank in others}
         self.drawn_outside.update(set(moved) - shared)
-        self._moment = moment._replace(parked=parked, outside=now)
+        self._moment = _Moment(moment.rank, parked, None, now)
         return now
+
+
+class _Steady:
+    """Holds the lock, and afterwards makes current what was entered last and has not ended."""
+
+    def __init__(self, streams: RankStreams) -> None:
+        self._streams, self._depth = streams, 0
+
+    def __enter__(self) -> None:
+        self._streams._generators.lock.acquire()
+        self._depth += 1
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            if self._depth == 1:
+                self._streams._settle()
+        finally:
+            self._depth -= 1
+            self._streams._generators.lock.release()

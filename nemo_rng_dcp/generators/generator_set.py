@@ -114,14 +114,17 @@ class GeneratorSet:
         """Return the registered generators that nobody else holds any more, see :class:`Held`."""
         return self._held.dropped()
 
-    def take(self) -> States:
+    def take(self, known: States | None = None) -> States:
         """Return every generator's state by name; moves no stream.
+
+        Args:
+            known: What it gave before. A generator that has not moved since may be told so faster.
 
         Raises:
             RNGStateError: A generator is in a state that cannot be stored.
         """
         with _LOCK:
-            return self._take(self._waiting())
+            return self._take(self._waiting(), known)
 
     def pack(self, states: Mapping[str, Any]) -> dict[str, bytes]:
         """Return states that :meth:`take` or :meth:`unpack` gave as bytes.
@@ -241,7 +244,7 @@ class GeneratorSet:
     def _same(self, name: str, before: Any, after: Any) -> bool:
         adapter = self._adapters[name]
         if isinstance(adapter, (PythonAdapter, NumPyAdapter)):
-            return adapter.glance(before) == adapter.glance(after)
+            return before is after or adapter.glance(before) == adapter.glance(after)
         return adapter.pack(before) == adapter.pack(after)
 
     def _parked(self) -> Parked | None:
@@ -262,7 +265,7 @@ class GeneratorSet:
             if slot.is_global and name in names
         }
 
-    def _take(self, waiting: States) -> States:
+    def _take(self, waiting: States, known: States | None = None) -> States:
         interrupted = {} if _under_way is None else _under_way.live
 
         def state(name: str) -> Any:
@@ -270,7 +273,14 @@ class GeneratorSet:
                 return waiting[name]
             if interrupted and (key := self._key(name)) in interrupted:
                 return interrupted[key]
-            return self._adapters[name].get()
+            adapter = self._adapters[name]
+            if (
+                known is not None
+                and isinstance(adapter, NumPyAdapter)
+                and adapter.is_at(known[name])
+            ):
+                return known[name]
+            return adapter.get()
 
         return _by_name(self._adapters, state)
 
