@@ -5,7 +5,6 @@ import os
 import pty
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ import pytest
 import nemo_rng_dcp
 from nemo_rng_dcp.cli.main import main
 from tests.support.command import INSTALLED, Capture, ask, ask_json, run
+from tests.support.launch import python
 from tests.support.records import drawn_streams, records, save
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -41,13 +41,7 @@ def test_help_and_version_import_neither_torch_nor_numpy(words: list[str]) -> No
         "try: main(sys.argv[1:])\n"
         "finally: print('imported:', {'torch', 'numpy'} & set(sys.modules))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program, *words],
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=True,
-    )
+    done = python("-c", program, *words)
     assert done.stdout.endswith("imported: set()\n")
     if words == ["--version"]:
         assert done.stdout.startswith(f"nemo-rng-dcp {nemo_rng_dcp.__version__}\n")
@@ -57,8 +51,7 @@ def test_help_and_version_import_neither_torch_nor_numpy(words: list[str]) -> No
 
 
 def test_it_runs_as_a_module(checkpoint: Path) -> None:
-    words = [sys.executable, "-m", "nemo_rng_dcp", "inspect", str(checkpoint), "--json"]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=100, check=True)
+    done = python("-m", "nemo_rng_dcp", "inspect", checkpoint, "--json")
     (entry,) = json.loads(done.stdout)["entries"]
     assert (entry["path"], entry["rows"], len(entry["streams"])) == ("rng", 2, 2)
 
@@ -169,7 +162,7 @@ def test_the_folders_of_the_command_import_only_downward() -> None:
 
 def keys_in(content: object) -> set[str]:
     if isinstance(content, list):
-        return {key for each in content for key in keys_in(each)}
+        return {key for item in content for key in keys_in(item)}
     if not isinstance(content, dict):
         return set()
     return content.keys() | keys_in([*content.values()])
@@ -215,8 +208,7 @@ def test_ctrl_c_ends_with_130(checkpoint: Path) -> None:
         "sys.argv[1] = Path(sys.argv[1])\n"
         "sys.exit(main(['inspect', sys.argv[1]]))"
     )
-    words = [sys.executable, "-c", program, str(checkpoint)]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=100, check=False)
+    done = python("-c", program, checkpoint)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 

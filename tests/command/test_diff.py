@@ -39,7 +39,7 @@ def test_streams_that_differ_are_listed(tmp_path: Path, capsys: Capture) -> None
     assert "rng: 1 of 50 rows differ: python in 1, numpy in 1, torch in 1" in text
     assert "the first: rank 7 python: another stream, or far off" in text
     (entry,) = ask_json(capsys, "diff", a, b)["entries"]
-    assert [(its["row"], its["generator"]) for its in entry["differences"]] == [
+    assert [(stream["row"], stream["generator"]) for stream in entry["differences"]] == [
         (7, "python"),
         (7, "numpy"),
         (7, "torch"),
@@ -86,8 +86,8 @@ def test_what_else_differs_is_remarked(tmp_path: Path, capsys: Capture) -> None:
     b = save(records(1, mesh=mesh, library_version=3000), tmp_path / "b")
     code, text = ask(capsys, "diff", a, b)
     assert code == 0
-    for said in ("PYTHONHASHSEED 3 in A, ", "nemo_rng_dcp 0.2.0 in A, 0.3.0 in B"):
-        assert f"rng: {said}" in text
+    for remark in ("PYTHONHASHSEED 3 in A, ", "nemo_rng_dcp 0.2.0 in A, 0.3.0 in B"):
+        assert f"rng: {remark}" in text
     assert "rng: mesh all ranks in A, dp 1 x tp 1 in B" in text
 
 
@@ -103,20 +103,20 @@ def lose_row_1(metadata: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "said"),
+    ("damage", "reason"),
     [
         (claim_one_row, "rng: no row compared nemo-rng-dcp: 2 rows of A and 2 rows of B missing"),
         (lose_row_1, "rng: 1 row compared, no stream differs nemo-rng-dcp: 1 row of A and 1 row"),
     ],
 )
 def test_rows_that_are_not_there_are_counted_once(
-    damage: Any, said: str, tmp_path: Path, capsys: Capture
+    damage: Any, reason: str, tmp_path: Path, capsys: Capture
 ) -> None:
     """A table without a good row was found to be the same as itself."""
     path = save(records(2), tmp_path)
     change_metadata(path, damage)
     code, text = ask(capsys, "diff", path, path)
-    assert (code, said in text) == (2, True), text
+    assert (code, reason in text) == (2, True), text
 
 
 def test_a_row_that_one_side_has_lost_is_counted_once(tmp_path: Path, capsys: Capture) -> None:

@@ -108,8 +108,8 @@ def test_junk_in_the_folder_to_write_to_is_one_line(
     out.mkdir()
     (out / ".metadata").write_bytes(b"junk")
     code, text = ask(capsys, "import", folder, out)
-    said = f"saved to {out}, name another folder: {out}/.metadata is damaged"
-    assert (code, said in text) == (2, True)
+    message = f"saved to {out}, name another folder: {out}/.metadata is damaged"
+    assert (code, message in text) == (2, True)
     assert "Traceback" not in text
 
 
@@ -211,15 +211,15 @@ def test_entries_that_lie_over_each_other_are_refused(folder: Path) -> None:
     torch.save({**states(), **zeros}, plain)
     with zipfile.ZipFile(plain) as old, zipfile.ZipFile(file, "w") as new:
         once = None
-        for its in old.infolist():
-            if its.file_size < 2**20:
-                new.writestr(its.filename, old.read(its))
+        for member in old.infolist():
+            if member.file_size < 2**20:
+                new.writestr(member.filename, old.read(member))
             elif once is None:
-                new.writestr(its.filename, old.read(its))
-                once = new.getinfo(its.filename)
+                new.writestr(member.filename, old.read(member))
+                once = new.getinfo(member.filename)
             else:
                 new.filelist.append(copy.copy(once))
-                new.filelist[-1].filename = new.filelist[-1].orig_filename = its.filename
+                new.filelist[-1].filename = new.filelist[-1].orig_filename = member.filename
     assert file.stat().st_size < 2**22
     assert "rng_state_0.pth: refused: it holds more bytes than the file has" in reason(folder)
 

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 Fingerprints = dict[str, str]
 
 
-def digests(capsys: Capture, where: object) -> list[Fingerprints]:
+def fingerprints(capsys: Capture, where: object) -> list[Fingerprints]:
     """Return what inspect says of the streams of every row."""
     (entry,) = ask_json(capsys, "inspect", where)["entries"]
     return [row["digests"] for row in entry["streams"]]
@@ -55,7 +55,7 @@ def load(path: Path) -> Fingerprints:
 def test_a_checkpoint_without_collectives_is_read(tmp_path: Path, capsys: Capture) -> None:
     saved = job(3, save_alone, tmp_path)
     assert not (tmp_path / ".metadata").exists()
-    assert digests(capsys, tmp_path) == saved == job(3, load, tmp_path)
+    assert fingerprints(capsys, tmp_path) == saved == job(3, load, tmp_path)
     assert ask(capsys, "diff", tmp_path, tmp_path)[0] == 0
     assert ask(capsys, "explain", tmp_path, "--world-size", 3)[0] == 0
 
@@ -93,7 +93,7 @@ def save_safetensors(path: Path) -> Fingerprints:
 def test_safetensors_are_read(tmp_path: Path, capsys: Capture) -> None:
     saved = job(3, save_safetensors, tmp_path)
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".safetensors"] * 3
-    assert digests(capsys, tmp_path) == saved
+    assert fingerprints(capsys, tmp_path) == saved
 
 
 def write_safetensors(path: Path, head: Any, data: bytes = b"") -> None:

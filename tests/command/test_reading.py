@@ -97,7 +97,7 @@ def test_every_class_that_dcp_stores_is_read(protocol: int, tmp_path: Path) -> N
             assert checkpoint.keys[key].size == stored.size
         else:
             assert checkpoint.keys[key].dtype is None
-        (place,) = (its for at, its in expected.storage_data.items() if at.fqn == key)
+        [place] = [found for at, found in expected.storage_data.items() if at.fqn == key]
         (chunk,) = checkpoint.chunks(key)
         assert (chunk.file, chunk.start, chunk.length) == (
             place.relative_path,
@@ -386,7 +386,7 @@ def test_parts_that_lie_over_each_other_are_read_once(path: Path) -> None:
         ]
         stored.size = torch.Size([1000 * LENGTH])
         index = type(next(iter(metadata.storage_data)))
-        metadata.storage_data = {index(KEY, its.offsets): place for its in stored.chunks}
+        metadata.storage_data = {index(KEY, chunk.offsets): place for chunk in stored.chunks}
 
     change_metadata(path, repeat)
     table = read(path)

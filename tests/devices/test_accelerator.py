@@ -29,8 +29,8 @@ from nemo_rng_dcp.automodel import _get_rng_state, _restore_rng_state
 from nemo_rng_dcp.determinism import environment
 from nemo_rng_dcp.generators.torch_random import AcceleratorAdapter
 from nemo_rng_dcp.record import KEY
-from tests.support.altered import record_of
 from tests.support.jobs import job
+from tests.support.records import record_of
 from tests.support.streams import draw, unmoved
 
 AVAILABLE = torch.accelerator.is_available()
@@ -396,14 +396,14 @@ def test_a_worker_of_a_process_that_uses_the_device_does_not(context: str) -> No
 
 def unused_device() -> list[bool]:
     """In a process that has not used its accelerator: what initialises it."""
-    said = [bool(MODULE.is_initialized())]
+    initialised = [bool(MODULE.is_initialized())]
     with ScopedRNG(1):
         torch.rand(1)
     seed_worker(0)
     init_all_rng(1)
-    said += [*workers_that_initialise_it("fork"), bool(MODULE.is_initialized())]
+    initialised += [*workers_that_initialise_it("fork"), bool(MODULE.is_initialized())]
     StatefulRNG(1)
-    return [*said, bool(MODULE.is_initialized())]
+    return [*initialised, bool(MODULE.is_initialized())]
 
 
 def test_a_scope_and_seed_worker_never_initialise_the_device() -> None:
@@ -411,19 +411,19 @@ def test_a_scope_and_seed_worker_never_initialise_the_device() -> None:
 
 
 def first_used_in_a_scope() -> tuple[str, str]:
-    with pytest.warns(RNGStateWarning) as said, ScopedRNG(1):
+    with pytest.warns(RNGStateWarning) as caught, ScopedRNG(1):
         draw_on(0)
     with warnings.catch_warnings(), unmoved():
         warnings.simplefilter("error")
         with ScopedRNG(1):
             draw_on(0)
-    return str(said[0].message), said[0].filename
+    return str(caught[0].message), caught[0].filename
 
 
 def test_a_scope_says_that_it_cannot_cover_a_device_first_used_inside() -> None:
-    [(said, file)] = job(1, first_used_in_a_scope, group=False)
+    [(message, file)] = job(1, first_used_in_a_scope, group=False)
     assert file == __file__
-    assert re.match(rf"{TYPE} was first used inside a ScopedRNG", said)
+    assert re.match(rf"{TYPE} was first used inside a ScopedRNG", message)
 
 
 def test_seed_worker_leaves_the_device_the_seed_that_torch_gave_it() -> None:

@@ -136,7 +136,7 @@ def begin(make_step: Callable[[torch.Generator], Step], path: Path) -> list[list
     dcp.load({"rng": rng}, checkpoint_id=path)
     again = [step() for _ in range(3)]
     assert again == expected, "in the same process"
-    assert len({str(each) for each in [*before, *expected]}) == 6
+    assert len({str(numbers) for numbers in [*before, *expected]}) == 6
     return expected
 
 

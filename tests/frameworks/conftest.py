@@ -38,7 +38,7 @@ def assert_adopted(tmp_path: Path) -> Callable[..., Verdict]:
         ours = judge(train, tmp_path / "ours", ours=True)
         TABLE[name] = own, ours
         found = {"same": ours.same, "fewer": ours.fewer, "more": ours.more}
-        assert found == EXACT, ours.said
+        assert found == EXACT, ours.errors
         return own
 
     return check

@@ -1,7 +1,6 @@
 """Resuming on another number of ranks or another mesh, on up to 8 real ranks."""
 
 import random
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,10 @@ from torch.distributed.checkpoint import DefaultLoadPlanner
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
 
-from nemo_rng_dcp import RNGLoadPlanner, RNGStateError, RNGStateWarning, StatefulRNG
+from nemo_rng_dcp import RNGLoadPlanner, RNGStateError, StatefulRNG
 from nemo_rng_dcp.record import KEY
 from tests.support.jobs import gather, job
-from tests.support.streams import draw, unmoved
+from tests.support.streams import draw, unmoved, warned
 
 Numbers = list[float]
 
@@ -42,14 +41,9 @@ def load(path: Path, ranked: bool = True, no_dist: bool = False) -> Numbers:
 
 def load_and_warn(path: Path, no_dist: bool = False) -> tuple[Numbers, list[str]]:
     """As ``load``, with the texts of this library's warnings."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        return load(path, no_dist=no_dist), warned(caught)
-
-
-def warned(caught: list[warnings.WarningMessage]) -> list[str]:
-    """The texts of this library's warnings, in their order."""
-    return [str(w.message) for w in caught if w.category is RNGStateWarning]
+    drawn: Numbers = []
+    messages = warned(lambda: drawn.extend(load(path, no_dist=no_dist)))
+    return drawn, messages
 
 
 def assert_distinct(streams: list[Numbers]) -> None:
@@ -89,7 +83,7 @@ def test_more_ranks_fork(tmp_path: Path) -> None:
     results = job(8, load_and_warn, a)
     first = [numbers for numbers, _ in results]
     assert_rows(first, saved)
-    (warning,), *others = (texts for _, texts in results)
+    (warning,), *others = (messages for _, messages in results)
     assert warning.startswith("RNG state: 4 rows were saved and 8 are loaded: rows 4 to 7 are new")
     assert others == [[]] * 7
     assert job(8, load, a) == first, "the same resume twice gives the same streams"
@@ -193,7 +187,7 @@ def test_no_dist(size: int, tmp_path: Path) -> None:
     saved = job(4, save, tmp_path)
     results = job(size, load_and_warn, tmp_path, True)
     assert_rows([numbers for numbers, _ in results], saved)
-    assert [len(texts) for _, texts in results] == [1] + [0] * (size - 1)
+    assert [len(messages) for _, messages in results] == [1] + [0] * (size - 1)
 
 
 def save_async(path: Path) -> Numbers:

@@ -19,8 +19,8 @@ from torch.distributed.fsdp import fully_shard
 from nemo_rng_dcp import RNGStateError, ScopedRNG, StatefulRNG, init_all_rng
 from nemo_rng_dcp.record import KEY, Record, records_in
 from scripts.demo.rankless import RanklessRNG
-from tests.support.altered import record_of
 from tests.support.jobs import begin_group, gather, job
+from tests.support.records import record_of
 from tests.support.streams import draw, unmoved
 
 Numbers = list[float]
@@ -130,7 +130,7 @@ def load_from_a_torch_file(path: Path) -> tuple[Numbers, Numbers]:
     file = path / f"{dist.get_rank()}.pt"
     dcp_to_torch_save(path, file)
     state = torch.load(file, weights_only=True)["rng"]
-    records = [Record.from_tensor(each) for each in records_in(state[KEY])]
+    records = [Record.from_tensor(row) for row in records_in(state[KEY])]
     assert [record.row for record in records] == list(range(dist.get_world_size()))
     assert records[dist.get_rank()].streams == own.streams
     rng.load_state_dict(state)

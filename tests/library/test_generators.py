@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from nemo_rng_dcp import RNGStateError, StatefulRNG
 from nemo_rng_dcp.generators.numpy_random import NumPyGeneratorAdapter
 from nemo_rng_dcp.record import KEY
-from tests.support.altered import record_of, with_stream
+from tests.support.records import record_of, with_stream
 from tests.support.streams import draw, unmoved
 
 BIT_GENERATORS = [
@@ -165,15 +165,15 @@ class Exotic(random.Random):
 
 
 def test_a_random_with_a_state_of_its_own_is_refused_at_construction() -> None:
-    said = "^noise: not a state of Python's random: .*(argument|integer)"
-    with unmoved(), pytest.raises(ValueError, match=said):
+    message = "^noise: not a state of Python's random: .*(argument|integer)"
+    with unmoved(), pytest.raises(ValueError, match=message):
         StatefulRNG(1, generators={"noise": Exotic()})
 
 
 def test_a_random_state_over_another_algorithm_is_refused_at_construction() -> None:
     legacy = np.random.RandomState(np.random.PCG64(1))
-    said = r"noise: the generator runs PCG64, .* Register a numpy\.random\.Generator"
-    with unmoved(), pytest.raises(ValueError, match=said):
+    message = r"noise: the generator runs PCG64, .* Register a numpy\.random\.Generator"
+    with unmoved(), pytest.raises(ValueError, match=message):
         StatefulRNG(1, generators={"noise": legacy})
 
 

@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from tests.library import hash_seed
 from tests.library.test_layout_1 import FOLDER
 from tests.library.test_record import RECORD
 from tests.support.command import Capture, ask, ask_json
+from tests.support.launch import python
 from tests.support.records import records, save
 
 LONGEST = str(2**32 - 1)
@@ -24,13 +23,8 @@ LONGEST = str(2**32 - 1)
 
 def start(seed: str | None, *arguments: object) -> Any:
     """Run the script under a hash seed and return what it printed."""
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "PYTHONHASHSEED")}
-    if seed is not None:
-        environment["PYTHONHASHSEED"] = seed
-    command = [sys.executable, hash_seed.__file__, *map(str, arguments)]
-    done = subprocess.run(
-        command, env=environment, stdout=subprocess.PIPE, text=True, timeout=100, check=True
-    )
+    done = python(hash_seed.__file__, *arguments, PYTHONHASHSEED=seed)
+    assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
@@ -84,7 +78,7 @@ def test_it_stands_in_the_padding_of_the_mesh() -> None:
 def test_records_from_before_the_field_say_nothing_of_it(tmp_path: Path) -> None:
     dcp_to_torch_save(FOLDER, tmp_path / "file.pt")
     table = torch.load(tmp_path / "file.pt", weights_only=True)["app"]["rng"]["rng_streams"]
-    assert [Record.from_tensor(each).hash_seed for each in records_in(table)] == [UNSEEDED] * 2
+    assert [Record.from_tensor(row).hash_seed for row in records_in(table)] == [UNSEEDED] * 2
 
 
 def test_a_record_has_the_hash_seed_of_its_process() -> None:

@@ -13,7 +13,7 @@ import torch
 from nemo_rng_dcp import StatefulRNG
 from nemo_rng_dcp.record import KEY, Record, Stream, fingerprint, records_in
 from nemo_rng_dcp.resume import Job, Kind, fork_seed, resume
-from tests.support.altered import altered, record_of
+from tests.support.records import altered, record_of
 
 RECORD = Record(
     row=3,

@@ -12,7 +12,7 @@ import torch
 from nemo_rng_dcp import RNGStateError, RNGStateWarning, StatefulRNG
 from nemo_rng_dcp.record import KEY, Mesh, Record, Stream, version_number, version_text
 from nemo_rng_dcp.resume import Job, Kind, resume
-from tests.support.altered import State, altered, record_of
+from tests.support.records import State, altered, record_of
 from tests.support.streams import draw, unmoved
 
 pytestmark = pytest.mark.filterwarnings("ignore::nemo_rng_dcp.RNGStateWarning")

@@ -31,8 +31,8 @@ from nemo_rng_dcp import (
 )
 from nemo_rng_dcp.automodel import _get_rng_state, _restore_rng_state
 from nemo_rng_dcp.record import KEY, version_text
-from tests.support.altered import State, altered, record_of, with_number, with_stream
-from tests.support.streams import draw, said, states, unmoved
+from tests.support.records import State, altered, record_of, with_number, with_stream
+from tests.support.streams import draw, states, unmoved, warned
 
 
 def test_it_is_stateful_and_goes_through_dcp_in_automodel() -> None:
@@ -151,8 +151,8 @@ def test_a_stream_seeded_for_another_rank_is_refused(
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="needs a machine without accelerator")
 @pytest.mark.parametrize("device", ["cuda", "cuda:1", torch.device("cuda", 0)])
 def test_a_device_is_refused_where_there_is_none(device: Any) -> None:
-    said = f"^device is '{device}', but this process has no accelerator: expected .* 'cpu'"
-    with unmoved(), pytest.raises(ValueError, match=said):
+    message = f"^device is '{device}', but this process has no accelerator: expected .* 'cpu'"
+    with unmoved(), pytest.raises(ValueError, match=message):
         StatefulRNG(1, device=device)
 
 
@@ -284,7 +284,7 @@ def test_an_exact_restore_says_nothing() -> None:
     rng = StatefulRNG(1, ranked=True, generators={"noise": torch.Generator()})
     state = rng.state_dict()
     draw()
-    assert said(lambda: rng.load_state_dict(state)) == []
+    assert warned(lambda: rng.load_state_dict(state)) == []
 
 
 @pytest.mark.parametrize("direction", [-1, 1])
@@ -297,7 +297,7 @@ def test_other_versions_are_said_once_naming_both(direction: int) -> None:
         python_version=record.python_version + direction * 1000,
         torch_version=record.torch_version + direction * 1000,
     )
-    [text] = said(lambda: rng.load_state_dict(others))
+    [text] = warned(lambda: rng.load_state_dict(others))
     there = version_text(record.python_version + direction * 1000)
     assert f"saved with python {there}, now {platform.python_version()}; torch " in text
     assert "numpy" not in text
@@ -321,7 +321,7 @@ def test_the_ranks_of_row_0_speak(fake_group: Callable[[int, int], None]) -> Non
         mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
         rng = StatefulRNG(1, mesh=mesh["dp"])  # ranks 0 and 1 share row 0
         state = altered(rng.state_dict(), python_version=2007018)
-        assert len(said(lambda: rng.load_state_dict(state))) == expected  # noqa: B023
+        assert len(warned(lambda: rng.load_state_dict(state))) == expected  # noqa: B023
 
 
 def test_what_only_one_side_has_is_said_and_the_rest_is_restored() -> None:
@@ -331,7 +331,7 @@ def test_what_only_one_side_has_is_said_and_the_rest_is_restored() -> None:
     new = random.Random(6)
     rng = StatefulRNG(2, generators={"new": new})
     untouched = new.getstate()
-    [text] = said(lambda: rng.load_state_dict(state))
+    [text] = warned(lambda: rng.load_state_dict(state))
     assert "the checkpoint has no new: the stream stays as it is" in text
     assert "the checkpoint has old, which this job has not: dropped" in text
     assert draw() == expected
@@ -346,7 +346,7 @@ def test_a_checkpoint_of_a_machine_with_an_accelerator_says_that_its_stream_is_d
     rng = StatefulRNG(1)
     state = with_stream(rng.state_dict(), "cuda", bytes(16), kind="torch.cuda")
     draw()
-    assert "the checkpoint has cuda, which this job has not: dropped" in said(
+    assert "the checkpoint has cuda, which this job has not: dropped" in warned(
         lambda: rng.load_state_dict(state)
     )[0].replace("cuda, mps", "cuda")
 
@@ -357,12 +357,14 @@ def test_the_record_that_state_dict_gave_restores_nothing_and_says_so() -> None:
     draw()
     given = rng.state_dict()
     rng.state_dict()  # somebody else asks meanwhile
-    texts: list[str] = []
-    other = threading.Thread(target=lambda: texts.extend(said(lambda: rng.load_state_dict(given))))
+    messages: list[str] = []
+    other = threading.Thread(
+        target=lambda: messages.extend(warned(lambda: rng.load_state_dict(given)))
+    )
     with unmoved():
         other.start()
         other.join()
-    [text] = texts
+    [text] = messages
     assert "rank 0: the load restored no random stream" in text
     with pytest.raises(RuntimeError, match="nothing was loaded"):
         rng.rewind()
@@ -372,7 +374,7 @@ def test_a_state_of_ones_own_is_restored_once_streams_have_moved() -> None:
     rng = StatefulRNG(1)
     state = rng.state_dict()
     expected = draw()
-    assert said(lambda: rng.load_state_dict(state)) == []
+    assert warned(lambda: rng.load_state_dict(state)) == []
     assert draw() == expected
 
 
@@ -384,7 +386,7 @@ def test_all_rows_in_one_plain_tensor_are_taken_by_the_rules_of_the_planner() ->
         rows.append(altered(rng.state_dict(), row=seed, rows=3)[KEY])
     init_all_rng(0)
     expected = draw()
-    [text] = said(lambda: rng.load_state_dict({KEY: torch.cat(rows)}))
+    [text] = warned(lambda: rng.load_state_dict({KEY: torch.cat(rows)}))
     assert "3 rows were saved and 1 are loaded: rows 1 to 2 are dropped" in text
     assert draw() == expected
 

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from nemo_rng_dcp import RNGStateError, StatefulRNG
 from nemo_rng_dcp.layout import Layout
-from tests.support.altered import record_of
+from tests.support.records import record_of
 from tests.support.streams import unmoved
 
 FakeGroup = Callable[[int, int], None]

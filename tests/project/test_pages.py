@@ -18,11 +18,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import nemo_rng_dcp
-from nemo_rng_dcp import RNGLoadPlanner, RNGStateWarning, StatefulRNG
+from nemo_rng_dcp import RNGLoadPlanner, StatefulRNG
 from nemo_rng_dcp.generators.numpy_random import NumPyGeneratorAdapter
 from nemo_rng_dcp.record import fingerprint
 from tests.support.jobs import job
 from tests.support.scripts import run_script
+from tests.support.streams import warned
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
@@ -188,10 +189,8 @@ def load_without_planner(path: Path) -> str:
 
 def load_and_warn(path: Path) -> list[str]:
     rng = StatefulRNG(seed=42, ranked=True, device="cpu")
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        dcp.load({"rng": rng}, checkpoint_id=path, planner=RNGLoadPlanner())
-    return [f"RNGStateWarning: {w.message}" for w in caught if w.category is RNGStateWarning]
+    messages = warned(lambda: dcp.load({"rng": rng}, checkpoint_id=path, planner=RNGLoadPlanner()))
+    return [f"RNGStateWarning: {message}" for message in messages]
 
 
 def test_the_page_on_elastic_resumes_quotes_what_is_said(tmp_path: Path) -> None:

@@ -47,17 +47,17 @@ def module_of(name: str) -> Any:
     return importlib.import_module(f"scripts.recipes.{name}")
 
 
-def train_forked(recipe: Recipe, its: Job, out: Path, kill: bool = False) -> None:
+def train_forked(recipe: Recipe, size: Job, out: Path, kill: bool = False) -> None:
     """As ``recipes.train``, on forked ranks, which start in no time."""
     if kill:
         killed = f"rank {recipe.killed_rank} ended with SIGKILL"
         with agent() as variables, pytest.raises(JobError, match=killed):
-            job(its.ranks, train_and_die, recipe, its, out, variables, group=False)
-    script, arguments = recipes.command(recipe, its, out)
-    run_script(its.ranks, script, *arguments)
+            job(size.ranks, train_and_die, recipe, size, out, variables, group=False)
+    script, arguments = recipes.command(recipe, size, out)
+    run_script(size.ranks, script, *arguments)
 
 
-def train_and_die(recipe: Recipe, its: Job, out: Path, variables: dict[str, str]) -> None:
+def train_and_die(recipe: Recipe, size: Job, out: Path, variables: dict[str, str]) -> None:
     def now() -> bool:
         return recipes.is_the_moment(recipe, out)
 
@@ -66,7 +66,7 @@ def train_and_die(recipe: Recipe, its: Job, out: Path, variables: dict[str, str]
         while os.getppid() == rank and not (now() and kill_if(rank, now)):
             time.sleep(POLL_SECONDS)
         os._exit(0)
-    script, arguments = recipes.command(recipe, its, out)
+    script, arguments = recipes.command(recipe, size, out)
     execute(script, arguments, variables)
 
 

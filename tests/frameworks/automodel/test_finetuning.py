@@ -117,7 +117,7 @@ def test_finetuning_recipe(tmp_path: Path) -> None:
     ours = judge(train, tmp_path / "ours", ours=True)
     TABLE["NeMo Automodel, finetuning"] = own, ours
     assert own.same == "ranks 0, 1 differ (torch)"
-    assert (ours.same, ours.fewer) == ("exact", "rank 0 continues"), ours.said
+    assert (ours.same, ours.fewer) == ("exact", "rank 0 continues"), ours.errors
     # More ranks than there are files of its data loader are refused, whatever the streams are.
     assert ours.more == "FileNotFoundError"
-    assert "dataloader/dataloader_dp_rank_2.pt" in ours.said
+    assert "dataloader/dataloader_dp_rank_2.pt" in ours.errors
