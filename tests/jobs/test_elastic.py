@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from nemo_rng_dcp import RNGLoadPlanner, RNGStateError, StatefulRNG
 from nemo_rng_dcp.record import KEY
-from tests.support.jobs import gather, job
+from tests.support.jobs import gather, job, process_groups
 from tests.support.streams import draw, unmoved, warned
 
 Numbers = list[float]
@@ -414,13 +414,13 @@ def test_verify_shared_names_the_drifted() -> None:
 
 def count_groups(path: Path) -> tuple[int, int]:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
-    before = len(dist.distributed_c10d._world.pg_map)
+    before = process_groups()
     for own in (None, mesh["dp"], mesh):
         rng = StatefulRNG(42, ranked=True, mesh=own)
         dcp.save({"rng": rng}, checkpoint_id=path)
         dcp.load({"rng": rng}, checkpoint_id=path, planner=RNGLoadPlanner())
         rng.verify_shared()
-    return before, len(dist.distributed_c10d._world.pg_map)
+    return before, process_groups()
 
 
 def test_no_process_group_is_created(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from nemo_rng_dcp import RNGStateError, ScopedRNG, StatefulRNG, init_all_rng
 from nemo_rng_dcp.record import KEY, Record, records_in
 from scripts.demo.rankless import RanklessRNG
-from tests.support.jobs import begin_group, gather, job
+from tests.support.jobs import begin_group, gather, job, process_groups
 from tests.support.records import record_of
 from tests.support.streams import draw, unmoved
 
@@ -248,9 +248,9 @@ def test_another_rank_than_0_has_no_state_before_the_process_group() -> None:
 
 def count_groups() -> tuple[int, int]:
     rng = StatefulRNG(42, ranked=True)
-    before = len(dist.distributed_c10d._world.pg_map)
+    before = process_groups()
     rng.load_state_dict(rng.state_dict())
-    return before, len(dist.distributed_c10d._world.pg_map)
+    return before, process_groups()
 
 
 @sizes

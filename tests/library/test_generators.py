@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from nemo_rng_dcp import RNGStateError, StatefulRNG
 from nemo_rng_dcp.generators.numpy_random import NumPyGeneratorAdapter
+from nemo_rng_dcp.generators.registry import registered_generators
 from nemo_rng_dcp.record import KEY
 from tests.support.records import record_of, with_stream
 from tests.support.streams import draw, unmoved
@@ -288,7 +289,7 @@ def test_a_setter_that_raises_halfway_leaves_every_stream_where_it_was() -> None
 @pytest.mark.parametrize("kind", KINDS)
 def test_seeding_uses_all_64_bits_and_agrees_with_the_library_below_32(kind: str) -> None:
     generator = KINDS[kind](0)
-    adapter = StatefulRNG(1, generators={"noise": generator})._generators["noise"]
+    adapter = registered_generators({"noise": generator}, {}, None)["noise"]
     adapter.seed(77)
     assert numbers(generator, 9) == numbers(KINDS[kind](77), 9)
     found = set()
@@ -326,7 +327,8 @@ def test_without_global_generators_nothing_else_is_seeded_stored_or_moved() -> N
 )
 def test_no_malformed_state_is_half_taken(kind: Any, damage: dict[int, int]) -> None:
     """Whatever the numbers are: refused with a ValueError, or exactly what is then read back."""
-    adapter = NumPyGeneratorAdapter(np.random.Generator(kind(3)))
+    generator = np.random.Generator(kind(3))
+    adapter = NumPyGeneratorAdapter(generator)
     packed = bytearray(adapter.pack(adapter.get()))
     for index, value in damage.items():
         packed[index % len(packed)] = value
@@ -336,7 +338,7 @@ def test_no_malformed_state_is_half_taken(kind: Any, damage: dict[int, int]) -> 
         return
     adapter.set(state)
     assert adapter.pack(adapter.get()) == packed
-    adapter._bit_generator.random_raw(700)  # and NumPy stays within its buffers
+    generator.bit_generator.random_raw(700)  # and NumPy stays within its buffers
 
 
 @pytest.mark.parametrize(

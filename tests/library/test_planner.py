@@ -31,7 +31,7 @@ from nemo_rng_dcp import RNGLoadPlanner, StatefulRNG
 from nemo_rng_dcp.planner import read_of_row
 from nemo_rng_dcp.record import KEY
 from tests.support.jobs import job
-from tests.support.records import record_of, without
+from tests.support.records import change_metadata, record_of, without
 from tests.support.streams import draw, unmoved, warned
 
 Numbers = list[float]
@@ -534,21 +534,16 @@ def test_something_else_under_the_key_is_refused_unread(
 
 
 @pytest.mark.parametrize("chunks", [0, 1])
-def test_a_record_that_the_metadata_does_not_place_is_an_error(
-    chunks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_record_that_the_metadata_does_not_place_is_an_error(chunks: int, tmp_path: Path) -> None:
     """To DCP a tensor with no chunks is nothing to read, and the live state would stay."""
     rng = StatefulRNG(1)
     dcp.save({"rng": rng}, checkpoint_id=tmp_path)
-    real = dcp.FileSystemReader.read_metadata
 
-    def without_chunks(self: Any, *arguments: Any, **options: Any) -> Any:
-        metadata = real(self, *arguments, **options)
+    def empty_chunks(metadata: Any) -> None:
         empty = ChunkStorageMetadata(torch.Size((0,)), torch.Size((0,)))
         metadata.state_dict_metadata["rng.rng_streams"].chunks[:] = [empty] * chunks
-        return metadata
 
-    monkeypatch.setattr(dcp.FileSystemReader, "read_metadata", without_chunks)
+    change_metadata(tmp_path, empty_chunks)
     draw()
     with unmoved(), pytest.raises(CheckpointException, match=f"in {chunks} chunks, expected"):
         dcp.load({"rng": rng}, checkpoint_id=tmp_path, planner=RNGLoadPlanner())

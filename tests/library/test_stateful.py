@@ -22,14 +22,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 from nemo_rng_dcp import (
-    RNGState,
     RNGStateError,
     RNGStateWarning,
     StatefulRNG,
     init_all_rng,
     snapshot,
 )
-from nemo_rng_dcp.automodel import _get_rng_state, _restore_rng_state
+from nemo_rng_dcp.automodel import _get_rng_state
 from nemo_rng_dcp.record import KEY, version_text
 from tests.support.records import State, altered, record_of, with_number, with_stream
 from tests.support.streams import draw, states, unmoved, warned
@@ -467,89 +466,3 @@ def test_threads_take_and_restore_whole_states() -> None:
     finally:
         sys.setswitchinterval(interval)
     assert not mixed
-
-
-# RNGState, as NeMo Automodel has it.
-
-
-def test_rng_state_round_trip_in_each_librarys_own_format() -> None:
-    random.gauss(0, 1)
-    np.random.standard_normal()
-    state = _get_rng_state()
-    assert state.random_rng_state == random.getstate()
-    key = state.np_rng_state[1]
-    assert np.array_equal(key, np.random.get_state()[1])  # type: ignore[index]
-    assert state.np_rng_state[2:] == np.random.get_state()[2:]  # type: ignore[index]
-    assert torch.equal(state.torch_rng_state, torch.get_rng_state())
-    expected = draw()
-    _restore_rng_state(state)
-    assert draw() == expected
-
-
-def test_a_state_that_automodel_made_is_taken() -> None:
-    state = RNGState(
-        random.getstate(),
-        np.random.get_state(),  # type: ignore[arg-type]
-        torch.get_rng_state(),
-        torch.cuda.get_rng_state_all(),
-    )
-    rng = StatefulRNG(5)
-    _restore_rng_state(state)
-    expected = draw()
-    rng.load_state_dict(state)
-    assert draw() == expected
-    rng.rewind()
-    assert draw() == expected
-
-
-ACCELERATOR = getattr(StatefulRNG(1).device, "type", "cuda")
-"""What the accelerator's stream is called here, and in an RNGState where there is none."""
-
-
-@pytest.mark.parametrize(
-    ("field", "value", "name"),
-    [
-        ("random_rng_state", None, "python"),
-        ("random_rng_state", (3, (0,) * 625, None), "python"),
-        ("np_rng_state", None, "numpy"),
-        ("np_rng_state", ("PCG64", {}), "numpy"),
-        ("np_rng_state", {"bit_generator": "MT19937", "state": 5}, "numpy"),
-        ("torch_rng_state", None, "torch"),
-        ("torch_rng_state", torch.zeros(16, dtype=torch.uint8), "torch"),
-        ("torch_rng_state", torch.zeros(5056), "torch"),
-        ("torch_rng_state", b"bytes", "torch"),
-        ("torch_rng_state", torch.zeros(5056, dtype=torch.uint8, device="meta"), "torch"),
-        ("cuda_rng_state", None, ACCELERATOR),
-        ("cuda_rng_state", np.zeros(3), ACCELERATOR),
-    ],
-)
-@pytest.mark.parametrize("restore", [_restore_rng_state, StatefulRNG(1).load_state_dict])
-def test_a_bad_field_is_named_and_nothing_moves(
-    field: str, value: object, name: str, restore: Callable[[RNGState], None]
-) -> None:
-    state = _get_rng_state()
-    draw()
-    setattr(state, field, value)
-    with unmoved(), pytest.raises(RNGStateError, match=rf"^{name}: .*"):
-        restore(state)
-
-
-def test_an_rng_state_leaves_registered_generators_where_they_are() -> None:
-    noise = random.Random(1)
-    rng = StatefulRNG(1, generators={"noise": noise})
-    state = _get_rng_state()
-    draw()
-    noise.random()
-    before = noise.getstate()
-    rng.load_state_dict(state)
-    assert noise.getstate() == before
-    noise.random()
-    rng.rewind()
-    assert noise.getstate() == before
-
-
-def test_a_field_that_does_not_exist_is_named() -> None:
-    state = _get_rng_state()
-    del state.np_rng_state
-    with unmoved(), pytest.raises(RNGStateError, match="numpy: the RNGState has no np_rng_state"):
-        _restore_rng_state(state)
