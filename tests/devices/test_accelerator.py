@@ -29,15 +29,10 @@ from nemo_rng_dcp.automodel import _get_rng_state, _restore_rng_state
 from nemo_rng_dcp.determinism import environment
 from nemo_rng_dcp.generators.torch_random import AcceleratorAdapter
 from nemo_rng_dcp.record import KEY
+from tests.support.devices import AVAILABLE, COUNT, MODULE, TYPE
 from tests.support.jobs import job
 from tests.support.records import record_of
 from tests.support.streams import draw, unmoved
-
-AVAILABLE = torch.accelerator.is_available()
-ACCELERATOR = torch.accelerator.current_accelerator() if AVAILABLE else None
-TYPE = "none" if ACCELERATOR is None else ACCELERATOR.type
-MODULE: Any = torch.get_device_module(ACCELERATOR) if AVAILABLE else None
-COUNT = torch.accelerator.device_count() if AVAILABLE else 0
 
 pytestmark = [
     pytest.mark.skipif(not AVAILABLE, reason="needs an accelerator (see test_simulated_device.py)"),

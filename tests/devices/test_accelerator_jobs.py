@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nemo_rng_dcp import RNGLoadPlanner, RNGStateError, RNGStateWarning, ScopedRNG, StatefulRNG
 from nemo_rng_dcp.record import KEY
-from tests.devices.test_accelerator import COUNT, MODULE, TYPE
+from tests.support.devices import COUNT, MODULE, TYPE
 from tests.support.jobs import job, process_groups
 from tests.support.launch import torchrun
 from tests.support.streams import draw, warned

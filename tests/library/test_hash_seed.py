@@ -11,8 +11,8 @@ import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from nemo_rng_dcp.record import HASH_SEED, UNSEEDED, Mesh, Record, records_in
+from tests.fixtures import LAYOUT_1
 from tests.library import hash_seed
-from tests.library.test_layout_1 import FOLDER
 from tests.library.test_record import RECORD
 from tests.support.command import Capture, ask, ask_json
 from tests.support.launch import python
@@ -76,7 +76,7 @@ def test_it_stands_in_the_padding_of_the_mesh() -> None:
 
 
 def test_records_from_before_the_field_say_nothing_of_it(tmp_path: Path) -> None:
-    dcp_to_torch_save(FOLDER, tmp_path / "file.pt")
+    dcp_to_torch_save(LAYOUT_1, tmp_path / "file.pt")
     table = torch.load(tmp_path / "file.pt", weights_only=True)["app"]["rng"]["rng_streams"]
     assert [Record.from_tensor(row).hash_seed for row in records_in(table)] == [UNSEEDED] * 2
 

@@ -21,6 +21,7 @@ import nemo_rng_dcp
 from nemo_rng_dcp import RNGLoadPlanner, StatefulRNG
 from nemo_rng_dcp.generators.numpy_random import NumPyGeneratorAdapter
 from nemo_rng_dcp.record import fingerprint
+from tests.fixtures import LAYOUT_1
 from tests.support.jobs import job
 from tests.support.scripts import run_script
 from tests.support.streams import warned
@@ -141,12 +142,11 @@ def test_the_reader_of_the_format_page_reads_the_committed_checkpoint(tmp_path: 
     [text] = snippets(ROOT / "docs" / "format.md")
     (tmp_path / "reader.py").write_text(text)
     read_table = runpy.run_path(str(tmp_path / "reader.py"))["read_table"]
-    folder = ROOT / "tests" / "fixtures" / "layout-1"
-    dcp_to_torch_save(folder, tmp_path / "file.pt")
+    dcp_to_torch_save(LAYOUT_1, tmp_path / "file.pt")
     saved = torch.load(tmp_path / "file.pt", weights_only=True)
     records = read_table(saved["app"]["rng"]["rng_streams"].numpy())
     assert [head[3:6] for head, _, _ in records] == [[0, 2, 2], [1, 2, 2]]
-    expected = json.loads((folder / "fingerprints.json").read_text())
+    expected = json.loads((LAYOUT_1 / "fingerprints.json").read_text())
     found = [{n: fingerprint(state) for n, state in states.items()} for _, _, states in records]
     assert found == expected
 
