@@ -1,34 +1,20 @@
 """One random stream per global rank, inside the ``torch.distributed.checkpoint`` checkpoint."""
 
-import os
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
-
-# Now, before a job can set it: Python read it at its start, and a later change has no effect.
-_hash_seed = os.environ.get("PYTHONHASHSEED")
+from nemo_rng_dcp.versions import __version__
 
 if TYPE_CHECKING:
-    from nemo_rng_dcp.automodel import RNGState
-    from nemo_rng_dcp.errors import RNGStateError, RNGStateWarning
-    from nemo_rng_dcp.planner import RNGLoadPlanner
-    from nemo_rng_dcp.scoped import ScopedRNG
-    from nemo_rng_dcp.seeding import derive_seed, init_all_rng, seed_worker
-    from nemo_rng_dcp.stateful import StatefulRNG
-
-__all__ = [
-    "RNGLoadPlanner",
-    "RNGState",
-    "RNGStateError",
-    "RNGStateWarning",
-    "ScopedRNG",
-    "StatefulRNG",
-    "__version__",
-    "derive_seed",
-    "init_all_rng",
-    "seed_worker",
-]
+    from nemo_rng_dcp.automodel import RNGState as RNGState
+    from nemo_rng_dcp.errors import RNGStateError as RNGStateError
+    from nemo_rng_dcp.errors import RNGStateWarning as RNGStateWarning
+    from nemo_rng_dcp.planner import RNGLoadPlanner as RNGLoadPlanner
+    from nemo_rng_dcp.scoped import ScopedRNG as ScopedRNG
+    from nemo_rng_dcp.seeding import derive_seed as derive_seed
+    from nemo_rng_dcp.seeding import init_all_rng as init_all_rng
+    from nemo_rng_dcp.seeding import seed_worker as seed_worker
+    from nemo_rng_dcp.stateful import StatefulRNG as StatefulRNG
 
 # torch takes a second to import, and the command's --help needs none of it.
 _MODULES = {
@@ -42,6 +28,8 @@ _MODULES = {
     "init_all_rng": "seeding",
     "seed_worker": "seeding",
 }
+
+__all__ = ["__version__", *_MODULES]
 
 
 def __getattr__(name: str) -> object:

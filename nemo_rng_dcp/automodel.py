@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,9 +9,8 @@ from typing import Any
 
 import torch
 
-from nemo_rng_dcp import snapshot
-from nemo_rng_dcp.errors import RNGStateError, RNGStateWarning
-from nemo_rng_dcp.generators import generators_of_process, own_device
+from nemo_rng_dcp.errors import RNGStateError, warn
+from nemo_rng_dcp.generators import GeneratorSet, own_device
 from nemo_rng_dcp.generators.mt19937 import MT19937State
 from nemo_rng_dcp.generators.torch_random import to_bytes
 
@@ -79,7 +77,7 @@ def _get_rng_state() -> RNGState:
     Raises:
         RNGStateError: NumPy's global generator does not run MT19937.
     """
-    states = snapshot.take(generators_of_process(own_device()))
+    states = GeneratorSet(own_device()).take()
     return RNGState(
         random_rng_state=states.pop("python"),
         np_rng_state=MT19937State.from_numpy(states.pop("numpy")).to_numpy(),
@@ -98,8 +96,8 @@ def _restore_rng_state(state: Mapping[str, Any] | RNGState) -> None:
         RNGStateError: A field is missing or malformed. No stream has moved.
     """
     device = own_device()
-    generators = generators_of_process(device)
-    snapshot.restore(generators, snapshot.unpack(generators, packed_states(state, device)))
+    generators = GeneratorSet(device)
+    generators.restore(generators.unpack(packed_states(state, device)))
 
 
 def is_automodel_state(state: object) -> bool:
@@ -138,9 +136,12 @@ def packed_states(state: Any, device: torch.device | None) -> dict[str, bytes]:
         are_states = field == "cuda_rng_state" and isinstance(value, (list, tuple))
         if are_states and not (value and device):
             if value:
-                _warn("an accelerator's stream, which this rank has not: dropped")
+                warn(
+                    "the RNGState has an accelerator's stream, which this rank does not have: "
+                    "ignored"
+                )
             elif device:
-                _warn(f"no accelerator's stream: that of {device} stays as it is")
+                warn(f"the RNGState has no accelerator's stream: that of {device} stays as it is")
             continue
         try:
             states[name] = convert(value)
@@ -162,11 +163,6 @@ def _field(state: Any, name: str, field: str) -> Any:
     if len(values) == 1:
         return values[0]
     return tuple(v.detach().cpu().numpy() if isinstance(v, torch.Tensor) else v for v in values)
-
-
-def _warn(has: str) -> None:
-    # For the caller of load_state_dict() or _restore_rng_state().
-    warnings.warn(f"the RNGState has {has}", RNGStateWarning, stacklevel=4)
 
 
 def _own_device_state(states: Sequence[torch.Tensor], device: torch.device | None) -> bytes:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.utils import collect_env
 
-from nemo_rng_dcp.generators.torch_random import own_device
+from nemo_rng_dcp.generators import own_device
 
 CUBLAS_VARIABLE = "CUBLAS_WORKSPACE_CONFIG"
 CUBLAS_DETERMINISTIC = (":4096:8", ":16:8")
@@ -212,7 +212,7 @@ def _describe_accelerator() -> dict[str, Any] | None:
     driver = None
     if hasattr(module, "get_device_properties"):
         properties = [module.get_device_properties(index) for index in range(count)]
-        names = [str(each.name) for each in properties]
+        names = [str(device.name) for device in properties]
         driver = getattr(properties[0], "driver_version", None)
     if device.type == "cuda" and torch.version.hip is None:
         driver = collect_env.get_nvidia_driver_version(collect_env.run)  # type: ignore[no-untyped-call]

@@ -1,5 +1,8 @@
 """What this library raises and warns with."""
 
+import sys
+import warnings
+
 
 class RNGStateError(RuntimeError):
     """An RNG state that cannot be stored or restored.
@@ -15,3 +18,18 @@ class RNGStateWarning(UserWarning):
     The message says what. ``warnings.simplefilter("error", RNGStateWarning)`` turns it into an
     error. A load raises it before any stream has moved.
     """
+
+
+def warn(message: str) -> None:
+    """Warn (``RNGStateWarning``), naming the first line outside of this library and of torch.
+
+    Every time: Python hides a second equal warning of one line, and a second load has to be told.
+    """
+    frame = sys._getframe(1)
+    while frame.f_back is not None and _package(frame.f_globals) in ("nemo_rng_dcp", "torch"):
+        frame = frame.f_back
+    warnings.warn_explicit(message, RNGStateWarning, frame.f_code.co_filename, frame.f_lineno)
+
+
+def _package(module: dict[str, object]) -> str:
+    return str(module.get("__name__", "")).partition(".")[0]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import warnings
 from collections.abc import Collection, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from itertools import pairwise
@@ -12,23 +11,18 @@ from typing import Any
 
 import torch
 from torch.distributed.checkpoint import DefaultLoadPlanner, LoadPlan, LoadPlanner, ReadItem
-from torch.distributed.checkpoint.metadata import (
-    Metadata,
-    MetadataIndex,
-    TensorStorageMetadata,
-)
-from torch.distributed.checkpoint.planner import LoadItemType
+from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.tensor import DTensor
 
-from nemo_rng_dcp.errors import RNGStateError, RNGStateWarning
-from nemo_rng_dcp.layout import source_row
-from nemo_rng_dcp.record import KEY, NOT_SAVED, Record
+from nemo_rng_dcp.errors import RNGStateError, warn
+from nemo_rng_dcp.record import KEY, Record
+from nemo_rng_dcp.table import NOT_SAVED, read_of_row, record_keys
 
 _Path = tuple[tuple[Any, Any], ...]
 
 
 @dataclasses.dataclass
-class _Table:
+class _Entry:
     """An RNG entry of the state dict.
 
     Attributes:
@@ -111,16 +105,16 @@ class RNGLoadPlanner(LoadPlanner):
     ) -> None:
         assert metadata is not None
         saved = metadata.state_dict_metadata
-        entries = dict(_entries(state_dict))
-        tables = {fqn: _table(path) for fqn, path in entries.items()}
-        self._tables: dict[str, _Table]
-        self._tables = {fqn: table for fqn, table in tables.items() if table is not None}
+        paths = dict(_find(state_dict))
+        entries = {key: _entry(path) for key, path in paths.items()}
+        self._entries: dict[str, _Entry]
+        self._entries = {key: entry for key, entry in entries.items() if entry is not None}
         self._reads = [
-            read_of_row(fqn, table.row, saved[fqn])
-            for fqn, table in self._tables.items()
-            if fqn in saved
+            read_of_row(key, entry.row, saved[key])
+            for key, entry in self._entries.items()
+            if key in saved
         ]
-        others = {fqn: its for fqn, its in saved.items() if fqn not in self._tables}
+        others = {key: stored for key, stored in saved.items() if key not in self._entries}
         with self._taken_out():
             self.planner.set_up_planner(
                 state_dict,
@@ -128,18 +122,18 @@ class RNGLoadPlanner(LoadPlanner):
                 is_coordinator,
             )
         if is_coordinator:
-            _warn_of_left_over(others, entries)
+            _warn_of_ignored(others, paths)
 
     def create_local_plan(self) -> LoadPlan:
         # The default planner may flatten the state dict a second time here.
         with self._taken_out():
             plan = self.planner.create_local_plan()
-            for table in self._tables.values():
-                table.value = NOT_SAVED
+            for entry in self._entries.values():
+                entry.value = NOT_SAVED
             for read in self._reads:
                 # The record comes as it was saved: StatefulRNG is given it instead of the live one.
                 buffer = torch.zeros(read.lengths, dtype=torch.int64)
-                self._tables[read.dest_index.fqn].value = buffer
+                self._entries[read.dest_index.fqn].value = buffer
         return dataclasses.replace(plan, items=[*plan.items, *self._reads])
 
     def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
@@ -155,29 +149,29 @@ class RNGLoadPlanner(LoadPlanner):
         return self.planner.resolve_bytes(read_item)
 
     def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
-        table = self._tables.get(read_item.dest_index.fqn)
-        return self.planner.resolve_tensor(read_item) if table is None else table.value
+        entry = self._entries.get(read_item.dest_index.fqn)
+        return self.planner.resolve_tensor(read_item) if entry is None else entry.value
 
     def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
-        if read_item.dest_index.fqn not in self._tables:
+        if read_item.dest_index.fqn not in self._entries:
             self.planner.commit_tensor(read_item, tensor)
 
     @contextmanager
     def _taken_out(self) -> Iterator[None]:
-        """Take the tables out of the state dict, whose nested dicts the other planner may write to.
+        """Take the entries out of the state dict, whose dicts the other planner may write to.
 
         A copy would not do: what that planner reads into it would be lost.
         """
-        for table in self._tables.values():
-            table.take_out()
+        for entry in self._entries.values():
+            entry.take_out()
         try:
             yield
         finally:
-            for table in self._tables.values():
-                table.put_in()
+            for entry in self._entries.values():
+                entry.put_in()
 
 
-def _entries(value: Any, path: _Path = ()) -> Iterator[tuple[str, _Path]]:
+def _find(value: Any, path: _Path = ()) -> Iterator[tuple[str, _Path]]:
     """Find the tensors named :data:`KEY`, with the keys that DCP's planners give them."""
     items: Any = ()
     if isinstance(value, MutableMapping):
@@ -189,85 +183,25 @@ def _entries(value: Any, path: _Path = ()) -> Iterator[tuple[str, _Path]]:
         if key == KEY and isinstance(inner, torch.Tensor):
             yield ".".join(str(key) for _, key in here), here
         else:
-            yield from _entries(inner, here)
+            yield from _find(inner, here)
 
 
-def _table(path: _Path) -> _Table | None:
-    """Return the table at a path, or ``None`` for a weight that happens to have its name."""
+def _entry(path: _Path) -> _Entry | None:
+    """Return the RNG entry at a path, or ``None`` for a weight that happens to have its name."""
     container, key = path[-1]
     value = container[key]
     try:
         record = Record.from_tensor(value.to_local() if isinstance(value, DTensor) else value)
     except RNGStateError:
         return None
-    return _Table(path, value, record.row)
+    return _Entry(path, value, record.row)
 
 
-def record_keys(saved: Mapping[str, Any]) -> list[str]:
-    """Return the keys under which a checkpoint's metadata lists what may be records."""
-    return [
-        fqn
-        for fqn, its in saved.items()
-        if fqn.rpartition(".")[2] == KEY
-        and isinstance(its, TensorStorageMetadata)
-        and its.properties.dtype == torch.int64
-    ]
-
-
-def read_of_row(fqn: str, row: int, saved: Any) -> ReadItem:
-    """Return the read of the saved record that is loaded into a row.
-
-    Args:
-        fqn: The record's key in the checkpoint.
-        row: The row of the job that loads.
-        saved: What the checkpoint's metadata has under that key.
-
-    Raises:
-        RNGStateError: No record is there, or none for the row.
-    """
-    if not isinstance(saved, TensorStorageMetadata):
-        raise RNGStateError(
-            f"{fqn}: the checkpoint holds bytes (a pickle) here, expected a tensor. No StatefulRNG "
-            "wrote that; it was not read. Load without RNG state, or another checkpoint."
-        )
-    if (
-        saved.properties.dtype != torch.int64
-        or len(saved.size) != 1
-        or not saved.chunks
-        or not all(saved.chunks[0].sizes)
-    ):
-        raise RNGStateError(
-            f"{fqn}: the checkpoint holds {saved.properties.dtype} {tuple(saved.size)} in "
-            f"{len(saved.chunks)} chunks, expected torch.int64 (rows * length,) in one chunk per "
-            "row. No StatefulRNG wrote that."
-        )
-    # One chunk alone is one row, or all of them (as torch_save_to_dcp writes it): StatefulRNG
-    # chooses then, as a record tells how many there are.
-    length = saved.chunks[0].sizes[0]
-    place = torch.Size((source_row(row, saved.size[0] // length) * length,))
-    for number, chunk in enumerate(saved.chunks):
-        if chunk.offsets == place and chunk.sizes == (length,):
-            return ReadItem(
-                type=LoadItemType.TENSOR,
-                dest_index=MetadataIndex(fqn, torch.Size((0,))),
-                dest_offsets=torch.Size((0,)),
-                storage_index=MetadataIndex(fqn, chunk.offsets, number),
-                storage_offsets=torch.Size((0,)),
-                lengths=torch.Size((length,)),
-            )
-    raise RNGStateError(
-        f"{fqn}: the checkpoint's metadata has no chunk of {length} numbers at {place[0]}, for row "
-        f"{row}. It was saved by fewer ranks than it has rows, or is damaged."
-    )
-
-
-def _warn_of_left_over(saved: Mapping[str, Any], asked_for: Collection[str]) -> None:
+def _warn_of_ignored(saved: Mapping[str, Any], asked_for: Collection[str]) -> None:
     """Name the RNG entries of the checkpoint for which the state dict has no place."""
-    left_over = [fqn for fqn in record_keys(saved) if fqn not in asked_for]
-    if left_over:
-        warnings.warn(
-            f"the checkpoint has RNG state at {', '.join(left_over)}, for which this job has no "
-            "StatefulRNG under that key: it is not loaded",
-            RNGStateWarning,
-            stacklevel=2,
+    ignored = [key for key in record_keys(saved) if key not in asked_for]
+    if ignored:
+        warn(
+            f"the checkpoint has RNG state at {', '.join(ignored)}, for which this job has no "
+            "StatefulRNG under that key: ignored",
         )

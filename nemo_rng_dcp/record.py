@@ -9,39 +9,35 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from nemo_rng_dcp import __version__, _hash_seed
 from nemo_rng_dcp.errors import RNGStateError
+from nemo_rng_dcp.versions import (
+    HASH_SEED,
+    UNSEEDED,
+    __version__,
+    version_number,
+    version_text,
+)
 
 KEY = "rng_streams"
 """The key under which records are stored, and by which they are found."""
-
-NOT_SAVED = torch.empty(0, dtype=torch.int64)
-"""Stands for a record that a checkpoint does not have."""
 
 LAYOUT_VERSION = 1
 
 Mesh = tuple[tuple[str, int], ...]
 """A device mesh: the name and the size of each dimension."""
 
-UNSEEDED = "random"
-"""What Python takes for no ``PYTHONHASHSEED``: strings get other hashes at every start."""
-
-HASH_SEED = _hash_seed or UNSEEDED
-"""This process's ``PYTHONHASHSEED``, as it was when the package was imported."""
-
 _WORD = 8
 _HEAD = struct.Struct("<14q")
-_LENGTH, _ROWS = 2, 4  # places in the head
+LENGTH, ROWS = 2, 4  # places in the head
 _CHECK_BYTES = 8
 _ROOM = 128
 
@@ -58,21 +54,6 @@ class Stream(NamedTuple):
     kind: str
     shared: bool
     state: bytes
-
-
-@cache
-def version_number(text: str) -> int:
-    """Return 2013000 for "2.13.0+cpu", 0 for what is no version."""
-    match = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", text)
-    if match is None:
-        return 0
-    major, minor, micro = (int(part or 0) for part in match.groups())
-    return major * 10**6 + minor * 10**3 + micro
-
-
-def version_text(number: int) -> str:
-    """Return "2.13.0" for 2013000."""
-    return f"{number // 10**6}.{number // 10**3 % 10**3}.{number % 10**3}"
 
 
 def mesh_text(mesh: Mesh | None) -> str:
@@ -142,7 +123,7 @@ class Record:
             len(contents),
         )
         record = bytearray(head + body)
-        record += _digest(record)
+        record += _check_word(record)
         return torch.from_numpy(np.frombuffer(record, dtype=np.int64))
 
     @classmethod
@@ -155,7 +136,7 @@ class Record:
         Raises:
             RNGStateError: It is no record, was altered, or is one of a newer layout.
         """
-        words = _words(tensor)
+        words = words_of(tensor)
         content = words.tobytes()
         # Before all else: a newer layout may differ in everything but these two numbers.
         layout_version, library_version = words[:2].tolist()
@@ -165,11 +146,11 @@ class Record:
                 f"{__version__} reads version {LAYOUT_VERSION}. Load it with nemo_rng_dcp "
                 f"{version_text(library_version)}, which wrote it, or newer."
             )
-        if len(content) < _HEAD.size + _CHECK_BYTES or content[-8:] != _digest(
+        if len(content) < _HEAD.size + _CHECK_BYTES or content[-8:] != _check_word(
             memoryview(content)[:-8]
         ):
             raise RNGStateError(
-                f"{KEY}: a record of {len(words)} numbers{_said_row(words)} does not fit its check "
+                f"{KEY}: a record of {len(words)} numbers{_head_row(words)} does not fit its check "
                 "word: it was altered after it was written. Load another checkpoint."
             )
         _, _, _, row, rows, *numbers = _HEAD.unpack_from(content)
@@ -214,23 +195,6 @@ class Record:
         return [f"{name} {then[name]}, now {now[name]}" for name in now if then[name] != now[name]]
 
 
-def records_in(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """Return the records that stand one after the other in a tensor, unread.
-
-    Args:
-        tensor: One record, or all of a table, in the order of the rows.
-
-    Raises:
-        RNGStateError: It is neither.
-    """
-    words = _words(tensor)
-    if len(words) > _ROWS and 0 < words[_LENGTH] < len(words):
-        length, rows = int(words[_LENGTH]), int(words[_ROWS])
-        if length * rows == len(words):
-            return list(torch.split(tensor, length))
-    return [tensor]
-
-
 def fingerprint(state: bytes) -> str:
     """Return 12 hexadecimal digits that tell a packed state from every other one."""
     return hashlib.blake2b(state, digest_size=6).hexdigest()
@@ -248,9 +212,9 @@ def _contents(
     # With room to spare, so that a job on another mesh, or with another hash seed, has records of
     # the same length: plain dcp.load takes no other.
     room = -(-len(text) // _ROOM) * _ROOM
-    said = f',"hash_seed":{json.dumps(hash_seed)}'
-    if hash_seed != UNSEEDED and len(text + said) <= room:
-        text += said
+    addition = f',"hash_seed":{json.dumps(hash_seed)}'
+    if hash_seed != UNSEEDED and len(text + addition) <= room:
+        text += addition
     text = text.ljust(room)
     return f'{{"generators":{listed},"mesh":{text}}}'.encode()
 
@@ -262,9 +226,9 @@ def _parse_contents(content: bytes, size: int) -> tuple[Mesh | None, str, dict[s
         mesh = contents["mesh"]
         place = _HEAD.size + _padded_size(size)
         streams: dict[str, Stream] = {}
-        for its in contents["generators"]:
-            name, end = str(its["name"]), place + int(its["bytes"])
-            streams[name] = Stream(str(its["kind"]), bool(its["shared"]), content[place:end])
+        for entry in contents["generators"]:
+            name, end = str(entry["name"]), place + int(entry["bytes"])
+            streams[name] = Stream(str(entry["kind"]), bool(entry["shared"]), content[place:end])
             place += _padded_size(end - place)
         if place != len(content) - _CHECK_BYTES:
             raise ValueError(f"{len(content) - _CHECK_BYTES} bytes, of which {place} are described")
@@ -275,7 +239,7 @@ def _parse_contents(content: bytes, size: int) -> tuple[Mesh | None, str, dict[s
         raise RNGStateError(f"{KEY}: a record's contents make no sense: {error!r}") from error
 
 
-def _words(tensor: torch.Tensor) -> np.ndarray[Any, np.dtype[np.int64]]:
+def words_of(tensor: torch.Tensor) -> np.ndarray[Any, np.dtype[np.int64]]:
     """Return a tensor's numbers, refusing what cannot be a record."""
     if not isinstance(tensor, torch.Tensor):
         raise RNGStateError(f"{KEY}: expected a tensor, found {type(tensor).__name__}")
@@ -294,11 +258,11 @@ def _words(tensor: torch.Tensor) -> np.ndarray[Any, np.dtype[np.int64]]:
     return words
 
 
-def _said_row(words: np.ndarray[Any, np.dtype[np.int64]]) -> str:
-    return f", by its head row {words[_ROWS - 1]} of {words[_ROWS]}," if len(words) > _ROWS else ""
+def _head_row(words: np.ndarray[Any, np.dtype[np.int64]]) -> str:
+    return f", by its head row {words[ROWS - 1]} of {words[ROWS]}," if len(words) > ROWS else ""
 
 
-def _digest(content: bytes | bytearray | memoryview) -> bytes:
+def _check_word(content: bytes | bytearray | memoryview) -> bytes:
     return hashlib.blake2b(content, digest_size=_CHECK_BYTES).digest()
 
 

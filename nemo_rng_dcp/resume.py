@@ -6,17 +6,12 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from typing import NamedTuple
 
 from nemo_rng_dcp.errors import RNGStateError
-from nemo_rng_dcp.record import HASH_SEED, UNSEEDED, Mesh, Record, mesh_text
-
-
-class Kind(NamedTuple):
-    """A generator of the job that loads: what it stores, and whether all ranks have it alike."""
-
-    kind: str
-    shared: bool
+from nemo_rng_dcp.generators import Slot
+from nemo_rng_dcp.record import Mesh, Record, mesh_text
+from nemo_rng_dcp.table import source_row
+from nemo_rng_dcp.versions import HASH_SEED, UNSEEDED
 
 
 @dataclass(frozen=True)
@@ -28,33 +23,14 @@ class Job:
         rows: Rows of the table.
         mesh: The mesh along which streams differ; ``None``: all ranks.
         ranked: What its ``StatefulRNG`` was given.
-        generators: By name.
-        global_names: Which of them are the process's global generators.
+        slots: Its generators by name.
     """
 
     row: int
     rows: int
     mesh: Mesh | None
     ranked: bool
-    generators: Mapping[str, Kind]
-    global_names: frozenset[str]
-
-
-@dataclass(frozen=True)
-class Resume:
-    """What a load does.
-
-    Attributes:
-        restored: Generators that are put into the saved state, bit for bit.
-        seeds: By generator, the seed of the new stream that a new row starts.
-        resizes: How often the job was resumed with another number of rows, this time included.
-        remarks: What a person should know, a sentence each; none if the same job loads.
-    """
-
-    restored: tuple[str, ...]
-    seeds: Mapping[str, int]
-    resizes: int
-    remarks: tuple[str, ...]
+    slots: Mapping[str, Slot]
 
 
 @dataclass(frozen=True)
@@ -80,6 +56,25 @@ class Loaded:
         return cls(record.rows, record.world_size, saved_at)
 
 
+@dataclass(frozen=True)
+class Resume:
+    """What a load does.
+
+    Attributes:
+        states: By generator, the packed state that was saved and is restored, bit for bit.
+        seeds: By generator, the seed of the new stream that a new row starts instead.
+        resizes: How often the job was resumed with another number of rows, this time included.
+        remarks: What a person should know, a sentence each; none if the same job loads.
+        loaded: Where the streams come from.
+    """
+
+    states: Mapping[str, bytes]
+    seeds: Mapping[str, int]
+    resizes: int
+    remarks: tuple[str, ...]
+    loaded: Loaded
+
+
 def resume(record: Record, job: Job) -> Resume:
     """Return what loading ``record`` into the row of ``job`` does; moves no stream.
 
@@ -89,14 +84,14 @@ def resume(record: Record, job: Job) -> Resume:
     Raises:
         RNGStateError: A generator is of another kind than the saved one.
     """
-    for name, its in job.generators.items():
-        if name in record.streams and record.streams[name].kind != its.kind:
+    for name, slot in job.slots.items():
+        if name in record.streams and record.streams[name].kind != slot.kind:
             raise RNGStateError(
                 f"{name}: the checkpoint holds the state of a {record.streams[name].kind} "
-                f"generator, and this job's is {its.kind}. Give StatefulRNG the generator that it "
+                f"generator, and this job's is {slot.kind}. Give StatefulRNG the generator that it "
                 "had when the state was saved, or give the new one another name."
             )
-    saved = [name for name in job.generators if name in record.streams]
+    saved = [name for name in job.slots if name in record.streams]
     resizes = record.resizes + (record.rows != job.rows)
     forked = _forked(record, job, saved)
     seeds = {
@@ -104,8 +99,13 @@ def resume(record: Record, job: Job) -> Resume:
         for name in forked
         if job.row != record.row
     }
-    restored = tuple(name for name in saved if name not in seeds)
-    return Resume(restored, seeds, resizes, tuple(_remarks(record, job, saved, forked)))
+    return Resume(
+        {name: record.streams[name].state for name in saved},
+        seeds,
+        resizes,
+        tuple(_remarks(record, job, saved, forked)),
+        Loaded.from_record(record),
+    )
 
 
 def fork_seed(name: str, row: int, resizes: int, state: bytes) -> int:
@@ -133,7 +133,7 @@ def _forked(record: Record, job: Job, saved: list[str]) -> list[str]:
     return [
         name
         for name in saved
-        if not job.generators[name].shared and (ranked or name not in job.global_names)
+        if not job.slots[name].shared and (ranked or not job.slots[name].is_global)
     ]
 
 
@@ -146,31 +146,32 @@ def _remarks(record: Record, job: Job, saved: list[str], forked: list[str]) -> I
         done = [f"{', '.join(forked)} forked"] * bool(forked)
         done += [f"{', '.join(as_it_is)} taken as saved"] * bool(as_it_is)
         yield (
-            f"{rows} rows were saved and {now} are loaded: {_rows(rows, now)} new, made from row "
-            f"r % {rows} ({'; '.join(done)})"
+            f"{rows} rows were saved and {now} are loaded: {_rows(rows, now)} new, "
+            f"{_sources(rows, now)} ({'; '.join(done)})"
         )
     if _renumbered(record.mesh, job.mesh):
         yield (
             f"the rows were saved along {mesh_text(record.mesh)} and are loaded along "
             f"{mesh_text(job.mesh)}: row r may belong to another coordinate now"
         )
-    if record.ranked != job.ranked and min(rows, now) > 1 and job.global_names:
+    has_global = any(slot.is_global for slot in job.slots.values())
+    if record.ranked != job.ranked and min(rows, now) > 1 and has_global:
         yield (
             f"saved with ranked={record.ranked}, now ranked={job.ranked}: saved rows continue as "
             "they were"
         )
-    kept = {True: "ranks that differed still do", False: "ranks that drew alike still do"}
+    unchanged = {True: "ranks that differed still do", False: "ranks that drew alike still do"}
     for name in saved if min(rows, now) > 1 else ():
-        shared = job.generators[name].shared
+        shared = job.slots[name].shared
         if record.streams[name].shared != shared:
             then, here = sorted(("generators=", "shared_generators="), reverse=not shared)
-            yield f"{name} was saved in {then}, now in {here}: {kept[shared]}"
-    absent = [name for name in job.generators if name not in record.streams]
+            yield f"{name} was saved in {then}, now in {here}: {unchanged[shared]}"
+    absent = [name for name in job.slots if name not in record.streams]
     if absent:
         yield f"the checkpoint has no {', '.join(absent)}: the stream stays as it is"
-    left_over = [name for name in record.streams if name not in job.generators]
-    if left_over:
-        yield f"the checkpoint has {', '.join(left_over)}, which this job has not: dropped"
+    ignored = [name for name in record.streams if name not in job.slots]
+    if ignored:
+        yield f"the checkpoint has {', '.join(ignored)}, which this job does not have: ignored"
     skew = record.version_skew()
     if skew:
         yield (
@@ -194,3 +195,9 @@ def _renumbered(saved: Mesh | None, now: Mesh | None) -> bool:
 
 def _rows(first: int, end: int) -> str:
     return f"row {first} is" if end - first == 1 else f"rows {first} to {end - 1} are"
+
+
+def _sources(first: int, end: int) -> str:
+    """Return from which saved rows the new ones are made, of ``first`` saved ones."""
+    listed = [f"row {row} from row {source_row(row, first)}" for row in range(first, end)[:2]]
+    return ", ".join(listed + ["..."] * (end - first > 2))

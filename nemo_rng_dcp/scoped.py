@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import functools
 import inspect
-import warnings
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any, TypeVar
 
-from nemo_rng_dcp.errors import RNGStateWarning
-from nemo_rng_dcp.generators import GeneratorAdapter, device_in_use, generators_of_process
-from nemo_rng_dcp.layout import global_rank
+from nemo_rng_dcp.errors import warn
+from nemo_rng_dcp.generators import GeneratorSet, States, device_in_use
+from nemo_rng_dcp.ranks import global_rank
 from nemo_rng_dcp.seeding import check_ranked, check_seed
-from nemo_rng_dcp.snapshot import States, put_back, restore, take
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -60,7 +58,7 @@ class ScopedRNG:
     def __init__(self, seed: int | None = 95050, ranked: bool = False) -> None:
         self.seed = None if seed is None else check_seed(seed)
         self.ranked = check_ranked(ranked)
-        self._outside: tuple[dict[str, GeneratorAdapter], States] | None = None
+        self._outside: tuple[GeneratorSet, States] | None = None
 
     def __enter__(self) -> ScopedRNG:
         if self._outside is not None:
@@ -70,10 +68,10 @@ class ScopedRNG:
             )
         if self.seed is not None:
             seed = check_seed(self.seed, global_rank() if self.ranked else 0)
-        generators = generators_of_process(device_in_use())
-        outside = take(generators)
+        generators = GeneratorSet(device_in_use())
+        outside = generators.take()
         if self.seed is not None:
-            restore(generators, {}, dict.fromkeys(generators, seed))
+            generators.restore({}, dict.fromkeys(generators.slots, seed))
         self._outside = generators, outside
         return self
 
@@ -86,15 +84,13 @@ class ScopedRNG:
         assert self._outside is not None
         generators, states = self._outside
         self._outside = None
-        put_back(generators, states)
+        generators.put_back(states)
         device = device_in_use()
-        if device is not None and device.type not in generators:
-            warnings.warn(
+        if device is not None and device.type not in generators.slots:
+            warn(
                 f"{device.type} was first used inside a ScopedRNG, which can cover it "
                 "only if it was used before: its draws did not come from the scope's seed, and "
                 "its stream was not put back. Use the device once before the scope.",
-                RNGStateWarning,
-                stacklevel=2,
             )
 
     def __call__(self, function: _Function) -> _Function:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from nemo_rng_dcp.generators.mt19937 import SEED_LIMIT, MT19937State
-from nemo_rng_dcp.layout import global_rank
+from nemo_rng_dcp.ranks import global_rank
 
 MAX_BITS = 64
 """The longest seed that a library takes: ``torch.manual_seed`` for an accelerator."""
@@ -93,7 +93,7 @@ def derive_seed(seed: int, *path: int | str, bits: int = 32) -> int:
     """Return the seed for one purpose of a job, which depends on nothing but the arguments.
 
     The path names what the numbers are for: ``derive_seed(seed, "augment", epoch, sample_index)``.
-    Whoever draws them, whichever rank or worker and however many there are, draws the same ones.
+    Any rank or worker gets the same numbers, however many there are.
     No stream moves and nothing communicates, so any rank may call it at any time.
 
     The mapping will never change, and it is the same on every platform: BLAKE2b with an 8-byte

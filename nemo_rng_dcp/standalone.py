@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 import torch
 import torch.distributed.checkpoint as dcp
+from fsspec.core import url_to_fs  # type: ignore[import-untyped]
 from torch.distributed.checkpoint import (
     DefaultLoadPlanner,
     DefaultSavePlanner,
@@ -22,8 +23,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
 from nemo_rng_dcp.errors import RNGStateError
-from nemo_rng_dcp.planner import read_of_row, record_keys
-from nemo_rng_dcp.record import KEY, NOT_SAVED
+from nemo_rng_dcp.record import KEY
+from nemo_rng_dcp.table import NOT_SAVED, read_of_row, record_keys
 
 CheckpointId = str | os.PathLike[str] | None
 """A folder or URL as DCP's ``checkpoint_id`` takes it; ``None``: the storage object knows it."""
@@ -149,8 +150,9 @@ def _chosen(saved: Mapping[str, Any], key: str | None) -> str:
     found = record_keys(saved)
     if key is None and len(found) == 1:
         return found[0]
-    if key in found:
-        return key
+    for chosen in (key, f"{key}.{KEY}"):  # as it is, or as `inspect` shows it
+        if chosen in found:
+            return chosen
     if not found:
         raise RNGStateError(
             f"the checkpoint holds no record ({KEY}) of a StatefulRNG, only "
@@ -160,7 +162,7 @@ def _chosen(saved: Mapping[str, Any], key: str | None) -> str:
     if key is None:
         raise RNGStateError(
             f"the checkpoint holds {len(found)} records: choose one with "
-            f"{' or '.join(f'key={its!r}' for its in found)}"
+            f"{' or '.join(f'key={name!r}' for name in found)}"
         )
     raise RNGStateError(f"the checkpoint holds no record {key!r}, only {', '.join(found)}")
 
@@ -171,9 +173,9 @@ def _make_room(path: str) -> None:
     DCP would leave the old metadata, which fits the rows of both moments.
     """
     # The second is that of a save with use_collectives=False.
-    files = [f"{path}/{name}" for name in (".metadata", "__0.metadata")]
-    exists, remove = _storage_of(path)
-    files = [file for file in files if exists(file)]
+    storage, folder = url_to_fs(path)
+    files = [f"{folder}/{name}" for name in (".metadata", "__0.metadata")]
+    files = [file for file in files if storage.exists(file)]
     if not files:
         return
     planner = _ContentsPlanner()
@@ -190,17 +192,7 @@ def _make_room(path: str) -> None:
             f"lost. Save the record to a folder of its own, such as {path}/rng."
         )
     for file in files:
-        remove(file)
-
-
-def _storage_of(path: str) -> tuple[Callable[[str], bool], Callable[[str], None]]:
-    """Return what tells whether a file exists, and what removes one."""
-    if "://" not in path:
-        return os.path.exists, os.remove
-    from fsspec.core import url_to_fs  # type: ignore[import-untyped]
-
-    storage, _ = url_to_fs(path)
-    return storage.exists, storage.rm_file
+        storage.rm_file(file)
 
 
 def _raise_first_cause(error: CheckpointException, what: str) -> NoReturn:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NoReturn, SupportsIndex, overload
@@ -12,16 +11,16 @@ import torch
 from torch.distributed.checkpoint import StorageReader, StorageWriter
 from torch.distributed.device_mesh import DeviceMesh
 
-from nemo_rng_dcp import peers, snapshot, standalone
+from nemo_rng_dcp import standalone
 from nemo_rng_dcp.automodel import RNGState, is_automodel_state, packed_states
-from nemo_rng_dcp.device import DeviceWatch
-from nemo_rng_dcp.errors import RNGStateError, RNGStateWarning
+from nemo_rng_dcp.errors import RNGStateError, warn
 from nemo_rng_dcp.first_forward import rewind_at_first_forward
-from nemo_rng_dcp.generators import generators_of_process, own_device, registered_generators
-from nemo_rng_dcp.layout import Layout, global_rank, world_size
-from nemo_rng_dcp.record import KEY, NOT_SAVED, Record, Stream, fingerprint
-from nemo_rng_dcp.resume import Job, Kind, Loaded, resume
+from nemo_rng_dcp.generators import DeviceWatch, GeneratorSet, States, own_device
+from nemo_rng_dcp.ranks import drifted, gather_fingerprints, global_rank, world_size
+from nemo_rng_dcp.record import KEY, Record, Stream, fingerprint
+from nemo_rng_dcp.resume import Job, Loaded, resume
 from nemo_rng_dcp.seeding import check_ranked, check_seed, seed_all
+from nemo_rng_dcp.table import NOT_SAVED, Rows
 
 
 class StatefulRNG:
@@ -42,9 +41,9 @@ class StatefulRNG:
     Construct it after ``init_process_group``. Under torchrun it may come before, since ``RANK``
     tells the rank.
 
-    It stands for the streams of this process, so it cannot be copied or pickled: hand its
+    It owns this process's streams, so it cannot be copied or pickled: hand its
     :meth:`state_dict` on instead. Threads may use it at the same time: each state taken or restored
-    is whole, but what other threads draw meanwhile is theirs to keep in order.
+    is whole. Draws of other threads are not synchronised.
 
     Args:
         seed: An integer (NumPy's too, ``bool`` not), ``0 <= seed`` and ``seed + row < 2**32``; the
@@ -106,17 +105,12 @@ class StatefulRNG:
         self.ranked = check_ranked(ranked)
         if not isinstance(global_generators, bool):
             raise TypeError(f"global_generators is {global_generators!r}, expected True or False")
-        self.global_generators = global_generators
-        self.device = own_device(device)
-        registered = registered_generators(
-            {} if generators is None else generators,
-            {} if shared_generators is None else shared_generators,
-            self.device,
+        self._generators = GeneratorSet(
+            own_device(device),
+            generators,
+            shared_generators,
+            global_generators=global_generators,
         )
-        of_process = generators_of_process(self.device) if global_generators else {}
-        self._global_names = frozenset(of_process)
-        self._generators = {**of_process, **registered}
-        self._shared = frozenset(shared_generators or ())
         if mesh is not None and not isinstance(mesh, DeviceMesh):
             raise TypeError(f"mesh is {mesh!r}, expected a DeviceMesh or None")
         self.mesh = mesh
@@ -128,12 +122,17 @@ class StatefulRNG:
         self._handed_out: weakref.WeakValueDictionary[int, torch.Tensor] = (
             weakref.WeakValueDictionary()
         )
-        self._loaded_states: snapshot.States | None = None
+        self._loaded_states: States | None = None
         self.loaded: Loaded | None = None
         """What the last load restored, with its rows, world size and time; ``None``: nothing."""
         if global_generators:
             seed_all(row_seed)
         self._watch = DeviceWatch(self.device if global_generators else None)
+
+    @property
+    def device(self) -> torch.device | None:
+        """The accelerator device whose global generator is this rank's; ``None``: it uses none."""
+        return self._generators.device
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Return this rank's record as its row of a table; moves no stream.
@@ -155,24 +154,25 @@ class StatefulRNG:
             RuntimeError: The streams were seeded, or would be stored, for another rank than this
                 process's.
         """
-        layout = self._layout()
+        rows = self._rows()
         self._watch.warn_if_another_is_current()
-        self._watch.warn_if_reseeded(layout.row)
+        self._watch.warn_if_reseeded(rows.row)
+        slots = self._generators.slots
         record = Record(
-            row=layout.row,
-            rows=layout.rows,
+            row=rows.row,
+            rows=rows.count,
             world_size=world_size(),
             seed=self.seed,
             ranked=self.ranked,
             resizes=self._resizes,
             taken_at=time.time_ns(),
-            mesh=layout.mesh_sizes,
+            mesh=rows.mesh_sizes,
             streams={
-                name: Stream(self._generators[name].kind, name in self._shared, state)
+                name: Stream(slots[name].kind, slots[name].shared, state)
                 for name, state in self._packed().items()
             },
         )
-        table = layout.table(record.to_tensor())
+        table = rows.table(record.to_tensor())
         self._handed_out[record.taken_at] = table
         return {KEY: table}
 
@@ -196,50 +196,34 @@ class StatefulRNG:
             RuntimeError: As for :meth:`state_dict`.
         """
         if is_automodel_state(state_dict):
-            # It knows the global streams only; registered ones stay as they are.
-            if not self.global_generators:
-                raise RNGStateError(
-                    "the state is of the global generators, which this StatefulRNG leaves alone "
-                    "(global_generators=False): load it with the one that stores them"
-                )
-            packed = packed_states(state_dict, self.device)
-            states = snapshot.unpack(self._generators, packed)
-            self._watch.warn_if_another_is_current()
-            self._restore(states)
-            self.loaded = Loaded()
+            self._load_automodel_state(state_dict)
             return
         if not isinstance(state_dict, Mapping):
             raise TypeError(
                 f"the state is a {type(state_dict).__name__}, expected a mapping or an RNGState"
             )
-        layout = self._layout()
+        rows = self._rows()
         if KEY not in state_dict:
             raise RNGStateError(
                 f"{KEY}: the state has no such entry, only {sorted(map(str, state_dict))}; it is "
                 "no state of a StatefulRNG"
             )
         table = state_dict[KEY]
-        record = None if table is NOT_SAVED else layout.own_record(table)
-        if record is None or self._was_not_loaded(record, table):
-            warnings.warn(
+        record = None if table is NOT_SAVED else rows.own_record(table)
+        if record is None or self._is_untouched(record, table):
+            warn(
                 f"rank {global_rank()}: the load restored no random stream: the checkpoint holds "
-                f"no {KEY} for row {layout.row}, or this is what state_dict() has just returned.",
-                RNGStateWarning,
-                stacklevel=2,
+                f"no {KEY} for row {rows.row}, or this is what state_dict() has just returned.",
             )
             self.loaded = self._loaded_states = None
             return
+        outcome = resume(record, self._job(rows))
         self._watch.warn_if_another_is_current()
-        its = resume(record, self._job(layout))
-        if its.remarks and layout.row == 0:
+        if outcome.remarks and rows.row == 0:
             # Before the restore: where warnings are errors, nothing may have moved by then.
-            warnings.warn("RNG state: " + ". ".join(its.remarks), RNGStateWarning, stacklevel=2)
-        saved = {name: record.streams[name].state for name in (*its.restored, *its.seeds)}
-        states = snapshot.unpack(self._generators, saved)
-        states = {name: states[name] for name in its.restored}
-        self._restore(states, its.seeds)
-        self.loaded = Loaded.from_record(record)
-        self._resizes = its.resizes
+            warn("RNG state: " + ". ".join(outcome.remarks))
+        self._restore(self._generators.unpack(outcome.states), outcome.seeds)
+        self.loaded, self._resizes = outcome.loaded, outcome.resizes
 
     def save(
         self,
@@ -287,7 +271,7 @@ class StatefulRNG:
                 no record or several, one of the ranks has no row, or the storage failed. No stream
                 of this rank has moved.
         """
-        loaded = standalone.load(lambda: self._layout().row, path, storage_reader, key)
+        loaded = standalone.load(lambda: self._rows().row, path, storage_reader, key)
         self.load_state_dict(loaded)
 
     def rewind(self) -> None:
@@ -354,9 +338,8 @@ class StatefulRNG:
             RNGStateError: As for :meth:`state_dict`.
             RuntimeError: With ``gather``, as for :meth:`state_dict`.
         """
-        if gather:
-            return peers.fingerprints(self._layout().row, self._packed())
-        return {name: fingerprint(state) for name, state in self._packed().items()}
+        own = {name: fingerprint(state) for name, state in self._packed().items()}
+        return gather_fingerprints(self._rows().row, own) if gather else own
 
     def verify_shared(self) -> None:
         """Make sure that ranks which should have one stream are in the same state.
@@ -371,42 +354,48 @@ class StatefulRNG:
             RNGStateError: Ranks differ; on every rank, naming the ranks and the generators. Also
                 as for :meth:`state_dict`, on the rank concerned.
         """
-        shared = self._shared if self.ranked else self._shared | self._global_names
-        drifted = peers.drifted(self._layout().row, self._packed(), shared)
-        if drifted:
+        shared = {
+            name
+            for name, slot in self._generators.slots.items()
+            if slot.shared or (slot.is_global and not self.ranked)
+        }
+        messages = drifted(self._rows().row, self.fingerprint(), shared)
+        if messages:
             raise RNGStateError(
-                "; ".join(drifted) + ". A draw happened on some of them only, or the mesh given "
+                "; ".join(messages) + ". A draw happened on some of them only, or the mesh given "
                 "to StatefulRNG is not the one along which streams differ."
             )
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
         raise TypeError(
-            "a StatefulRNG stands for the random streams of its process and cannot be copied or "
+            "a StatefulRNG owns the random streams of its process and cannot be copied or "
             "pickled: pass its state_dict() on, or construct one in the other process. Give "
             "it to dcp.save at the top level of the dict: DCP pickles what lies deeper."
         )
 
-    def _restore(self, states: snapshot.States, seeds: Mapping[str, int] | None = None) -> None:
-        self._loaded_states = snapshot.restore(self._generators, states, seeds)
+    def _load_automodel_state(self, state: Any) -> None:
+        """Restore the global streams, which are all that NeMo Automodel's state knows."""
+        if not self._generators.has_global:
+            raise RNGStateError(
+                "the state is of the global generators, which this StatefulRNG leaves alone "
+                "(global_generators=False): load it with the one that stores them"
+            )
+        states = self._generators.unpack(packed_states(state, self.device))
+        self._watch.warn_if_another_is_current()
+        self._restore(states)
+        self.loaded = Loaded()
+
+    def _restore(self, states: States, seeds: Mapping[str, int] | None = None) -> None:
+        self._loaded_states = self._generators.restore(states, seeds)
         self._watch.note_seeds()
 
     def _packed(self) -> dict[str, bytes]:
-        return snapshot.pack(self._generators, snapshot.take(self._generators))
+        return self._generators.pack(self._generators.take())
 
-    def _job(self, layout: Layout) -> Job:
-        return Job(
-            row=layout.row,
-            rows=layout.rows,
-            mesh=layout.mesh_sizes,
-            ranked=self.ranked,
-            generators={
-                name: Kind(generator.kind, name in self._shared)
-                for name, generator in self._generators.items()
-            },
-            global_names=self._global_names,
-        )
+    def _job(self, rows: Rows) -> Job:
+        return Job(rows.row, rows.count, rows.mesh_sizes, self.ranked, self._generators.slots)
 
-    def _was_not_loaded(self, record: Record, table: torch.Tensor) -> bool:
+    def _is_untouched(self, record: Record, table: torch.Tensor) -> bool:
         """Return whether DCP left in a table what :meth:`state_dict` had put there.
 
         The table of an earlier moment may be given back on purpose, and is then restored. While no
@@ -419,20 +408,20 @@ class StatefulRNG:
 
     def _row_number(self) -> int:
         """Return the row that this process must own, with or without a process group."""
-        return global_rank() if self.mesh is None else Layout.current(self.mesh).row
+        return global_rank() if self.mesh is None else Rows.current(self.mesh).row
 
-    def _layout(self) -> Layout:
-        """Return the layout, after making sure that it gives this process the streams it has."""
-        layout, own_row = Layout.current(self.mesh), self._row_number()
-        if self.ranked and self.global_generators and self._seeded_row != own_row:
+    def _rows(self) -> Rows:
+        """Return the rows, after making sure that they give this process the streams it has."""
+        rows, own_row = Rows.current(self.mesh), self._row_number()
+        if self.ranked and self._generators.has_global and self._seeded_row != own_row:
             raise RuntimeError(
                 f"this StatefulRNG was seeded for row {self._seeded_row}, but the process has row "
                 f"{own_row}: construct it after init_process_group"
             )
-        if layout.row != own_row:
+        if rows.row != own_row:
             raise RuntimeError(
                 f"this process is rank {own_row} (RANK), but without a process group its streams "
-                f"would be stored as rank {layout.row}'s: call init_process_group, and construct "
+                f"would be stored as rank {rows.row}'s: call init_process_group, and construct "
                 "StatefulRNG after init_process_group"
             )
-        return layout
+        return rows

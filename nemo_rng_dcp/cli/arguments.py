@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from nemo_rng_dcp import __version__
+from nemo_rng_dcp.versions import __version__
 
 _WHERE = "a checkpoint's folder, or a URL such as s3://bucket/step-1000"
 

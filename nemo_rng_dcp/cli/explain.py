@@ -21,9 +21,9 @@ from nemo_rng_dcp.cli.terminal import (
 )
 from nemo_rng_dcp.cli.trial_generators import packed_after_seed, refusals
 from nemo_rng_dcp.generators import is_reserved
-from nemo_rng_dcp.layout import source_row
 from nemo_rng_dcp.record import Record, fingerprint
 from nemo_rng_dcp.resume import Resume, resume
+from nemo_rng_dcp.table import source_row
 
 CONTINUED, COPIED, FORKED = "continued", "copied", "forked"
 DROPPED, REFUSED = "dropped", "refused"
@@ -121,13 +121,13 @@ class Explanation:
             return Fate(row, ranks, REFUSED, source, (), {})
         job = options.job(row, record)
         outcome = resume(record, job)
-        loaded = {*outcome.restored, *outcome.seeds}
+        loaded = outcome.states.keys()
         refused = [f"{name}: {why}" for name, why in refusals(record).items() if name in loaded]
         if refused:
             self.refusals[source] = f"not taken by its generator ({refused[0]})"
             return Fate(row, ranks, REFUSED, source, (), {})
         self.remarks = self.remarks or outcome.remarks
-        self.needs_planner |= job.generators.keys() != record.streams.keys()
+        self.needs_planner |= job.slots.keys() != record.streams.keys()
         new = COPIED if not outcome.seeds else FORKED
         fate = CONTINUED if source == row else new
         return Fate(row, ranks, fate, source, tuple(outcome.seeds), _digests(record, outcome))
@@ -183,7 +183,7 @@ def _digests(record: Record, outcome: Resume) -> dict[str, str]:
         if name in outcome.seeds:
             state = packed_after_seed(stream.kind, outcome.seeds[name])
             digests[name] = "?" if state is None else fingerprint(state)
-        elif name in outcome.restored:
+        elif name in outcome.states:
             digests[name] = fingerprint(stream.state)
     return digests
 

@@ -10,7 +10,8 @@ from nemo_rng_dcp.cli.checkpoint.checkpoint import Checkpoint, is_record
 from nemo_rng_dcp.cli.checkpoint.table import Table
 from nemo_rng_dcp.cli.trial_generators import packed_after_seed, refusals
 from nemo_rng_dcp.generators import is_reserved
-from nemo_rng_dcp.record import KEY, Record, Stream, fingerprint, mesh_text, version_text
+from nemo_rng_dcp.record import KEY, Record, Stream, fingerprint, mesh_text
+from nemo_rng_dcp.versions import version_text
 
 DAMAGE, LOST, SUSPICIOUS = "damage", "lost", "suspicious"
 SEVERITIES = (DAMAGE, LOST, SUSPICIOUS)

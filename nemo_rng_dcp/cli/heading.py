@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from nemo_rng_dcp.cli.terminal import Style, paragraph, plural
-from nemo_rng_dcp.record import UNSEEDED, Record, mesh_text
+from nemo_rng_dcp.record import Record, mesh_text
+from nemo_rng_dcp.versions import UNSEEDED
 
 
 def name_of(path: str) -> str:

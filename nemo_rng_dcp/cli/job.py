@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
-from nemo_rng_dcp.generators import is_reserved
-from nemo_rng_dcp.layout import row_major
+from nemo_rng_dcp.generators import Slot, is_reserved
 from nemo_rng_dcp.record import Mesh, Record
-from nemo_rng_dcp.resume import Job, Kind
+from nemo_rng_dcp.resume import Job
+from nemo_rng_dcp.table import row_major
 
 
 @dataclass(frozen=True)
@@ -33,18 +33,19 @@ class Options:
     def job(self, row: int, record: Record) -> Job:
         """Return the job as one of its rows sees it, which loads ``record``."""
         names = record.streams if self.generators is None else self.generators
-        kinds = {}
+        slots = {}
         for name in names:
-            its = record.streams.get(name)
-            shared = its is not None and its.shared if self.shared is None else name in self.shared
-            kinds[name] = Kind("" if its is None else its.kind, shared)
+            stream = record.streams.get(name)
+            shared = stream is not None and stream.shared
+            if self.shared is not None:
+                shared = name in self.shared
+            slots[name] = Slot("" if stream is None else stream.kind, shared, is_reserved(name))
         return Job(
             row=row,
             rows=len(self.ranks),
             mesh=self.mesh,
             ranked=record.ranked if self.ranked is None else self.ranked,
-            generators=kinds,
-            global_names=frozenset(name for name in names if is_reserved(name)),
+            slots=slots,
         )
 
 

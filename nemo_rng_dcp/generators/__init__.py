@@ -1,19 +1,18 @@
 """The generators of a process, and how each kind of them is read, written and stored."""
 
 from nemo_rng_dcp.generators.adapter import GeneratorAdapter
-from nemo_rng_dcp.generators.registry import (
-    generators_of_process,
-    is_reserved,
-    registered_generators,
-)
-from nemo_rng_dcp.generators.torch_random import device_in_use, initial_seed, own_device
+from nemo_rng_dcp.generators.device import device_in_use, own_device
+from nemo_rng_dcp.generators.device_watch import DeviceWatch
+from nemo_rng_dcp.generators.generator_set import GeneratorSet, Slot, States
+from nemo_rng_dcp.generators.registry import is_reserved
 
 __all__ = [
+    "DeviceWatch",
     "GeneratorAdapter",
+    "GeneratorSet",
+    "Slot",
+    "States",
     "device_in_use",
-    "generators_of_process",
-    "initial_seed",
     "is_reserved",
     "own_device",
-    "registered_generators",
 ]

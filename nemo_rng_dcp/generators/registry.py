@@ -10,13 +10,10 @@ import numpy as np
 import torch
 
 from nemo_rng_dcp.generators.adapter import GeneratorAdapter
+from nemo_rng_dcp.generators.device import default_generator
 from nemo_rng_dcp.generators.numpy_random import NumPyAdapter, NumPyGeneratorAdapter
 from nemo_rng_dcp.generators.python_random import PythonAdapter
-from nemo_rng_dcp.generators.torch_random import (
-    AcceleratorAdapter,
-    TorchAdapter,
-    default_generator,
-)
+from nemo_rng_dcp.generators.torch_random import AcceleratorAdapter, TorchAdapter
 
 
 def generators_of_process(device: torch.device | None) -> dict[str, GeneratorAdapter]:

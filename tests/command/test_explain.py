@@ -15,8 +15,8 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from nemo_rng_dcp import RNGLoadPlanner, StatefulRNG
 from nemo_rng_dcp.cli.main import main
-from nemo_rng_dcp.generators import generators_of_process, own_device
-from nemo_rng_dcp.layout import Layout
+from nemo_rng_dcp.generators import GeneratorSet, own_device
+from nemo_rng_dcp.table import Rows
 from tests.support.command import Capture, ask, ask_json
 from tests.support.jobs import job
 from tests.support.records import change_metadata, records, save
@@ -59,7 +59,7 @@ class Spec:
             names = tuple(self.mesh)
             mesh = init_device_mesh("cpu", tuple(self.mesh.values()), mesh_dim_names=names)
             mesh = mesh[self.along]
-        row = Layout.current(mesh).row
+        row = Rows.current(mesh).row
         return StatefulRNG(
             seed,
             self.ranked,
@@ -70,7 +70,7 @@ class Spec:
 
     def words(self) -> list[object]:
         """Return the job as ``explain`` is told of it."""
-        generators = (*generators_of_process(own_device()), *self.own, *self.shared)
+        generators = (*GeneratorSet(own_device()).slots, *self.own, *self.shared)
         words: list[object] = ["--world-size", self.size, "--generators", ",".join(generators)]
         words += ["--shared", ",".join(self.shared), f"--{'' if self.ranked else 'no-'}ranked"]
         if self.mesh is not None:
@@ -101,7 +101,7 @@ def load_real(
     before = rng.fingerprint()
     planner = RNGLoadPlanner() if needs_planner else None
     messages = warned(lambda: dcp.load({"rng": rng}, checkpoint_id=path, planner=planner))
-    return Layout.current(rng.mesh).row, before, rng.fingerprint(), messages
+    return Rows.current(rng.mesh).row, before, rng.fingerprint(), messages
 
 
 @pytest.mark.parametrize("example", range(EXAMPLES))
@@ -114,7 +114,7 @@ def test_a_load_does_what_explain_foretells(example: int, tmp_path: Path, capsys
     (entry,) = ask_json(capsys, "explain", tmp_path, *resumed.words())["entries"]
     fates = {fate["row"]: fate for fate in entry["fates"] if fate["ranks"]}
     loaded = job(resumed.size, load_real, tmp_path, resumed, entry["needs_planner"])
-    device = list(generators_of_process(own_device()))[3:]
+    device = list(GeneratorSet(own_device()).slots)[3:]
     for rank, (row, before, after, messages) in enumerate(loaded):
         fate = fates[row]
         assert rank in fate["ranks"]
@@ -171,7 +171,7 @@ def test_the_rules_are_those_of_a_load(tmp_path: Path, capsys: Capture) -> None:
     assert "with plain dcp.load" in text
     text = ask(capsys, "explain", alike, "--world-size", 4, "--generators", "numpy,cuda")[1]
     assert "the checkpoint has no cuda: the stream stays as it is" in text
-    assert "the checkpoint has python, torch, which this job has not: dropped" in text
+    assert "the checkpoint has python, torch, which this job does not have: ignored" in text
     assert "planner=RNGLoadPlanner()" in text
 
 

@@ -32,7 +32,8 @@ from nemo_rng_dcp.cli.frameworks.search import read_states
 from nemo_rng_dcp.cli.importing import save_records
 from nemo_rng_dcp.cli.main import main
 from nemo_rng_dcp.cli.opening import open_checkpoint
-from nemo_rng_dcp.record import UNSEEDED, Record
+from nemo_rng_dcp.record import Record
+from nemo_rng_dcp.versions import UNSEEDED
 from tests.support.command import Capture
 from tests.support.jobs import job
 from tests.support.launch import python

@@ -108,6 +108,6 @@ def test_checkpoints_go_from_a_cpu_machine_to_an_accelerator_and_back(tmp_path: 
         "the checkpoint has no simacc: the stream stays as it is" in message for message in messages
     )
     rng = StatefulRNG(7)
-    with pytest.warns(RNGStateWarning, match="has simacc, which this job has not: dropped"):
+    with pytest.warns(RNGStateWarning, match="has simacc, which this job does not have: ignored"):
         dcp.load({"rng": rng}, checkpoint_id=tmp_path / "simacc", planner=RNGLoadPlanner())
     assert draw() == expected_next

@@ -17,7 +17,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from nemo_rng_dcp import RNGStateError, ScopedRNG, StatefulRNG, init_all_rng
-from nemo_rng_dcp.record import KEY, Record, records_in
+from nemo_rng_dcp.record import KEY, Record
+from nemo_rng_dcp.table import records_in
 from scripts.demo.rankless import RanklessRNG
 from tests.support.jobs import begin_group, gather, job, process_groups
 from tests.support.records import record_of

@@ -1,11 +1,11 @@
-"""Generators that fail while a snapshot is restored."""
+"""Generators that fail while all are restored."""
 
 from typing import Any
 
 import pytest
 
-from nemo_rng_dcp import RNGStateError, snapshot
-from nemo_rng_dcp.generators import GeneratorAdapter, generators_of_process
+from nemo_rng_dcp import RNGStateError
+from nemo_rng_dcp.generators import GeneratorSet
 from tests.support.streams import unmoved
 
 
@@ -33,11 +33,11 @@ class Failing:
 
 @pytest.mark.parametrize("change", [{"states": {"own": 1}}, {"states": {}, "seeds": {"own": 1}}])
 def test_a_generator_that_fails_is_named_and_all_are_put_back(change: dict[str, Any]) -> None:
-    generators: dict[str, GeneratorAdapter] = {**generators_of_process(None), "own": Failing()}
-    moved = snapshot.take(generators_of_process(None))
+    generators, of_process = GeneratorSet(None, {"own": Failing()}), GeneratorSet(None)
+    moved = of_process.take()
     change["states"] = {**moved, **change["states"]}
-    snapshot.restore(generators_of_process(None), {}, {"python": 5, "torch": 6})
+    of_process.restore({}, {"python": 5, "torch": 6})
     message = r"^own: the generator did not take its state \(OSError: the device is gone\); every"
     with unmoved(), pytest.raises(RNGStateError, match=message) as error:
-        snapshot.restore(generators, **change)
+        generators.restore(**change)
     assert isinstance(error.value.__cause__, OSError)

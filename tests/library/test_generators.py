@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nemo_rng_dcp import RNGStateError, StatefulRNG
+from nemo_rng_dcp.generators import GeneratorSet
 from nemo_rng_dcp.generators.numpy_random import NumPyGeneratorAdapter
-from nemo_rng_dcp.generators.registry import registered_generators
 from nemo_rng_dcp.record import KEY
 from tests.support.records import record_of, with_stream
 from tests.support.streams import draw, unmoved
@@ -289,13 +289,13 @@ def test_a_setter_that_raises_halfway_leaves_every_stream_where_it_was() -> None
 @pytest.mark.parametrize("kind", KINDS)
 def test_seeding_uses_all_64_bits_and_agrees_with_the_library_below_32(kind: str) -> None:
     generator = KINDS[kind](0)
-    adapter = registered_generators({"noise": generator}, {}, None)["noise"]
-    adapter.seed(77)
+    registered = GeneratorSet(None, {"noise": generator}, global_generators=False)
+    registered.restore({}, {"noise": 77})
     assert numbers(generator, 9) == numbers(KINDS[kind](77), 9)
     found = set()
     values = (0, 5, 2**32 - 1, 2**32, 5 + 2**32, 5 + 2**63, 2**64 - 1)
     for value in values:
-        adapter.seed(value)
+        registered.restore({}, {"noise": value})
         found.add(tuple(numbers(generator, 9)))
     assert len(found) == len(values)
 

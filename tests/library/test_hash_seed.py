@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from nemo_rng_dcp.record import HASH_SEED, UNSEEDED, Mesh, Record, records_in
+from nemo_rng_dcp.record import Mesh, Record
+from nemo_rng_dcp.table import records_in
+from nemo_rng_dcp.versions import HASH_SEED, UNSEEDED
 from tests.fixtures import LAYOUT_1
 from tests.library import hash_seed
 from tests.library.test_record import RECORD

@@ -28,8 +28,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from nemo_rng_dcp import RNGLoadPlanner, StatefulRNG
-from nemo_rng_dcp.planner import read_of_row
 from nemo_rng_dcp.record import KEY
+from nemo_rng_dcp.table import read_of_row
 from tests.support.jobs import job
 from tests.support.records import change_metadata, record_of, without
 from tests.support.streams import draw, unmoved, warned
@@ -126,7 +126,7 @@ def test_another_set_of_generators_restores_what_both_have(size: int, tmp_path: 
         assert found[-1] == untouched
         [text] = messages if rank == 0 else [""]
         assert ("the checkpoint has no c" in text) == (rank == 0)
-        assert ("has a, which this job has not" in text) == (rank == 0)
+        assert ("has a, which this job does not have" in text) == (rank == 0)
 
 
 # Loads that restore nothing, or not for every rank.

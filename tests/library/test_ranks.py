@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from nemo_rng_dcp import RNGStateError, StatefulRNG
-from nemo_rng_dcp.generators import generators_of_process, own_device
+from nemo_rng_dcp.generators import GeneratorSet, own_device
 from tests.support.jobs import gather, job
 from tests.support.streams import unmoved
 
@@ -24,7 +24,7 @@ def fingerprints_of_all() -> tuple[list[dict[str, str]], list[dict[str, str]]]:
 def test_fingerprints_are_gathered_by_row_for_every_generator() -> None:
     for gathered, expected in job(3, fingerprints_of_all):
         assert gathered == expected
-    names = [*generators_of_process(own_device()), "own"]
+    names = [*GeneratorSet(own_device()).slots, "own"]
     assert [list(of_row) for of_row in expected] == [names] * 3
     digits = [text for of_row in expected for text in of_row.values()]
     assert len(set(digits)) == 3 * len(names)

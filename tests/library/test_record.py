@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from nemo_rng_dcp import StatefulRNG
-from nemo_rng_dcp.record import KEY, Record, Stream, fingerprint, records_in
-from nemo_rng_dcp.resume import Job, Kind, fork_seed, resume
+from nemo_rng_dcp.generators import Slot
+from nemo_rng_dcp.record import KEY, Record, Stream, fingerprint
+from nemo_rng_dcp.resume import Job, fork_seed, resume
+from nemo_rng_dcp.table import records_in
 from tests.support.records import altered, record_of
 
 RECORD = Record(
@@ -62,9 +64,9 @@ def test_a_record_is_read_with_numpy_and_json_alone() -> None:
     contents = json.loads(table[14:].tobytes()[: head[13]])
     place = 14 + -(-head[13] // 8)
     states = {}
-    for its in contents["generators"]:
-        words = -(-its["bytes"] // 8)
-        states[its["name"]] = table[place : place + words].tobytes()[: its["bytes"]]
+    for generator in contents["generators"]:
+        words = -(-generator["bytes"] // 8)
+        states[generator["name"]] = table[place : place + words].tobytes()[: generator["bytes"]]
         place += words
     assert (head[0], head[2], head[3:5], head[6]) == (1, len(table), [0, 1], 5)
     assert place == len(table) - 1
@@ -86,8 +88,8 @@ def test_every_bit_of_a_record_counts() -> None:
 
 
 def resealed(content: bytes) -> torch.Tensor:
-    digest = hashlib.blake2b(content[:-8], digest_size=8).digest()
-    return torch.from_numpy(np.frombuffer(bytearray(content[:-8] + digest), dtype=np.int64))
+    check_word = hashlib.blake2b(content[:-8], digest_size=8).check_word()
+    return torch.from_numpy(np.frombuffer(bytearray(content[:-8] + check_word), dtype=np.int64))
 
 
 @pytest.mark.parametrize(
@@ -112,7 +114,7 @@ def test_contents_that_make_no_sense_are_refused(place: int, text: bytes) -> Non
 def test_records_that_stand_in_one_tensor_are_told_apart() -> None:
     one = RECORD.to_tensor()
     rows = [altered({KEY: one}, row=row, rows=3)[KEY] for row in range(3)]
-    assert [Record.from_tensor(each).row for each in records_in(torch.cat(rows))] == [0, 1, 2]
+    assert [Record.from_tensor(row).row for row in records_in(torch.cat(rows))] == [0, 1, 2]
     assert len(records_in(one)) == 1  # row 3 of 8 alone
     assert len(records_in(torch.cat(rows[:2]))) == 1  # two of three: no table
 
@@ -141,12 +143,12 @@ def test_fingerprints_are_for_ever() -> None:
 
 
 def job_of(row: int, rows: int, *, ranked: bool, mesh: tuple[tuple[str, int], ...] | None) -> Job:
-    kinds = {
-        "python": Kind("python", False),
-        "noise": Kind("torch.cpu", False),
-        "order": Kind("numpy.PCG64", True),
+    slots = {
+        "python": Slot("python", False, True),
+        "noise": Slot("torch.cpu", False, False),
+        "order": Slot("numpy.PCG64", True, False),
     }
-    return Job(row, rows, mesh, ranked, kinds, frozenset({"python"}))
+    return Job(row, rows, mesh, ranked, slots)
 
 
 def saved(rows: int, *, ranked: bool, mesh: tuple[tuple[str, int], ...] | None) -> Record:
@@ -164,19 +166,18 @@ def test_on_a_new_row_globals_follow_ranked_and_registered_ones_do_not(
     ranked_then: bool, ranked_now: bool
 ) -> None:
     record = saved(2, ranked=ranked_then, mesh=None)
-    its = resume(record, job_of(2, 4, ranked=ranked_now, mesh=None))
+    plan = resume(record, job_of(2, 4, ranked=ranked_now, mesh=None))
     forked = {"noise"} | ({"python"} if ranked_then or ranked_now else set())
-    assert its.seeds.keys() == forked
-    assert set(its.restored) == {"python", "noise", "order"} - forked
-    assert its.resizes == 4
-    assert its.seeds["noise"] == fork_seed("noise", 2, 4, b"n")
+    assert plan.seeds.keys() == forked
+    assert plan.states == {"python": b"p", "noise": b"n", "order": b"o"}
+    assert plan.resizes == 4
+    assert plan.seeds["noise"] == fork_seed("noise", 2, 4, b"n")
     own = resume(record, job_of(0, 4, ranked=ranked_now, mesh=None))
-    assert set(own.restored) == {"python", "noise", "order"}
-    assert not own.seeds
+    assert (own.states, own.seeds) == (plan.states, {})
 
 
 @pytest.mark.parametrize(
-    ("then", "now", "said"),
+    ("then", "now", "remark"),
     [
         (None, None, ""),
         ((("dp", 4),), (("dp", 4),), ""),
@@ -186,36 +187,37 @@ def test_on_a_new_row_globals_follow_ranked_and_registered_ones_do_not(
         ((("dp", 8),), None, "saved along dp 8 and are loaded along all ranks"),
     ],
 )
-def test_another_mesh_of_as_many_rows_is_said(then: object, now: object, said: str) -> None:
-    rows = 4 if said == "" else 8
+def test_another_mesh_of_as_many_rows_is_said(then: object, now: object, remark: str) -> None:
+    rows = 4 if remark == "" else 8
     record = saved(rows, ranked=True, mesh=then)  # type: ignore[arg-type]
-    its = resume(record, job_of(0, rows, ranked=True, mesh=now))  # type: ignore[arg-type]
-    assert said in " ".join(its.remarks)
-    assert bool(its.remarks) == bool(said)
+    plan = resume(record, job_of(0, rows, ranked=True, mesh=now))  # type: ignore[arg-type]
+    assert remark in " ".join(plan.remarks)
+    assert bool(plan.remarks) == bool(remark)
 
 
 @pytest.mark.parametrize(
-    ("then", "now", "rows", "global_names", "said"),
+    ("then", "now", "rows", "is_global", "remark"),
     [
-        (False, True, 2, {"python"}, "saved with ranked=False, now ranked=True"),
-        (True, False, 2, {"python"}, "saved with ranked=True, now ranked=False"),
-        (True, True, 2, {"python"}, ""),
-        (False, True, 1, {"python"}, ""),  # one row: it makes no difference
-        (False, True, 2, set(), ""),  # nor where no global stream is stored
+        (False, True, 2, True, "saved with ranked=False, now ranked=True"),
+        (True, False, 2, True, "saved with ranked=True, now ranked=False"),
+        (True, True, 2, True, ""),
+        (False, True, 1, True, ""),  # one row: it makes no difference
+        (False, True, 2, False, ""),  # nor where no global stream is stored
     ],
 )
 def test_another_ranked_is_said(
-    then: bool, now: bool, rows: int, global_names: set[str], said: str
+    then: bool, now: bool, rows: int, is_global: bool, remark: str
 ) -> None:
     job = job_of(0, rows, ranked=now, mesh=None)
-    job = dataclasses.replace(job, global_names=frozenset(global_names))
-    its = resume(saved(rows, ranked=then, mesh=None), job)
-    assert said in " ".join(its.remarks)
-    assert bool(its.remarks) == bool(said)
+    python = job.slots["python"]._replace(is_global=is_global)
+    job = dataclasses.replace(job, slots={**job.slots, "python": python})
+    plan = resume(saved(rows, ranked=then, mesh=None), job)
+    assert remark in " ".join(plan.remarks)
+    assert bool(plan.remarks) == bool(remark)
 
 
 @pytest.mark.parametrize(
-    ("shared", "rows", "said"),
+    ("shared", "rows", "remark"),
     [
         (True, 2, "noise was saved in generators=, now in shared_generators=: ranks that differed"),
         (False, 2, "order was saved in shared_generators=, now in generators=: ranks that drew al"),
@@ -223,16 +225,17 @@ def test_another_ranked_is_said(
     ],
 )
 def test_a_generator_that_is_shared_now_or_no_longer_is_said(
-    shared: bool, rows: int, said: str
+    shared: bool, rows: int, remark: str
 ) -> None:
     job = job_of(0, rows, ranked=True, mesh=None)
     name = "noise" if shared else "order"
-    moved = {name: job.generators[name]._replace(shared=shared)}
-    job = dataclasses.replace(job, generators={**job.generators, **moved})
-    its = resume(saved(rows, ranked=True, mesh=None), job)
-    assert set(its.restored) == {"python", "noise", "order"}
-    assert said in " ".join(its.remarks)
-    assert len(its.remarks) == bool(said)
+    moved = {name: job.slots[name]._replace(shared=shared)}
+    job = dataclasses.replace(job, slots={**job.slots, **moved})
+    plan = resume(saved(rows, ranked=True, mesh=None), job)
+    assert plan.states.keys() == {"python", "noise", "order"}
+    assert not plan.seeds
+    assert remark in " ".join(plan.remarks)
+    assert len(plan.remarks) == bool(remark)
 
 
 def test_one_dimension_that_grows_keeps_its_numbers_and_two_do_not() -> None:
@@ -241,9 +244,7 @@ def test_one_dimension_that_grows_keeps_its_numbers_and_two_do_not() -> None:
         job_of(0, 3, ranked=True, mesh=(("dp", 3),)),
     )
     assert len(grown.remarks) == 1
-    assert (
-        "2 rows were saved and 3 are loaded: row 2 is new, made from row r % 2" in grown.remarks[0]
-    )
+    assert "2 rows were saved and 3 are loaded: row 2 is new, row 2 from row 0" in grown.remarks[0]
     assert "(python, noise forked; order taken as saved)" in grown.remarks[0]
     two = resume(
         saved(4, ranked=True, mesh=(("pp", 2), ("dp", 2))),
@@ -255,7 +256,7 @@ def test_one_dimension_that_grows_keeps_its_numbers_and_two_do_not() -> None:
 def test_record_of_a_live_rng_is_what_resume_takes() -> None:
     rng = StatefulRNG(1)
     record = record_of(rng.state_dict())
-    kinds = {name: Kind(stream.kind, False) for name, stream in record.streams.items()}
-    its = resume(record, Job(0, 1, None, False, kinds, frozenset(kinds)))
-    assert set(its.restored) == set(kinds)
-    assert its.remarks == ()
+    slots = {name: Slot(stream.kind, False, True) for name, stream in record.streams.items()}
+    plan = resume(record, Job(0, 1, None, False, slots))
+    assert plan.states.keys() == slots.keys()
+    assert plan.remarks == ()

@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from nemo_rng_dcp import RNGStateError, RNGStateWarning, StatefulRNG
-from nemo_rng_dcp.record import KEY, Mesh, Record, Stream, version_number, version_text
-from nemo_rng_dcp.resume import Job, Kind, resume
+from nemo_rng_dcp.generators import Slot
+from nemo_rng_dcp.record import KEY, Mesh, Record, Stream
+from nemo_rng_dcp.resume import Job, resume
+from nemo_rng_dcp.versions import version_number, version_text
 from tests.support.records import State, altered, record_of
 from tests.support.streams import draw, unmoved
 
@@ -91,7 +93,7 @@ def test_each_other_version_is_named_older_or_newer(name: str, step: int) -> Non
     with pytest.warns(RNGStateWarning) as caught:
         rng.load_state_dict(state)
     here = version_text(version_number(NOW[name]))
-    [text] = [str(each.message) for each in caught]
+    [text] = [str(warning.message) for warning in caught]
     assert f"saved with {name} {version_text(then)}, now {here}: the streams continue" in text
 
 
@@ -120,47 +122,51 @@ def of(rows: int, mesh: Mesh | None, *names: str) -> Record:
 
 
 def job(rows: int, mesh: Mesh | None, *names: str) -> Job:
-    kinds = {name: Kind("python", False) for name in names}
-    return Job(0, rows, mesh, True, kinds, frozenset(names))
+    slots = {name: Slot("python", False, True) for name in names}
+    return Job(0, rows, mesh, True, slots)
 
 
 @pytest.mark.parametrize(
-    ("then", "now", "said"),
+    ("then", "now", "remark"),
     [
         (3, 2, "3 rows were saved and 2 are loaded: row 2 is dropped"),
         (4, 2, "4 rows were saved and 2 are loaded: rows 2 to 3 are dropped"),
-        (2, 3, "2 rows were saved and 3 are loaded: row 2 is new, made from row r % 2 (a, b for"),
-        (2, 5, "2 rows were saved and 5 are loaded: rows 2 to 4 are new, made from row r % 2"),
+        (2, 3, "2 rows were saved and 3 are loaded: row 2 is new, row 2 from row 0 (a, b for"),
+        (
+            2,
+            5,
+            "2 rows were saved and 5 are loaded: rows 2 to 4 are new, row 2 from row 0, row 3 "
+            "from row 1, ... (",
+        ),
     ],
 )
-def test_rows_are_counted_in_words(then: int, now: int, said: str) -> None:
-    its = resume(of(then, None, "a", "b"), job(now, None, "a", "b"))
-    assert its.resizes == 1
-    [text] = its.remarks
-    assert text.startswith(said)
+def test_rows_are_counted_in_words(then: int, now: int, remark: str) -> None:
+    plan = resume(of(then, None, "a", "b"), job(now, None, "a", "b"))
+    assert plan.resizes == 1
+    [text] = plan.remarks
+    assert text.startswith(remark)
 
 
 def test_all_that_only_one_side_has_is_named() -> None:
-    its = resume(of(1, None, "a", "b", "c"), job(1, None, "c", "d", "e"))
-    assert (its.restored, its.resizes) == (("c",), 0)
-    absent, left_over = its.remarks
+    plan = resume(of(1, None, "a", "b", "c"), job(1, None, "c", "d", "e"))
+    assert (plan.states, plan.resizes) == ({"c": b"c"}, 0)
+    absent, ignored = plan.remarks
     assert "the checkpoint has no d, e: the stream stays as it is" in absent
-    assert "the checkpoint has a, b, which this job has not: dropped" in left_over
+    assert "the checkpoint has a, b, which this job does not have: ignored" in ignored
 
 
 @pytest.mark.parametrize("then", [(("a", 2), ("b", 3)), (("a", 3), ("b", 2)), (("c", 6),), None])
 @pytest.mark.parametrize("now", [(("b", 3), ("a", 2)), (("b", 2), ("a", 3)), (("a", 6),)])
 def test_a_permuted_or_renamed_mesh_is_said(then: Mesh | None, now: Mesh | None) -> None:
-    its = resume(of(6, then, "a"), job(6, now, "a"))
-    assert any("row r may belong to another coordinate now" in text for text in its.remarks)
+    plan = resume(of(6, then, "a"), job(6, now, "a"))
+    assert any("row r may belong to another coordinate now" in text for text in plan.remarks)
 
 
 def test_the_kind_of_every_generator_is_compared() -> None:
     record = of(1, None, "a", "b", "c")
     here = job(1, None, "a", "b", "c")
     for name in "abc":
-        kinds = {**here.generators, name: Kind("torch.cpu", False)}
-        other = Job(0, 1, None, True, kinds, here.global_names)
+        other = Job(0, 1, None, True, {**here.slots, name: Slot("torch.cpu", False, True)})
         with pytest.raises(RNGStateError, match=f"^{name}: .*a python generator.*is torch.cpu"):
             resume(record, other)
 

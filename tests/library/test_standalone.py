@@ -16,7 +16,8 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save, torch_s
 from torch.distributed.device_mesh import init_device_mesh
 
 from nemo_rng_dcp import RNGStateError, RNGStateWarning, StatefulRNG
-from nemo_rng_dcp.record import KEY, NOT_SAVED
+from nemo_rng_dcp.record import KEY
+from nemo_rng_dcp.table import NOT_SAVED
 from tests.support.jobs import begin_group, job
 from tests.support.streams import draw, unmoved, warned
 
@@ -169,6 +170,25 @@ def test_nor_is_one_behind_a_url_or_with_metadata_of_every_rank(tmp_path: Path) 
     for path in (tmp_path / "by_rank", f"file://{tmp_path}/one"):
         with pytest.raises(RNGStateError, match=r"other things \(weight, for one\)"):
             StatefulRNG(1).save(path)
+
+
+def test_nor_is_a_tensor_that_only_has_the_name_of_a_record(tmp_path: Path) -> None:
+    weight = torch.arange(6).reshape(2, 3)
+    dcp.save({"w": {KEY: weight}}, checkpoint_id=tmp_path, no_dist=True)
+    with pytest.raises(RNGStateError, match=r"other things \(w.rng_streams, for one\)"):
+        StatefulRNG(1).save(tmp_path)
+    state = {"w": {KEY: torch.zeros_like(weight)}}
+    dcp.load(state, checkpoint_id=tmp_path, no_dist=True)
+    assert torch.equal(state["w"][KEY], weight)
+
+
+def test_a_key_may_be_named_as_inspect_shows_it(tmp_path: Path) -> None:
+    rng, other = (StatefulRNG(1, generators={"own": random.Random(n)}) for n in range(2))
+    dcp.save({"a": rng, "b": other}, checkpoint_id=tmp_path, no_dist=True)
+    expected = other.fingerprint()
+    for key in ("b", f"b.{KEY}"):
+        rng.load(tmp_path, key=key)
+        assert rng.fingerprint() == expected
 
 
 @pytest.mark.filterwarnings("ignore:Detected an existing checkpoint")

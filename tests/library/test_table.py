@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from nemo_rng_dcp import RNGStateError, StatefulRNG
-from nemo_rng_dcp.layout import Layout
+from nemo_rng_dcp.table import Rows
 from tests.support.records import record_of
 from tests.support.streams import unmoved
 
@@ -27,10 +27,10 @@ def rows_of(
     for rank in range(world_size):
         fake_group(rank, world_size)
         mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
-        layout = Layout.current(mesh if along is None else mesh[along])
+        layout = Rows.current(mesh if along is None else mesh[along])
         table = layout.table(torch.full((3,), rank))
         assert isinstance(table, DTensor)
-        assert table.shape == (3 * layout.rows,)
+        assert table.shape == (3 * layout.count,)
         assert table.to_local().tolist() == [rank] * 3
         [chunk] = table.__create_chunk_list__()  # type: ignore[attr-defined]
         assert (chunk.offsets, chunk.sizes) == ((3 * layout.row,), (3,))

@@ -1,5 +1,9 @@
 """The package as it is imported: public names come when they are asked for."""
 
+import ast
+from graphlib import TopologicalSorter
+from pathlib import Path
+
 import pytest
 
 import nemo_rng_dcp
@@ -24,3 +28,44 @@ def test_a_name_that_is_not_there_is_an_attribute_error() -> None:
 def test_importing_the_package_imports_no_torch() -> None:
     program = "import sys, nemo_rng_dcp; sys.exit('torch' in sys.modules)"
     assert python("-c", program).returncode == 0
+
+
+# The house: the modules and folders of the package, each on the floor above all that it imports.
+
+PACKAGE = Path(nemo_rng_dcp.__file__).parent
+FLOORS, FLOORS_OF_THE_LIBRARY = 8, 6
+
+
+def house() -> dict[str, set[str]]:
+    """Return by module or folder of the package which others it imports, also for types alone."""
+    files = {file: file.relative_to(PACKAGE).with_suffix("") for file in PACKAGE.rglob("*.py")}
+    rooms: dict[str, set[str]] = {path.parts[0]: set() for path in files.values()}
+    for file, path in files.items():
+        room = path.parts[0]
+        for module in imported_by(file):
+            package, _, below = module.partition(".")
+            if package == PACKAGE.name:
+                name = below.partition(".")[0]
+                # A public name of the package itself comes from its __init__.
+                rooms[room].add(name if name in rooms else "__init__")
+        rooms[room].discard(room)
+    return rooms
+
+
+def imported_by(file: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def test_no_import_runs_upward_and_the_floors_are_few() -> None:
+    rooms, floors = house(), dict[str, int]()
+    for room in TopologicalSorter(rooms).static_order():  # a circle is a CycleError
+        floors[room] = 1 + max((floors[below] for below in rooms[room]), default=0)
+    library = {room: floor for room, floor in floors.items() if room not in ("cli", "__main__")}
+    assert max(floors.values()) <= FLOORS, floors
+    assert max(library.values()) <= FLOORS_OF_THE_LIBRARY, library

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from nemo_rng_dcp import RNGStateWarning, snapshot
-from nemo_rng_dcp.generators import device_in_use, generators_of_process
+from nemo_rng_dcp import RNGStateWarning
+from nemo_rng_dcp.generators import GeneratorSet, device_in_use
 
 
 def draw(count: int = 1) -> list[float]:
@@ -22,8 +22,8 @@ def draw(count: int = 1) -> list[float]:
 
 
 def states() -> dict[str, bytes]:
-    generators = generators_of_process(device_in_use())
-    return snapshot.pack(generators, snapshot.take(generators))
+    generators = GeneratorSet(device_in_use())
+    return generators.pack(generators.take())
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from nemo_rng_dcp.cli.checkpoint.index import Chunk, Index, Stored
 from nemo_rng_dcp.cli.checkpoint.safetensors import Safetensors
 from nemo_rng_dcp.cli.checkpoint.tensors import ARCHIVE_BYTES, from_archive, from_raw
 from nemo_rng_dcp.errors import RNGStateError
-from nemo_rng_dcp.record import KEY
+from nemo_rng_dcp.table import is_record as is_record_of
 
 _WRITER = re.compile(r"__(\d{1,9})_\d+\.|shard-(\d{1,9})-")
 
@@ -125,7 +125,7 @@ class Checkpoint:
 
 def is_record(key: str, stored: Stored) -> bool:
     """Return whether a load takes what is stored under a key for records."""
-    return key.rpartition(".")[2] == KEY and stored.dtype == "int64" and len(stored.size) == 1
+    return is_record_of(key, getattr(torch, stored.dtype or "", None), stored.size)
 
 
 def ranks_that_wrote(files: Iterable[str]) -> set[int]:

@@ -9,7 +9,8 @@ import torch
 from nemo_rng_dcp.cli.checkpoint.checkpoint import Checkpoint
 from nemo_rng_dcp.cli.checkpoint.index import Chunk
 from nemo_rng_dcp.errors import RNGStateError
-from nemo_rng_dcp.record import KEY, Record, records_in
+from nemo_rng_dcp.record import KEY, Record
+from nemo_rng_dcp.table import records_in
 
 
 def find_tables(checkpoint: Checkpoint) -> list[Table]:

@@ -13,7 +13,8 @@ import torch
 from nemo_rng_dcp.errors import RNGStateError
 from nemo_rng_dcp.generators.mt19937 import MT19937State
 from nemo_rng_dcp.generators.torch_random import to_bytes
-from nemo_rng_dcp.record import UNSEEDED, Record, Stream
+from nemo_rng_dcp.record import Record, Stream
+from nemo_rng_dcp.versions import UNSEEDED
 
 _LARGEST = 2**16
 """More numbers than any generator's state has."""

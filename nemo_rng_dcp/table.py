@@ -1,60 +1,49 @@
-"""Which row is this process's, and how its record becomes part of a table that DCP stores."""
+"""The table of an RNG entry: which row is this process's, and how DCP stores and finds records.
+
+A table is one int64 tensor of ``rows * length`` numbers: the records of all rows, one after the
+other. DCP stores it as one chunk per row.
+"""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint import ReadItem
+from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadItemType
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from nemo_rng_dcp.errors import RNGStateError
-from nemo_rng_dcp.record import KEY, Mesh, Record, records_in
+from nemo_rng_dcp.ranks import global_rank, world_size
+from nemo_rng_dcp.record import KEY, LENGTH, ROWS, Mesh, Record, words_of
 
-
-def global_rank() -> int:
-    """Return this process's global rank; does not communicate.
-
-    The default process group decides. Before it exists, torchrun's ``RANK`` variable does, and
-    without either the process is rank 0.
-
-    Raises:
-        ValueError: ``RANK`` is set but is no rank.
-    """
-    if dist.is_initialized():
-        return dist.get_rank()
-    value = os.environ.get("RANK", "0")
-    if not value.isdecimal():
-        raise ValueError(f"the environment variable RANK is {value!r}, expected an integer >= 0")
-    return int(value)
-
-
-def world_size() -> int:
-    """Return the default process group's size, 1 without one; does not communicate."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+NOT_SAVED = torch.empty(0, dtype=torch.int64)
+"""Stands for a record that a checkpoint does not have."""
 
 
 @dataclass(frozen=True)
-class Layout:
+class Rows:
     """One row per coordinate of a mesh, numbered row-major.
 
     Attributes:
-        row: The row that belongs to this process, ``0 <= row < rows``.
-        rows: Rows of the table.
+        row: The row that belongs to this process, ``0 <= row < count``.
+        count: Rows of the table.
         mesh: The mesh along which streams differ; ``None``: all ranks of the default process
             group, or no group at all.
     """
 
     row: int
-    rows: int
+    count: int
     mesh: DeviceMesh | None
 
     @classmethod
-    def current(cls, mesh: DeviceMesh | None = None) -> Layout:
-        """Return the layout as of now; does not communicate and creates no process group.
+    def current(cls, mesh: DeviceMesh | None = None) -> Rows:
+        """Return the rows as of now; does not communicate and creates no process group.
 
         Args:
             mesh: The (sub)mesh along which streams differ, of any number of dimensions. Ranks of
@@ -98,7 +87,7 @@ class Layout:
             # Sharding dim 0 over every mesh dimension in order is the row-major numbering.
             [Shard(0)] * mesh.ndim,
             run_check=False,
-            shape=torch.Size((self.rows * record.numel(),)),
+            shape=torch.Size((self.count * record.numel(),)),
             stride=(1,),
         )
 
@@ -121,7 +110,7 @@ class Layout:
         source = source_row(self.row, record.rows)
         if record.row != source:
             raise RNGStateError(
-                f"{KEY}: row {self.row} of {self.rows} was given row {record.row} of "
+                f"{KEY}: row {self.row} of {self.count} was given row {record.row} of "
                 f"{record.rows}, expected row {source}. A state_dict() holds its own rank's row "
                 "alone, also when one rank passes it to torch.save: save on all ranks with "
                 "dcp.save or StatefulRNG.save(), and load with dcp.load or StatefulRNG.load()."
@@ -140,6 +129,87 @@ def row_major(coordinate: Sequence[int], shape: Sequence[int]) -> int:
 def source_row(row: int, rows_saved: int) -> int:
     """Return the saved row that is loaded into row ``row``, of however many."""
     return row % rows_saved
+
+
+def records_in(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """Return the records that stand one after the other in a tensor, unread.
+
+    Args:
+        tensor: One record, or all of a table, in the order of the rows.
+
+    Raises:
+        RNGStateError: It is neither.
+    """
+    words = words_of(tensor)
+    if len(words) > ROWS and 0 < words[LENGTH] < len(words):
+        length, rows = int(words[LENGTH]), int(words[ROWS])
+        if length * rows == len(words):
+            return list(torch.split(tensor, length))
+    return [tensor]
+
+
+def is_record(key: str, dtype: object, size: Sequence[int]) -> bool:
+    """Return whether a load takes what a checkpoint has under a key for records.
+
+    Args:
+        key: The key in the checkpoint.
+        dtype: The tensor's data type; ``None``, for example, where no tensor is stored.
+        size: The tensor's shape.
+    """
+    return key.rpartition(".")[2] == KEY and dtype == torch.int64 and len(size) == 1
+
+
+def record_keys(saved: Mapping[str, Any]) -> list[str]:
+    """Return the keys under which a checkpoint's metadata lists records."""
+    return [
+        key
+        for key, stored in saved.items()
+        if isinstance(stored, TensorStorageMetadata)
+        and is_record(key, stored.properties.dtype, stored.size)
+    ]
+
+
+def read_of_row(key: str, row: int, saved: Any) -> ReadItem:
+    """Return the read of the saved record that is loaded into a row.
+
+    Args:
+        key: The record's key in the checkpoint.
+        row: The row of the job that loads.
+        saved: What the checkpoint's metadata has under that key.
+
+    Raises:
+        RNGStateError: No record is there, or none for the row.
+    """
+    if not isinstance(saved, TensorStorageMetadata):
+        raise RNGStateError(
+            f"{key}: the checkpoint holds bytes (a pickle) here, expected a tensor. No StatefulRNG "
+            "wrote that; it was not read. Load without RNG state, or another checkpoint."
+        )
+    is_one = is_record(key, saved.properties.dtype, saved.size)
+    if not is_one or not saved.chunks or not all(saved.chunks[0].sizes):
+        raise RNGStateError(
+            f"{key}: the checkpoint holds {saved.properties.dtype} {tuple(saved.size)} in "
+            f"{len(saved.chunks)} chunks, expected torch.int64 (rows * length,) in one chunk per "
+            "row. No StatefulRNG wrote that."
+        )
+    # One chunk alone is one row, or all of them (as torch_save_to_dcp writes it): StatefulRNG
+    # chooses then, as a record tells how many there are.
+    length = saved.chunks[0].sizes[0]
+    place = torch.Size((source_row(row, saved.size[0] // length) * length,))
+    for number, chunk in enumerate(saved.chunks):
+        if chunk.offsets == place and chunk.sizes == (length,):
+            return ReadItem(
+                type=LoadItemType.TENSOR,
+                dest_index=MetadataIndex(key, torch.Size((0,))),
+                dest_offsets=torch.Size((0,)),
+                storage_index=MetadataIndex(key, chunk.offsets, number),
+                storage_offsets=torch.Size((0,)),
+                lengths=torch.Size((length,)),
+            )
+    raise RNGStateError(
+        f"{key}: the checkpoint's metadata has no chunk of {length} numbers at {place[0]}, for row "
+        f"{row}. It was saved by fewer ranks than it has rows, or is damaged."
+    )
 
 
 def _mesh_of_all_ranks() -> DeviceMesh:
