@@ -24,6 +24,24 @@ State = Mapping[str, torch.Tensor]
 
 GENERATORS = {"python": "python", "numpy": "numpy", "torch": "torch.cpu"}
 
+RECORD = Record(
+    row=3,
+    rows=8,
+    world_size=16,
+    seed=42,
+    ranked=True,
+    resizes=2,
+    taken_at=1_780_000_000_123_456_789,
+    mesh=(("dp", 4), ("pp", 2)),
+    streams={"python": Stream("python", False, b"12345"), "order": Stream("x", True, b"\xff" * 8)},
+    python_version=3011007,
+    numpy_version=2004006,
+    torch_version=2013000,
+    library_version=1000,
+    hash_seed="random",
+)
+"""A record that never changes: what it is on disk is layout 1."""
+
 
 def stream(kind: str, seed: int, shared: bool = False) -> Stream:
     """Return a stream that was just seeded."""

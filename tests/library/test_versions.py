@@ -1,4 +1,4 @@
-"""``PYTHONHASHSEED`` in a record: said when a resume has another one, and never in the way."""
+"""Versions as numbers, and ``PYTHONHASHSEED``: warned of where a resume has another one."""
 
 import json
 import os
@@ -12,13 +12,12 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from nemo_rng_dcp.record import Mesh, Record
 from nemo_rng_dcp.table import records_in
-from nemo_rng_dcp.versions import HASH_SEED, UNSEEDED
+from nemo_rng_dcp.versions import HASH_SEED, UNSEEDED, version_number, version_text
 from tests.fixtures import LAYOUT_1
 from tests.library import hash_seed
-from tests.library.test_record import RECORD
 from tests.support.command import Capture, ask, ask_json
 from tests.support.launch import python
-from tests.support.records import records, save
+from tests.support.records import RECORD, records, save
 
 LONGEST = str(2**32 - 1)
 
@@ -95,3 +94,19 @@ def test_inspect_shows_it(tmp_path: Path, capsys: Capture) -> None:
     assert "PYTHONHASHSEED" not in ask(capsys, "inspect", tmp_path / "unset")[1]
     [entry] = ask_json(capsys, "inspect", tmp_path / "set")["entries"]
     assert [row["hash_seed"] for row in entry["streams"]] == ["7"]
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("2.13.0+cpu", 2_013_000),
+        ("3.11.7", 3_011_007),
+        ("2.4", 2_004_000),
+        ("2.15.0a0+git1234", 2_015_000),
+        ("unknown", 0),
+    ],
+)
+def test_versions_are_numbers(text: str, number: int) -> None:
+    assert version_number(text) == number
+    if number:
+        assert version_text(number).startswith(text[:3])
