@@ -23,7 +23,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save(records(2), tmp_path_factory.mktemp("command") / "checkpoint")
 
 
-def test_it_is_installed(checkpoint: Path, tmp_path: Path) -> None:
+def test_the_command_is_installed(checkpoint: Path, tmp_path: Path) -> None:
     done = run("inspect", checkpoint, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.endswith("no findings\n")
@@ -50,7 +50,7 @@ def test_help_and_version_import_neither_torch_nor_numpy(words: list[str]) -> No
         assert len(examples) == 2
 
 
-def test_it_runs_as_a_module(checkpoint: Path) -> None:
+def test_the_command_runs_as_a_module(checkpoint: Path) -> None:
     done = python("-m", "nemo_rng_dcp", "inspect", checkpoint, "--json")
     (entry,) = json.loads(done.stdout)["entries"]
     assert (entry["path"], entry["rows"], len(entry["streams"])) == ("rng", 2, 2)

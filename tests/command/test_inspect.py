@@ -61,7 +61,7 @@ def save_along_a_mesh(path: Path) -> None:
     dcp.save(rng.state_dict(), checkpoint_id=path)
 
 
-def test_inspect_says_when_along_which_mesh_and_what_is_shared(
+def test_inspect_shows_when_along_which_mesh_and_what_is_shared(
     tmp_path: Path, capsys: Capture
 ) -> None:
     job(4, save_along_a_mesh, tmp_path)

@@ -167,7 +167,7 @@ def test_a_device_that_is_not_there_is_refused(device: Any) -> None:
         StatefulRNG(1, device=device)
 
 
-def test_a_checkpoint_without_the_device_says_so(tmp_path: Path) -> None:
+def test_a_checkpoint_without_the_device_warns(tmp_path: Path) -> None:
     dcp.save({"rng": StatefulRNG(1, device="cpu")}, checkpoint_id=tmp_path)
     expected = draw()
     rng = StatefulRNG(2)
@@ -179,7 +179,7 @@ def test_a_checkpoint_without_the_device_says_so(tmp_path: Path) -> None:
     assert torch.equal(MODULE.get_rng_state(0), device)
 
 
-def test_a_checkpoint_with_the_device_says_so_on_the_cpu(tmp_path: Path) -> None:
+def test_a_checkpoint_with_the_device_warns_on_the_cpu(tmp_path: Path) -> None:
     dcp.save({"rng": StatefulRNG(1)}, checkpoint_id=tmp_path)
     expected = draw()
     rng = StatefulRNG(2, device="cpu")
@@ -285,7 +285,7 @@ def test_an_rng_state_holds_the_current_device_alone_and_takes_all() -> None:
         _restore_rng_state(state)
 
 
-def test_an_rng_state_of_a_machine_without_the_device_says_so() -> None:
+def test_an_rng_state_of_a_machine_without_the_device_warns() -> None:
     state = _get_rng_state()
     state.cuda_rng_state = []
     expected = draw()
@@ -299,7 +299,7 @@ def test_an_rng_state_of_a_machine_without_the_device_says_so() -> None:
         assert torch.equal(MODULE.get_rng_state(0), device)
 
 
-def test_an_rng_state_with_a_device_on_the_cpu_says_so() -> None:
+def test_an_rng_state_with_a_device_warns_on_the_cpu() -> None:
     state = _get_rng_state()
     expected = draw()
     rng = StatefulRNG(1, device="cpu")
@@ -415,7 +415,7 @@ def first_used_in_a_scope() -> tuple[str, str]:
     return str(caught[0].message), caught[0].filename
 
 
-def test_a_scope_says_that_it_cannot_cover_a_device_first_used_inside() -> None:
+def test_a_scope_warns_of_a_device_that_is_first_used_inside() -> None:
     [(message, file)] = job(1, first_used_in_a_scope, group=False)
     assert file == __file__
     assert re.match(rf"{TYPE} was first used inside a ScopedRNG", message)

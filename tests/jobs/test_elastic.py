@@ -58,7 +58,7 @@ def assert_rows(found: list[Numbers], saved: list[Numbers]) -> None:
     assert found[:common] == saved[:common]
 
 
-def test_fewer_ranks_keep_their_rows(tmp_path: Path) -> None:
+def test_shrinking_keeps_the_rows_of_the_ranks_that_stay(tmp_path: Path) -> None:
     saved = job(4, save, tmp_path)
     expected = ["RNG state: 4 rows were saved and 2 are loaded: rows 2 to 3 are dropped"]
     assert job(2, load_and_warn, tmp_path) == [(saved[0], expected), (saved[1], [])]
@@ -76,7 +76,7 @@ def load_save_and_draw(path: Path, new: Path) -> Numbers:
     return draw()
 
 
-def test_more_ranks_fork(tmp_path: Path) -> None:
+def test_growing_forks_new_rows(tmp_path: Path) -> None:
     """4 -> 8 -> 4 -> 8, where nothing at all is drawn between the last two."""
     a, b, c = (tmp_path / name for name in "abc")
     saved = job(4, save, a)
@@ -183,7 +183,7 @@ def test_unranked_streams_are_taken_as_they_are(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [2, 6])
-def test_no_dist(size: int, tmp_path: Path) -> None:
+def test_a_load_without_collectives_follows_the_same_rules(size: int, tmp_path: Path) -> None:
     saved = job(4, save, tmp_path)
     results = job(size, load_and_warn, tmp_path, True)
     assert_rows([numbers for numbers, _ in results], saved)
@@ -335,8 +335,8 @@ def save_on_mesh(shape: Shape, names: Names, along: Any, path: Path) -> Numbers:
     rng = StatefulRNG(42, ranked=True, mesh=mesh[along])
     rng.verify_shared()
     dcp.save({"rng": rng}, checkpoint_id=path)
-    tables = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-    table = tables["rng.rng_streams"]
+    stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    table = stored["rng.rng_streams"]
     assert isinstance(table, dcp.TensorStorageMetadata)
     assert len(table.chunks) == mesh[along].size(), "a shared row is stored once"
     return draw()

@@ -66,7 +66,7 @@ def load_on(path: Path, shape: tuple[int, ...], names: tuple[str, ...]) -> list[
     return warned(lambda: dcp.load({"rng": rng}, checkpoint_id=path))
 
 
-def test_another_mesh_of_as_many_rows_is_said_once(tmp_path: Path) -> None:
+def test_another_mesh_of_as_many_rows_warns_once(tmp_path: Path) -> None:
     job(4, save_on, tmp_path, (4, 1), ("dp", "pp"))
     assert job(4, load_on, tmp_path, (4, 1), ("dp", "pp")) == [[]] * 4
     first, *others = job(4, load_on, tmp_path, (2, 2), ("dp", "pp"))
@@ -100,7 +100,7 @@ def load_stage(path: Path, shape: tuple[int, int]) -> list[str]:
 
 
 @pytest.mark.parametrize(("then", "now", "what"), [(2, 3, "is new"), (3, 2, "is dropped")])
-def test_every_stage_that_loads_its_own_checkpoint_says_what_it_did(
+def test_every_stage_that_loads_its_own_checkpoint_warns(
     tmp_path: Path, then: int, now: int, what: str
 ) -> None:
     job(2 * then, save_stage, tmp_path, (2, then))

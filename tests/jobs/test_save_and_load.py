@@ -110,9 +110,9 @@ def test_a_save_moves_no_stream(size: int, tmp_path: Path) -> None:
 @sizes
 def test_the_checkpoint_holds_one_row_per_rank_and_no_bytes(size: int, tmp_path: Path) -> None:
     job(size, save_unmoved, tmp_path)
-    tables = dcp.FileSystemReader(tmp_path).read_metadata().state_dict_metadata
-    assert list(tables) == ["rng.rng_streams"]
-    table = tables["rng.rng_streams"]
+    stored = dcp.FileSystemReader(tmp_path).read_metadata().state_dict_metadata
+    assert list(stored) == ["rng.rng_streams"]
+    table = stored["rng.rng_streams"]
     assert isinstance(table, dcp.TensorStorageMetadata)
     assert table.properties.dtype == torch.int64
     [length] = {chunk.sizes[0] for chunk in table.chunks}

@@ -96,7 +96,7 @@ def test_our_state_is_read_without_unpickling_code(tmp_path: Path) -> None:
     assert draw() == expected
 
 
-def test_a_load_of_theirs_can_be_rewound_and_says_that_it_was_one() -> None:
+def test_a_load_of_automodels_state_can_be_rewound_and_is_in_loaded() -> None:
     noise = random.Random(1)
     rng = StatefulRNG(1, generators={"noise": noise})
     state = present_dict()
@@ -190,7 +190,7 @@ def test_rng_state_round_trip_in_each_librarys_own_format() -> None:
     assert draw() == expected
 
 
-def test_a_state_that_automodel_made_is_taken() -> None:
+def test_a_state_that_automodel_made_is_restored() -> None:
     state = RNGState(
         random.getstate(),
         np.random.get_state(),  # type: ignore[arg-type]

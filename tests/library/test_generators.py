@@ -59,10 +59,10 @@ def test_a_registered_generator_is_restored_in_place(kind: str, already_drawn: i
     rng = StatefulRNG(1, generators={"noise": generator})
     assert numbers(generator, 9) == numbers(KINDS[kind](5), 9), "construction does not reseed it"
     numbers(generator, already_drawn)
-    tables = rng.state_dict()
+    state = rng.state_dict()
     expected = numbers(held_elsewhere[0])
     numbers(generator, 5)
-    rng.load_state_dict(tables)
+    rng.load_state_dict(state)
     assert numbers(held_elsewhere[0]) == expected
     rng.rewind()
     assert numbers(held_elsewhere[0]) == expected
@@ -180,14 +180,14 @@ def test_a_random_state_over_another_algorithm_is_refused_at_construction() -> N
 
 def test_another_algorithm_in_the_checkpoint_is_an_error_that_names_both() -> None:
     saved = StatefulRNG(1, generators={"noise": np.random.Generator(np.random.PCG64(1))})
-    tables = saved.state_dict()
+    state = saved.state_dict()
     generator = np.random.Generator(np.random.Philox(1))
     rng = StatefulRNG(1, generators={"noise": generator})
     before = rng.fingerprint()
     draw()
     message = r"^noise: .* numpy.PCG64 generator, and this job's is numpy.Philox"
     with unmoved(), pytest.raises(RNGStateError, match=message):
-        rng.load_state_dict(tables)
+        rng.load_state_dict(state)
     assert rng.fingerprint()["noise"] == before["noise"]
 
 
@@ -271,7 +271,7 @@ class Stuck(Counter):
 def test_a_setter_that_raises_halfway_leaves_every_stream_where_it_was() -> None:
     noise, stuck, last = torch.Generator().manual_seed(5), Stuck(7), np.random.default_rng(5)
     rng = StatefulRNG(1, generators={"noise": noise, "stuck": stuck, "last": last})
-    tables = rng.state_dict()
+    state = rng.state_dict()
     draw()
     numbers(noise, 3)
     stuck.draw()
@@ -279,10 +279,10 @@ def test_a_setter_that_raises_halfway_leaves_every_stream_where_it_was() -> None
     before = rng.fingerprint()
     message = "^stuck: the generator did not take its state .*OSError: stuck.* back where it was"
     with unmoved(), pytest.raises(RNGStateError, match=message) as error:
-        rng.load_state_dict(tables)
+        rng.load_state_dict(state)
     assert isinstance(error.value.__cause__, OSError)
     assert rng.fingerprint() == before
-    rng.load_state_dict(tables)
+    rng.load_state_dict(state)
     assert stuck.draw() == 7
 
 

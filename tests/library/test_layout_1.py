@@ -38,7 +38,7 @@ def test_every_row_is_restored(
     assert {name: found[name] for name in FINGERPRINTS[rank]} == FINGERPRINTS[rank]
 
 
-def test_inspect_shows_its_fingerprints(capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_shows_the_fingerprints_of_layout_1(capsys: pytest.CaptureFixture[str]) -> None:
     main(["inspect", str(LAYOUT_1)])
     shown = capsys.readouterr().out
     for fingerprints in FINGERPRINTS:

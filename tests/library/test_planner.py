@@ -155,7 +155,7 @@ def load_nothing(path: Path, planner: Any) -> tuple[list[str], bool]:
         RNGLoadPlanner(DefaultLoadPlanner(allow_partial_load=True)),
     ],
 )
-def test_a_load_that_restores_nothing_says_so_on_each_rank(planner: Any, tmp_path: Path) -> None:
+def test_a_load_that_restores_nothing_warns_on_every_rank(planner: Any, tmp_path: Path) -> None:
     job(2, save_weight, tmp_path)
     for rank, (messages, _) in enumerate(job(2, load_nothing, tmp_path, planner)):
         [text] = messages

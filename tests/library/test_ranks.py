@@ -39,7 +39,7 @@ def fingerprints_of_shared_rows() -> tuple[list[dict[str, str]], list[dict[str, 
     return rng.fingerprint(gather=True), gather(rng.fingerprint())
 
 
-def test_of_ranks_that_share_a_row_the_lowest_speaks() -> None:
+def test_the_lowest_rank_of_a_row_gives_its_fingerprint() -> None:
     for gathered, by_rank in job(4, fingerprints_of_shared_rows):
         assert gathered == by_rank[:2]
     assert by_rank[0] != by_rank[2]

@@ -142,7 +142,7 @@ def test_all_that_only_one_side_has_is_named() -> None:
 
 @pytest.mark.parametrize("then", [(("a", 2), ("b", 3)), (("a", 3), ("b", 2)), (("c", 6),), None])
 @pytest.mark.parametrize("now", [(("b", 3), ("a", 2)), (("b", 2), ("a", 3)), (("a", 6),)])
-def test_a_permuted_or_renamed_mesh_is_said(then: Mesh | None, now: Mesh | None) -> None:
+def test_a_permuted_or_renamed_mesh_warns(then: Mesh | None, now: Mesh | None) -> None:
     plan = resume(of(6, then, "a"), job(6, now, "a"))
     assert any("row r may belong to another coordinate now" in text for text in plan.remarks)
 
@@ -156,7 +156,7 @@ def test_the_kind_of_every_generator_is_compared() -> None:
             resume(record, other)
 
 
-def test_nothing_is_said_of_a_record_of_this_job() -> None:
+def test_a_record_of_this_job_does_not_warn() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         rng = StatefulRNG(1, generators={"own": random.Random(1)})
@@ -213,7 +213,7 @@ def test_on_a_new_row_globals_follow_ranked_and_registered_ones_do_not(
         ((("dp", 8),), None, "saved along dp 8 and are loaded along all ranks"),
     ],
 )
-def test_another_mesh_of_as_many_rows_is_said(then: object, now: object, remark: str) -> None:
+def test_another_mesh_of_as_many_rows_warns(then: object, now: object, remark: str) -> None:
     rows = 4 if remark == "" else 8
     record = saved(rows, ranked=True, mesh=then)  # type: ignore[arg-type]
     plan = resume(record, job_of(0, rows, ranked=True, mesh=now))  # type: ignore[arg-type]
@@ -231,7 +231,7 @@ def test_another_mesh_of_as_many_rows_is_said(then: object, now: object, remark:
         (False, True, 2, False, ""),  # nor where no global stream is stored
     ],
 )
-def test_another_ranked_is_said(
+def test_another_ranked_warns(
     then: bool, now: bool, rows: int, is_global: bool, remark: str
 ) -> None:
     job = job_of(0, rows, ranked=now, mesh=None)
@@ -250,7 +250,7 @@ def test_another_ranked_is_said(
         (True, 1, ""),  # one row: it makes no difference
     ],
 )
-def test_a_generator_that_is_shared_now_or_no_longer_is_said(
+def test_a_generator_that_is_shared_now_or_no_longer_warns(
     shared: bool, rows: int, remark: str
 ) -> None:
     job = job_of(0, rows, ranked=True, mesh=None)

@@ -55,7 +55,7 @@ def test_the_checkpoint_holds_the_record_and_nothing_else(tmp_path: Path) -> Non
     assert list(metadata.state_dict_metadata) == ["rng_streams"]
 
 
-def test_fewer_ranks_continue_theirs_and_say_what_is_dropped(tmp_path: Path) -> None:
+def test_shrinking_continues_rows_and_names_the_dropped_ones(tmp_path: Path) -> None:
     expected = job(2, saved_alone, tmp_path)
     [(found, messages)] = job(1, loaded_from, tmp_path)
     assert found == expected[0]
@@ -63,7 +63,7 @@ def test_fewer_ranks_continue_theirs_and_say_what_is_dropped(tmp_path: Path) -> 
     assert "row 1 is dropped" in messages[0]
 
 
-def test_more_ranks_continue_theirs_and_the_new_one_forks(tmp_path: Path) -> None:
+def test_growing_continues_rows_and_forks_the_new_one(tmp_path: Path) -> None:
     expected = job(2, saved_alone, tmp_path)
     found = job(3, loaded_from, tmp_path)
     assert [numbers for numbers, _ in found[:2]] == expected
@@ -100,7 +100,7 @@ def test_the_record_is_found_wherever_it_lies(
     assert job(2, loaded_from, tmp_path) == [(numbers, []) for numbers in expected]
 
 
-def test_it_is_found_in_a_converted_checkpoint_on_any_world_size(tmp_path: Path) -> None:
+def test_the_record_is_found_in_a_converted_checkpoint_on_any_world_size(tmp_path: Path) -> None:
     expected = job(2, saved_in_a_job, tmp_path / "dcp", nested)
     dcp_to_torch_save(tmp_path / "dcp", tmp_path / "whole.pt")
     torch_save_to_dcp(tmp_path / "whole.pt", tmp_path / "again")
@@ -134,14 +134,14 @@ def load_fails(path: Path) -> str:
     return str(caught.value)
 
 
-def test_without_a_record_every_rank_says_what_is_there(tmp_path: Path) -> None:
+def test_without_a_record_every_rank_names_what_is_there(tmp_path: Path) -> None:
     dcp.save({"weight": torch.ones(3)}, checkpoint_id=tmp_path, no_dist=True)
     for error in job(2, load_fails, tmp_path):
         assert "holds no record (rng_streams) of a StatefulRNG, only weight" in error
         assert str(tmp_path) in error
 
 
-def test_without_a_checkpoint_every_rank_says_where_it_looked(tmp_path: Path) -> None:
+def test_without_a_checkpoint_every_rank_names_the_place(tmp_path: Path) -> None:
     for error in job(2, load_fails, tmp_path / "missing"):
         assert str(tmp_path / "missing") in error
 
@@ -163,7 +163,9 @@ def test_a_checkpoint_of_other_things_is_not_replaced(tmp_path: Path) -> None:
     assert torch.equal(state["weight"], weight)
 
 
-def test_nor_is_one_behind_a_url_or_with_metadata_of_every_rank(tmp_path: Path) -> None:
+def test_other_things_behind_a_url_or_saved_by_rank_are_not_replaced(
+    tmp_path: Path,
+) -> None:
     writer = dcp.FileSystemWriter(tmp_path / "by_rank")
     dcp.save({"weight": torch.rand(3)}, storage_writer=writer, use_collectives=False)
     dcp.save({"weight": torch.rand(3)}, checkpoint_id=tmp_path / "one")
@@ -313,7 +315,7 @@ def test_ranks_that_share_a_row_load_it_together(tmp_path: Path) -> None:
     assert found[0] == found[1] != found[2]
 
 
-def test_loaded_says_what_was_restored(tmp_path: Path) -> None:
+def test_loaded_describes_what_was_restored(tmp_path: Path) -> None:
     before = datetime.datetime.now(datetime.timezone.utc)
     job(2, saved_alone, tmp_path)
     after = datetime.datetime.now(datetime.timezone.utc)

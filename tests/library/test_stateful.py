@@ -34,7 +34,7 @@ from tests.support.records import State, altered, record_of, with_number, with_s
 from tests.support.streams import draw, states, unmoved, warned
 
 
-def test_it_is_stateful_and_goes_through_dcp_in_automodel() -> None:
+def test_stateful_rng_is_stateful_and_goes_through_dcp_in_automodel() -> None:
     assert isinstance(StatefulRNG(1), Stateful)
     assert StatefulRNG.use_distributed_checkpointing is True
 
@@ -66,10 +66,10 @@ def test_gaussians_that_are_cached_come_back_bit_for_bit() -> None:
     torch.randn(1)
     assert random.getstate()[2] is not None
     assert np.random.get_state(legacy=False)["has_gauss"] == 1
-    tables = rng.state_dict()
+    state = rng.state_dict()
     expected = (random.gauss(0, 1), np.random.standard_normal(), torch.randn(1))
     draw(3)
-    rng.load_state_dict(tables)
+    rng.load_state_dict(state)
     assert (random.gauss(0, 1), np.random.standard_normal(), torch.randn(1)) == expected
 
 
@@ -177,14 +177,14 @@ def test_a_process_that_lost_its_group_does_not_store_itself_as_rank_0(
 
 def test_another_bit_generator_of_numpy_is_refused_by_name() -> None:
     rng = StatefulRNG(1)
-    tables = rng.state_dict()
+    state = rng.state_dict()
     before = np.random.get_bit_generator()
     np.random.set_bit_generator(np.random.PCG64(1))
     try:
         python, torch_state = random.getstate(), torch.get_rng_state()
         for use in (
             rng.state_dict,
-            lambda: rng.load_state_dict(tables),
+            lambda: rng.load_state_dict(state),
             _get_rng_state,
         ):
             with pytest.raises(RNGStateError, match=r"^numpy: .*PCG64.*set_bit_generator\("):
@@ -279,7 +279,7 @@ def test_a_newer_layout_names_the_version_that_reads_it() -> None:
         rng.load_state_dict({KEY: newer})
 
 
-def test_an_exact_restore_says_nothing() -> None:
+def test_an_exact_restore_does_not_warn() -> None:
     rng = StatefulRNG(1, ranked=True, generators={"noise": torch.Generator()})
     state = rng.state_dict()
     draw()
@@ -287,7 +287,7 @@ def test_an_exact_restore_says_nothing() -> None:
 
 
 @pytest.mark.parametrize("direction", [-1, 1])
-def test_other_versions_are_said_once_naming_both(direction: int) -> None:
+def test_other_versions_warn_once_and_name_both(direction: int) -> None:
     rng = StatefulRNG(1)
     state = rng.state_dict()
     record = record_of(state)
@@ -314,7 +314,7 @@ def test_where_warnings_are_errors_a_load_that_warns_moves_nothing() -> None:
         rng.rewind()
 
 
-def test_the_ranks_of_row_0_speak(fake_group: Callable[[int, int], None]) -> None:
+def test_the_ranks_of_row_0_warn(fake_group: Callable[[int, int], None]) -> None:
     for rank, expected in ((0, 1), (1, 1), (2, 0), (3, 0)):
         fake_group(rank, 4)
         mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
@@ -323,7 +323,7 @@ def test_the_ranks_of_row_0_speak(fake_group: Callable[[int, int], None]) -> Non
         assert len(warned(lambda: rng.load_state_dict(state))) == expected  # noqa: B023
 
 
-def test_what_only_one_side_has_is_said_and_the_rest_is_restored() -> None:
+def test_what_only_one_side_has_is_named_and_the_rest_is_restored() -> None:
     saved = StatefulRNG(1, generators={"old": random.Random(5)})
     state = saved.state_dict()
     expected = draw()
@@ -341,7 +341,7 @@ def test_what_only_one_side_has_is_said_and_the_rest_is_restored() -> None:
     assert new.getstate() == untouched, "rewind() goes back to the moment of the load"
 
 
-def test_a_checkpoint_of_a_machine_with_an_accelerator_says_that_its_stream_is_dropped() -> None:
+def test_the_stream_of_an_accelerator_that_is_not_here_is_ignored() -> None:
     rng = StatefulRNG(1)
     state = with_stream(rng.state_dict(), "cuda", bytes(16), kind="torch.cuda")
     draw()
@@ -350,7 +350,7 @@ def test_a_checkpoint_of_a_machine_with_an_accelerator_says_that_its_stream_is_d
     )[0].replace("cuda, mps", "cuda")
 
 
-def test_the_record_that_state_dict_gave_restores_nothing_and_says_so() -> None:
+def test_the_record_that_state_dict_gave_restores_nothing_and_warns() -> None:
     """DCP leaves it in place when the checkpoint holds nothing for this rank."""
     rng = StatefulRNG(1)
     draw()
@@ -430,7 +430,7 @@ def test_a_write_that_fails_halfway_puts_the_others_back(monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("copy_of", [copy.copy, copy.deepcopy, pickle.dumps])
-def test_it_is_not_copied_or_pickled_since_its_streams_are_not(
+def test_stateful_rng_cannot_be_copied_or_pickled(
     copy_of: Callable[[StatefulRNG], object],
 ) -> None:
     rng = StatefulRNG(1)

@@ -85,14 +85,14 @@ def test_the_default_device_does_not_matter(
     with torch.device("meta"):
         rng = StatefulRNG(1, ranked=True, generators={"shuffle": np.random.default_rng(1)})
         before = states()
-        tables = rng.state_dict()
+        state = rng.state_dict()
         with ScopedRNG(5):
             pass
         rng.fingerprint()
         if not group:
             rng.verify_shared()
         torch.rand(1, device="cpu")
-        rng.load_state_dict(tables)
+        rng.load_state_dict(state)
         rng.rewind()
     assert states() == before
 

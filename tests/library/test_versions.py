@@ -29,7 +29,7 @@ def start(seed: str | None, *arguments: object) -> Any:
     return json.loads(done.stdout)
 
 
-def test_a_resume_under_another_hash_seed_is_said(tmp_path: Path) -> None:
+def test_a_resume_under_another_hash_seed_warns(tmp_path: Path) -> None:
     """In processes of their own; a set of strings tells that it matters."""
     set_, unset = tmp_path / "set", tmp_path / "unset"
     order, _ = start("0", "save", set_)
@@ -68,7 +68,7 @@ def test_every_hash_seed_has_room_beside_a_mesh_of_some_dimensions(mesh: Mesh | 
     assert Record.from_tensor(record.to_tensor()) == record
 
 
-def test_it_stands_in_the_padding_of_the_mesh() -> None:
+def test_a_hash_seed_stands_in_the_padding_of_the_mesh() -> None:
     content = replace(RECORD, hash_seed="7").to_tensor().numpy().tobytes()
     expected = b'"mesh":[["dp",4],["pp",2]],"hash_seed":"7"' + 93 * b" " + b"}"
     assert expected in content
@@ -76,7 +76,7 @@ def test_it_stands_in_the_padding_of_the_mesh() -> None:
     assert b"hash_seed" not in without, "as before there was such a field"
 
 
-def test_records_from_before_the_field_say_nothing_of_it(tmp_path: Path) -> None:
+def test_records_from_before_the_field_have_no_hash_seed(tmp_path: Path) -> None:
     dcp_to_torch_save(LAYOUT_1, tmp_path / "file.pt")
     table = torch.load(tmp_path / "file.pt", weights_only=True)["app"]["rng"]["rng_streams"]
     assert [Record.from_tensor(row).hash_seed for row in records_in(table)] == [UNSEEDED] * 2
@@ -87,7 +87,7 @@ def test_a_record_has_the_hash_seed_of_its_process() -> None:
     assert record.hash_seed == HASH_SEED == os.environ.get("PYTHONHASHSEED", UNSEEDED)
 
 
-def test_inspect_shows_it(tmp_path: Path, capsys: Capture) -> None:
+def test_inspect_shows_the_hash_seed(tmp_path: Path, capsys: Capture) -> None:
     save(records(1, hash_seed="7"), tmp_path / "set")
     save(records(1, hash_seed=UNSEEDED), tmp_path / "unset")
     assert "PYTHONHASHSEED 7" in ask(capsys, "inspect", tmp_path / "set")[1]
