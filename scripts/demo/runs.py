@@ -105,11 +105,11 @@ def fates(resumed: Streams, reference: Streams) -> list[str]:
     found = []
     for row, streams in sorted(resumed.items()):
         others = [*reference.values(), *(resumed[other] for other in resumed if other != row)]
-        taken = {digits for other in others for digits in other.values()}
+        elsewhere = {digits for other in others for digits in other.values()}
         if streams == reference.get(row):
             found.append("continued")
         else:
-            found.append("MIXED UP" if taken & set(streams.values()) else "forked")
+            found.append("MIXED UP" if elsewhere & set(streams.values()) else "forked")
     return found + ["dropped"] * (len(reference) - len(resumed))
 
 
