@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from nemo_rng_dcp.cli.trial_generators import packed_after_seed
+from nemo_rng_dcp.cli.streams import packed_after_seed
 from nemo_rng_dcp.record import KEY, Record, Stream
 
 GENERATORS = {"python": "python", "numpy": "numpy", "torch": "torch.cpu"}

@@ -14,7 +14,7 @@ import torch.distributed.checkpoint as dcp
 from asking import Capture, ask, ask_json
 from jobs import job
 from nemo_rng_dcp import StatefulRNG
-from nemo_rng_dcp.cli.distance import distance
+from nemo_rng_dcp.cli.streams import distance
 from nemo_rng_dcp.generators import GeneratorAdapter
 from nemo_rng_dcp.generators.numpy_random import NumPyAdapter, NumPyGeneratorAdapter
 from nemo_rng_dcp.generators.python_random import PythonAdapter
@@ -66,7 +66,7 @@ def test_single_entries_are_compared_whatever_their_paths(tmp_path: Path, capsys
     b = save(records(3), tmp_path / "b", "")
     assert ask(capsys, "diff", a, b) == (
         0,
-        "rng: path rng in A, (top level) in B rng: 3 rows compared, no stream differs",
+        "rng: key rng in A, (top level) in B rng: 3 rows compared, no stream differs",
     )
 
 
@@ -176,8 +176,8 @@ def drawn(name: str, words: int) -> Stream:
         (3, 5, "2 words ahead"),
         (5, 3, "2 words behind"),
         (623, 625, "2 words ahead"),
-        (1, 1248, "1247 words ahead"),
-        (1500, 300, "1200 words behind"),
+        (1, 1248, "1,247 words ahead"),
+        (1500, 300, "1,200 words behind"),
         (1, 5000, None),
     ],
 )

@@ -72,7 +72,7 @@ def test_inspect_says_when_along_which_mesh_and_what_is_shared(
     assert "alike on all ranks: shuffle" in text
     assert re.search(r"taken 20\d\d-\d\d-\d\d \d\d:\d\d:\d\d UTC", text)
     (entry,) = ask_json(capsys, "inspect", tmp_path)["entries"]
-    assert entry["path"] == ""
+    assert entry["key"] == ""
     assert entry["streams"][1]["mesh"] == {"dp": 2}
     assert entry["streams"][1]["shared"] == ["shuffle"]
 
@@ -99,7 +99,7 @@ def test_entries_are_found_at_any_depth(tmp_path: Path, capsys: Capture) -> None
     for entry in ("rng", "a.0.b", ""):
         path = save(records(2), tmp_path / f"at-{entry}", entry)
         (found,) = ask_json(capsys, "inspect", path)["entries"]
-        assert (found["path"], found["rows"]) == (entry, 2)
+        assert (found["key"], found["rows"]) == (entry, 2)
 
 
 def test_a_whole_table_of_one_process_is_read(tmp_path: Path, capsys: Capture) -> None:
@@ -403,7 +403,7 @@ WORDS, PICKLE = torch.zeros(624, dtype=torch.int64), (3, "a pickle")
 
 
 @pytest.mark.parametrize(
-    ("state", "path", "ranks"),
+    ("state", "prefix", "ranks"),
     [
         ({"anything": CPU}, "", []),
         ({"app.torch_rng_state": CPU, "app.cuda_rng_state.0": GPU}, "app", []),
@@ -417,11 +417,11 @@ WORDS, PICKLE = torch.zeros(624, dtype=torch.int64), (3, "a pickle")
     ],
 )
 def test_rng_state_of_other_code_is_recognised(
-    state: dict[str, Any], path: str, ranks: list[int], tmp_path: Path, capsys: Capture
+    state: dict[str, Any], prefix: str, ranks: list[int], tmp_path: Path, capsys: Capture
 ) -> None:
     dcp.save(state, checkpoint_id=tmp_path, no_dist=True)
     others = ask_json(capsys, "inspect", tmp_path)["others"]
-    assert [(each["path"], each["ranks"]) for each in others] == [(path, ranks)]
+    assert [(found["prefix"], found["ranks"]) for found in others] == [(prefix, ranks)]
 
 
 def test_a_large_number_in_a_foreign_key_costs_nothing(tmp_path: Path, capsys: Capture) -> None:
@@ -463,7 +463,7 @@ def test_many_rows_are_summarised(many: Path, capsys: Capture) -> None:
 
 def test_rows_narrows_what_every_command_lists(many: Path, capsys: Capture) -> None:
     (found,) = ask_json(capsys, "inspect", many, "--rows", "499-500")["entries"]
-    assert [each["row"] for each in found["streams"]] == [499]
+    assert [row["row"] for row in found["streams"]] == [499]
     (found,) = ask_json(capsys, "explain", many, "--world-size", 700, "--rows", "699")["entries"]
     assert [each["row"] for each in found["fates"]] == [699]
 

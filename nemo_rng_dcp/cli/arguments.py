@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from typing import Any
 
 from nemo_rng_dcp import __version__
@@ -27,7 +26,8 @@ def parser() -> argparse.ArgumentParser:
         "inspect",
         "the streams in a checkpoint, and what is wrong with them",
         "0 as expected, 1 findings, 2 the checkpoint cannot be read",
-        ["nemo-rng-dcp inspect runs/step-1000", "nemo-rng-dcp inspect runs/step-1000 --rows 0-7"],
+        "runs/step-1000",
+        "runs/step-1000 --rows 0-7",
     )
     inspect.add_argument("checkpoint", help=_WHERE)
     inspect.add_argument(
@@ -42,10 +42,8 @@ def parser() -> argparse.ArgumentParser:
         "diff",
         "the streams that differ between two checkpoints",
         "0 the same, 1 different, 2 a checkpoint cannot be read",
-        [
-            "nemo-rng-dcp diff run-a/step-1000 run-b/step-1000",
-            "nemo-rng-dcp diff run-a/step-1000 run-b/step-1000 --rows 3 --json",
-        ],
+        "run-a/step-1000 run-b/step-1000",
+        "run-a/step-1000 run-b/step-1000 --rows 3 --json",
     )
     diff.add_argument("a", help=_WHERE)
     diff.add_argument("b", help="another one's")
@@ -55,54 +53,36 @@ def parser() -> argparse.ArgumentParser:
         "explain",
         "what a resume would do to each stream",
         "0 it loads, 1 a load would raise, 2 the checkpoint cannot be read",
-        [
-            "nemo-rng-dcp explain runs/step-1000 --world-size 8",
-            "nemo-rng-dcp explain runs/step-1000 --world-size 8 --mesh dp=4,tp=2 --along dp",
-        ],
+        "runs/step-1000 --world-size 8",
+        "runs/step-1000 --world-size 8 --mesh dp=4,tp=2 --along dp",
     )
     explain.add_argument("checkpoint", help=_WHERE)
-    explain.add_argument("--world-size", type=_positive, required=True, metavar="N")
-    explain.add_argument("--mesh", type=_mesh, help="the resumed job's mesh, such as dp=4,tp=2")
-    explain.add_argument(
-        "--along",
-        type=_names,
-        metavar="DIMS",
-        help="the mesh's dimensions along which streams differ, such as dp (default: all)",
+    job = explain.add_argument_group("the job that resumes", "What is left out is as it was saved.")
+    job.add_argument("--world-size", type=_positive, required=True, help="its number of ranks")
+    job.add_argument("--mesh", type=_mesh, help="dp=4,tp=2 (left out: one row a rank)")
+    job.add_argument("--along", type=_names, help="where streams differ, such as dp (all)")
+    job.add_argument(
+        "--ranked", action=argparse.BooleanOptionalAction, help="as StatefulRNG has it"
     )
-    explain.add_argument(
-        "--ranked",
-        action=argparse.BooleanOptionalAction,
-        help="the resumed job's StatefulRNG(ranked=...) (default: as it was saved)",
-    )
-    explain.add_argument(
-        "--generators",
-        type=_names,
-        metavar="NAMES",
-        help="all that the resumed job has, such as python,numpy,torch,cuda (default: as saved)",
-    )
-    explain.add_argument(
-        "--shared",
-        type=_names_or_none,
-        metavar="NAMES",
-        help="which of them are its shared_generators, '' for none (default: as saved)",
-    )
+    job.add_argument("--generators", type=_names, help="all, such as python,numpy,torch,noise")
+    job.add_argument("--shared", type=_names_or_none, help="its shared_generators, '' for none")
 
     import_ = _command(
         commands,
         "import",
         "the streams that a framework stored by rank, and write them as a checkpoint of records",
         "0 written, 2 they cannot be read or the checkpoint not written",
-        ["nemo-rng-dcp import runs/checkpoint-1000 runs/checkpoint-1000-rng"],
+        "runs/checkpoint-1000 runs/checkpoint-1000-rng",
     )
     import_.add_argument("folder", help="a framework's checkpoint; of Composer's, the file")
-    import_.add_argument("out", help="the folder or URL to write to")
+    import_.add_argument("out", help="the new folder or URL to write to")
     return whole
 
 
 def _command(
-    commands: Any, name: str, help_: str, exit_codes: str, examples: Sequence[str]
+    commands: Any, name: str, help_: str, exit_codes: str, *examples: str
 ) -> argparse.ArgumentParser:
-    lines = "\n".join(f"  {example}" for example in examples)
+    lines = "\n".join(f"  nemo-rng-dcp {name} {example}" for example in examples)
     command: argparse.ArgumentParser = commands.add_parser(
         name,
         help=help_,

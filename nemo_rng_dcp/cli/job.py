@@ -8,7 +8,7 @@ from math import prod
 
 from nemo_rng_dcp.generators import is_reserved
 from nemo_rng_dcp.layout import row_major
-from nemo_rng_dcp.record import Mesh, Record
+from nemo_rng_dcp.record import Mesh, Record, Stream
 from nemo_rng_dcp.resume import Job, Kind
 
 
@@ -35,9 +35,9 @@ class Options:
         names = record.streams if self.generators is None else self.generators
         kinds = {}
         for name in names:
-            its = record.streams.get(name)
-            shared = its is not None and its.shared if self.shared is None else name in self.shared
-            kinds[name] = Kind("" if its is None else its.kind, shared)
+            stream = record.streams.get(name, Stream("", False, b""))
+            shared = stream.shared if self.shared is None else name in self.shared
+            kinds[name] = Kind(stream.kind, shared)
         return Job(
             row=row,
             rows=len(self.ranks),
@@ -87,5 +87,5 @@ def rows_of_ranks(
             rest, coordinate[name] = divmod(rest, mesh[name])
         row = row_major([coordinate[name] for name in names], [mesh[name] for name in names])
         ranks.setdefault(row, []).append(rank)
-    by_row = {row: tuple(those) for row, those in sorted(ranks.items())}
+    by_row = {row: tuple(found) for row, found in sorted(ranks.items())}
     return by_row, tuple((name, mesh[name]) for name in names)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from nemo_rng_dcp.cli.reading.pickles import typed
 from nemo_rng_dcp.errors import RNGStateError
+from nemo_rng_dcp.record import KEY
 
 _DIMENSIONS = 64  # torch's own limit
 _NAME_LENGTH = 4096
@@ -24,6 +26,9 @@ class Stored:
 
     dtype: str | None
     size: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return "a pickle" if self.dtype is None else f"{self.dtype} {list(self.size)}"
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,11 @@ class Index(Protocol):
         ...
 
 
+def is_record(key: str, dtype: str | None, size: Sequence[int]) -> bool:
+    """Return whether a load takes what is stored under a key for records."""
+    return key.rpartition(".")[2] == KEY and dtype == "int64" and len(size) == 1
+
+
 @contextmanager
 def malformed_if_wrong(name: str) -> Iterator[None]:
     """Say that a file is malformed, whatever its wrong words run into.
@@ -83,17 +93,6 @@ def malformed_if_wrong(name: str) -> Iterator[None]:
         raise RNGStateError(f"{name} is malformed: it has no {error}") from error
     except (TypeError, ValueError, RecursionError) as error:
         raise RNGStateError(f"{name} is malformed: {error}") from error
-
-
-def typed(value: Any, kind: type) -> Any:
-    """Return a value if it is of a kind.
-
-    Raises:
-        TypeError: It is not.
-    """
-    if not isinstance(value, kind):
-        raise TypeError(f"found {type(value).__name__}, expected {kind.__name__}")
-    return value
 
 
 def printable(value: Any) -> str:

@@ -5,16 +5,9 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from nemo_rng_dcp.cli.checkpoint.folder import Folder
-from nemo_rng_dcp.cli.checkpoint.index import (
-    Chunk,
-    Stored,
-    integers,
-    malformed_if_wrong,
-    printable,
-    typed,
-)
-from nemo_rng_dcp.cli.checkpoint.pickles import ForbiddenError, Global, Made, parse
+from nemo_rng_dcp.cli.reading.folder import Folder
+from nemo_rng_dcp.cli.reading.index import Chunk, Stored, integers, malformed_if_wrong, printable
+from nemo_rng_dcp.cli.reading.pickles import ForbiddenError, Global, Made, parse, typed
 from nemo_rng_dcp.errors import RNGStateError
 
 _DCP = "torch.distributed.checkpoint"
@@ -61,20 +54,20 @@ class Metadata:
         self._places: dict[str, dict[tuple[int, ...] | None, Made]] = {}
         self._given: set[int] = set()
         with malformed_if_wrong(name):
-            self._saved = typed(_its(metadata, "state_dict_metadata"), dict)
+            self._saved = typed(_attribute(metadata, "state_dict_metadata"), dict)
             self.keys = {printable(key): _stored(value) for key, value in self._saved.items()}
-            for index, place in typed(_its(metadata, "storage_data"), dict).items():
-                offset = _its(index, "offset", None)
+            for index, place in typed(_attribute(metadata, "storage_data"), dict).items():
+                offset = _attribute(index, "offset", None)
                 where = None if offset is None else _size(offset)
-                self._places.setdefault(printable(_its(index, "fqn")), {})[where] = place
-                self.files.add(printable(_its(place, "relative_path")))
+                self._places.setdefault(printable(_attribute(index, "fqn")), {})[where] = place
+                self.files.add(printable(_attribute(place, "relative_path")))
 
     def chunks(self, key: str) -> list[Chunk]:
         with malformed_if_wrong(self._name):
             places = self._places.get(key, {})
             if self.keys[key].dtype is None:
                 return [_chunk((), (), places.get(None))]
-            parts = typed(_its(self._saved[key], "chunks"), list)
+            parts = typed(_attribute(self._saved[key], "chunks"), list)
             chunks = []
             for thing in (parts, *parts):
                 # What is named again and again would take more time than the file has bytes.
@@ -82,7 +75,10 @@ class Metadata:
                     raise ValueError("one chunk is in two places")
                 self._given.add(id(thing))
             for part in parts:
-                offsets, sizes = _size(_its(part, "offsets")), _size(_its(part, "sizes"))
+                offsets, sizes = (
+                    _size(_attribute(part, "offsets")),
+                    _size(_attribute(part, "sizes")),
+                )
                 chunks.append(_chunk(offsets, sizes, places.get(offsets)))
             return chunks
 
@@ -92,9 +88,10 @@ def metadata_files(folder: Folder) -> dict[int | None, str]:
 
     ``None`` is all ranks: if that one is there, ``dcp.load`` reads no other.
     """
+    if _OF_ALL_RANKS in folder.sizes:
+        return {None: _OF_ALL_RANKS}
     matches = filter(None, map(_OF_A_RANK.fullmatch, folder.sizes))
-    of_ranks = sorted((int(match[1]), match[0]) for match in matches)
-    return {**({None: _OF_ALL_RANKS} if _OF_ALL_RANKS in folder.sizes else {}), **dict(of_ranks)}
+    return dict(sorted((int(match[1]), match[0]) for match in matches))
 
 
 def read_metadata(folder: Folder, name: str) -> Metadata:
@@ -122,7 +119,7 @@ def _parse(content: bytes, name: str) -> Made:
     return found
 
 
-def _its(thing: Any, attribute: str, *default: Any) -> Any:
+def _attribute(thing: Any, attribute: str, *default: Any) -> Any:
     """Return an attribute of what a pickle would have built."""
     state = typed(thing, Made).state
     if isinstance(state, dict) and attribute in state:
@@ -135,23 +132,23 @@ def _its(thing: Any, attribute: str, *default: Any) -> Any:
 def _stored(saved: Any) -> Stored:
     if isinstance(saved, Made) and saved.name.endswith(" BytesStorageMetadata"):
         return Stored(None, ())
-    properties = typed(_its(saved, "properties"), Made).state
     # TensorProperties hands pickle a tuple, of which the dtype is the first.
-    dtype = typed(properties[0] if isinstance(properties, tuple) and properties else None, Global)
-    if not _DTYPE.fullmatch(dtype.name):
-        raise ValueError(f"found {dtype.name}, expected a dtype")
-    return Stored(dtype.name.removeprefix("torch "), _size(_its(saved, "size")))
+    match _attribute(saved, "properties"):
+        case Made(state=(Global(dtype), *_)) if _DTYPE.fullmatch(dtype):
+            return Stored(dtype.removeprefix("torch "), _size(_attribute(saved, "size")))
+    raise ValueError("a tensor has no dtype")
 
 
 def _chunk(offsets: tuple[int, ...], sizes: tuple[int, ...], place: Any) -> Chunk:
     if place is None:
         return Chunk(offsets, sizes)
-    start, length = integers((_its(place, "offset"), _its(place, "length")))
-    form = "extension" if _its(place, "transform_descriptors", None) else "torch.save"
-    return Chunk(offsets, sizes, printable(_its(place, "relative_path")), start, length, form)
+    start, length = integers((_attribute(place, "offset"), _attribute(place, "length")))
+    form = "extension" if _attribute(place, "transform_descriptors", None) else "torch.save"
+    return Chunk(offsets, sizes, printable(_attribute(place, "relative_path")), start, length, form)
 
 
 def _size(value: Any) -> tuple[int, ...]:
-    if isinstance(value, Made) and value.name == "torch Size" and len(value.arguments) == 1:
-        value = value.arguments[0]
+    match value:
+        case Made("torch Size", (sizes,)):
+            return integers(sizes)
     return integers(value)

@@ -8,13 +8,9 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
-from nemo_rng_dcp.cli.checkpoint.dcp_metadata import metadata_files, read_metadata
-from nemo_rng_dcp.cli.checkpoint.folder import Folder
-from nemo_rng_dcp.cli.checkpoint.index import Chunk, Index, Stored
-from nemo_rng_dcp.cli.checkpoint.safetensors import Safetensors
-from nemo_rng_dcp.cli.checkpoint.tensors import ARCHIVE_BYTES, from_archive, from_raw
-from nemo_rng_dcp.errors import RNGStateError
-from nemo_rng_dcp.record import KEY
+from nemo_rng_dcp.cli.reading.folder import Folder
+from nemo_rng_dcp.cli.reading.index import Chunk, Index, Stored, is_record
+from nemo_rng_dcp.cli.reading.tensors import ARCHIVE_BYTES, from_archive, from_raw
 
 _WRITER = re.compile(r"__(\d{1,9})_\d+\.|shard-(\d{1,9})-")
 
@@ -46,7 +42,11 @@ class Checkpoint:
             for key, stored in index.keys.items():
                 self.keys.setdefault(key, stored)
             self.files |= index.files
-        self.records = [key for key, its in sorted(self.keys.items()) if is_record(key, its)]
+        self.records = [
+            key
+            for key, stored in sorted(self.keys.items())
+            if is_record(key, stored.dtype, stored.size)
+        ]
         self._known: set[Chunk] = set()
         self._bytes: Counter[str] = Counter()
 
@@ -123,46 +123,7 @@ class Checkpoint:
         return self._folder.read(name, chunk.start, chunk.length)
 
 
-def is_record(key: str, stored: Stored) -> bool:
-    """Return whether a load takes what is stored under a key for records."""
-    return key.rpartition(".")[2] == KEY and stored.dtype == "int64" and len(stored.size) == 1
-
-
 def ranks_that_wrote(files: Iterable[str]) -> set[int]:
     """Return the ranks that wrote a checkpoint's files, by the names DCP gives them."""
     matches = (match for file in files if (match := _WRITER.match(file)))
     return {int(match[1]) if match[1] else int(match[2]) - 1 for match in matches}
-
-
-def checkpoint_in(folder: Folder) -> Checkpoint | None:
-    """Return the checkpoint in a folder, if it is one, by the index that ``dcp.load`` uses.
-
-    Raises:
-        RNGStateError: It is damaged.
-        OSError: It cannot be read.
-    """
-    names = metadata_files(folder)
-    if None in names:
-        names = {None: names[None]}
-    if names:
-        return Checkpoint(folder, {rank: read_metadata(folder, names[rank]) for rank in names})
-    index = Safetensors(folder)
-    return Checkpoint(folder, {None: index}) if index.files else None
-
-
-def checkpoints_below(folder: Folder) -> tuple[list[Checkpoint], RNGStateError | None]:
-    """Return the checkpoints one folder below, and why the first that is damaged cannot be read.
-
-    It may be a bystander, so the caller decides whether it matters. A folder that cannot be opened
-    is somebody else's.
-    """
-    found, first_error = [], None
-    for name in folder.folders:
-        try:
-            if checkpoint := checkpoint_in(folder.inner(name)):
-                found.append(checkpoint)
-        except RNGStateError as error:
-            first_error = first_error or error
-        except OSError:
-            continue
-    return found, first_error

@@ -10,8 +10,8 @@ from collections.abc import Iterable
 from itertools import pairwise
 from typing import NamedTuple
 
-from nemo_rng_dcp.cli.checkpoint.checkpoint import Checkpoint
-from nemo_rng_dcp.cli.checkpoint.index import Stored
+from nemo_rng_dcp.cli.reading.checkpoint import Checkpoint
+from nemo_rng_dcp.cli.reading.index import Stored
 from nemo_rng_dcp.record import KEY
 
 _GENERATORS = {"python", "random", "numpy", "np", "torch", "cpu", "cuda", "xpu", "mps"}
@@ -26,20 +26,20 @@ class ForeignKey(NamedTuple):
 
     Attributes:
         key: The key.
-        path: What it shares with others; ``*`` stands for the rank.
+        prefix: What it shares with others; ``*`` stands for the rank.
         rank: The rank in it, if it names one.
         rest: What it has besides.
     """
 
     key: str
-    path: str
+    prefix: str
     rank: int | None
     rest: str
 
 
 def find_keys(checkpoint: Checkpoint) -> list[ForeignKey]:
     """Return the keys of RNG state that no ``StatefulRNG`` stored, in their order."""
-    keys = {k: its for k, its in checkpoint.keys.items() if k.rpartition(".")[2] != KEY}
+    keys = {k: stored for k, stored in checkpoint.keys.items() if k.rpartition(".")[2] != KEY}
     beside = _sets_of_generators(keys)
     return [
         ForeignKey(key, *_split(key))
@@ -86,22 +86,22 @@ def _sets_of_generators(keys: Iterable[str]) -> set[str]:
     """
     sets: dict[str, set[str]] = {}
     for key in keys:
-        path, _, name = key.rpartition(".")
+        prefix, _, name = key.rpartition(".")
         if name.lower() in _GENERATORS:
-            sets.setdefault(path, set()).add(key)
+            sets.setdefault(prefix, set()).add(key)
     return {key for together in sets.values() if len(together) > 1 for key in together}
 
 
 def _split(key: str) -> tuple[str, int | None, str]:
-    """Return the path that a key shares with others, the rank in it, and what follows."""
+    """Return the prefix that a key shares with others, the rank in it, and what follows."""
     match = _RANK.search(key.lower()) or _numbered(key)
     if match:
         return f"{key[: match.start(1)]}*", int(match[1]), key[match.end() :].lstrip("._/:-")
-    path, _, name = key.rpartition(".")
-    while _GENERATORS & set(_words(path.rpartition(".")[2])):
-        path, _, last = path.rpartition(".")
+    prefix, _, name = key.rpartition(".")
+    while _GENERATORS & set(_words(prefix.rpartition(".")[2])):
+        prefix, _, last = prefix.rpartition(".")
         name = f"{last}.{name}"
-    return path, None, name
+    return prefix, None, name
 
 
 def _numbered(key: str) -> re.Match[str] | None:

@@ -6,8 +6,8 @@ from collections.abc import Collection
 
 import torch
 
-from nemo_rng_dcp.cli.checkpoint.checkpoint import Checkpoint
-from nemo_rng_dcp.cli.checkpoint.index import Chunk
+from nemo_rng_dcp.cli.reading.checkpoint import Checkpoint
+from nemo_rng_dcp.cli.reading.index import Chunk
 from nemo_rng_dcp.errors import RNGStateError
 from nemo_rng_dcp.record import KEY, Record, records_in
 
@@ -17,29 +17,19 @@ def find_tables(checkpoint: Checkpoint) -> list[Table]:
     return [Table(checkpoint, key) for key in checkpoint.records]
 
 
-def require_tables(checkpoint: Checkpoint) -> list[Table]:
-    """Return the tables of a checkpoint.
-
-    Raises:
-        RNGStateError: It has none.
-    """
-    if not checkpoint.records:
-        raise RNGStateError(f"{checkpoint.where}: no StatefulRNG's record in it; see inspect")
-    return find_tables(checkpoint)
-
-
 class Table:
     """The records that one ``StatefulRNG`` stored.
 
     Attributes:
-        path: The dotted path of the ``StatefulRNG``, "" at the top level of the checkpoint.
+        key: Where the ``StatefulRNG`` was in what was saved: "rng" for "rng.rng_streams", "" at
+            the top level.
         count: Rows, by what the checkpoint says. Nothing here is as long as it says.
         placed: The numbers of the rows that it has a place for, in their order.
         missing: How many of the ``count`` rows have none.
     """
 
     def __init__(self, checkpoint: Checkpoint, key: str) -> None:
-        self.path = key.rpartition(".")[0]
+        self.key = key.rpartition(".")[0]
         self._checkpoint = checkpoint
         self._places: dict[int, Chunk | torch.Tensor | str] = {}
         self._readers: dict[int, set[int | None]] = {}
@@ -79,8 +69,8 @@ class Table:
                 f"damaged: it says that it is row {record.row} of {record.rows}, and stands in the "
                 f"place of row {row} of {self.count}"
             )
-        texts = [*record.streams, *(name for name, _ in record.mesh or []), record.hash_seed]
-        if not all(text.isprintable() for text in texts):
+        names = [*record.streams, *(name for name, _ in record.mesh or []), record.hash_seed]
+        if not all(name.isprintable() for name in names):
             return "damaged: a text in it is not printable"
         return record
 

@@ -5,16 +5,13 @@ from __future__ import annotations
 from contextlib import suppress
 from pathlib import Path
 
-from nemo_rng_dcp.cli.checkpoint.checkpoint import (
-    checkpoint_in,
-    checkpoints_below,
-    ranks_that_wrote,
-)
-from nemo_rng_dcp.cli.checkpoint.folder import open_folder
-from nemo_rng_dcp.cli.frameworks.foreign import find_foreign
-from nemo_rng_dcp.cli.frameworks.rank_files import COMPOSER, Files, find_files, read_files
-from nemo_rng_dcp.cli.frameworks.rank_keys import read_keys
-from nemo_rng_dcp.cli.frameworks.rank_states import JobStates
+from nemo_rng_dcp.cli.importing.rank_files import COMPOSER, Files, find_files, read_files
+from nemo_rng_dcp.cli.importing.rank_keys import read_keys
+from nemo_rng_dcp.cli.importing.rank_states import JobStates
+from nemo_rng_dcp.cli.reading.checkpoint import ranks_that_wrote
+from nemo_rng_dcp.cli.reading.folder import Folder
+from nemo_rng_dcp.cli.reading.foreign import find_foreign
+from nemo_rng_dcp.cli.reading.opening import checkpoint_in, checkpoints_below
 from nemo_rng_dcp.errors import RNGStateError
 
 
@@ -30,7 +27,7 @@ def read_states(where: Path) -> JobStates:
     """
     if where.is_file():
         return read_files(Files(COMPOSER, where.parent, {0: where.name}))
-    folder = open_folder(str(where))
+    folder = Folder(str(where))
     found = find_files(folder)
     for name in folder.folders:
         with suppress(OSError):  # a folder of somebody else's
@@ -44,7 +41,7 @@ def read_states(where: Path) -> JobStates:
         )
     below, error = checkpoints_below(folder)
     checkpoints = [*filter(None, [checkpoint_in(folder)]), *below]
-    jobs = [job for each in checkpoints if (job := read_keys(each))]
+    jobs = [job for checkpoint in checkpoints if (job := read_keys(checkpoint))]
     if len(jobs) == 1:
         return jobs[0]
     if jobs:
@@ -54,9 +51,9 @@ def read_states(where: Path) -> JobStates:
         raise error
     notes = [
         note
-        for each in checkpoints
-        for state in find_foreign(each)
-        for note in state.notes(ranks_that_wrote(each.files))
+        for checkpoint in checkpoints
+        for state in find_foreign(checkpoint)
+        for note in state.notes(ranks_that_wrote(checkpoint.files))
     ]
     raise RNGStateError(
         f"{where}: no RNG files of a rank in it or in a folder below, such as "
