@@ -177,7 +177,7 @@ def test_the_command_imports_only_downward() -> None:
         below |= floor
     assert below == {path.stem for path in CLI.iterdir()} - {"__init__", "__pycache__"}
     assert imports_within_cli("reading") == {"terminal"}
-    assert imports_within_cli("importing") == {"reading", "terminal"}
+    assert imports_within_cli("importing") == {"reading", "streams", "terminal"}
 
 
 def test_import_has_one_door() -> None:

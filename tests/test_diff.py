@@ -37,7 +37,7 @@ def test_streams_that_differ_are_listed(tmp_path: Path, capsys: Capture) -> None
     code, text = ask(capsys, "diff", a, b)
     assert code == 1
     assert "rng: 1 of 50 rows differ: python in 1, numpy in 1, torch in 1" in text
-    assert "the first: rank 7 python: another stream, or far off" in text
+    assert "the first: row 7 python: another stream, or far off" in text
     (entry,) = ask_json(capsys, "diff", a, b)["entries"]
     assert [(its["row"], its["generator"]) for its in entry["differences"]] == [
         (7, "python"),
@@ -55,9 +55,9 @@ def test_other_jobs_and_other_entries(tmp_path: Path, capsys: Capture) -> None:
     assert (code, "rng: seed 42 in A, 9 in B" in text) == (1, True)
     assert "rng: rows 50 in A, 3 in B" in text
     assert "47 of 50 rows differ" in text
-    assert "the first: rank 3 python: only in A" in text
+    assert "the first: row 3 python: only in A" in text
     _, text = ask(capsys, "diff", fewer, a)
-    assert "the first: rank 3 python: only in B" in text
+    assert "the first: row 3 python: only in B" in text
     assert ask(capsys, "diff", a, tmp_path)[0] == 2
 
 
@@ -140,9 +140,9 @@ def test_the_first_stream_that_left_is_named(tmp_path: Path, capsys: Capture) ->
     job(3, run_twice, tmp_path / "b", 2)
     code, text = ask(capsys, "diff", tmp_path / "a", tmp_path / "b")
     assert code == 1
-    assert "rng: 1 of 3 rows differ: numpy in 1 the first: rank 2 numpy: B is 2 words ahead" in text
+    assert "rng: 1 of 3 rows differ: numpy in 1 the first: row 2 numpy: B is 2 words ahead" in text
     _, text = ask(capsys, "diff", tmp_path / "b", tmp_path / "a")
-    assert "rank 2 numpy: B is 2 words behind" in text
+    assert "row 2 numpy: B is 2 words behind" in text
 
 
 def drawn(name: str, words: int) -> Stream:

@@ -12,7 +12,7 @@ from nemo_rng_dcp.cli.reading.opening import open_tables
 from nemo_rng_dcp.cli.reading.table import Table
 from nemo_rng_dcp.cli.streams import distance
 from nemo_rng_dcp.cli.terminal import MANY, Style, aligned, paragraph, plural, within
-from nemo_rng_dcp.record import Record, Stream, fingerprint
+from nemo_rng_dcp.record import Record, fingerprint
 
 
 class Diff:
@@ -22,10 +22,8 @@ class Diff:
         self._names = {"a": a, "b": b}
         self.comparisons = compare(open_tables(a), open_tables(b))
         self.failed = any(comparison.differences for comparison in self.comparisons)
-        damaged = {
-            side: sum(comparison.damaged[side] for comparison in self.comparisons) for side in "AB"
-        }
-        reasons = [f"{plural(count, 'row')} of {side}" for side, count in damaged.items() if count]
+        damaged = sum((comparison.damaged for comparison in self.comparisons), Counter())
+        reasons = [f"{plural(damaged[side], 'row')} of {side}" for side in "AB" if damaged[side]]
         why = "missing or damaged, not compared; see inspect"
         self.trouble = f"{' and '.join(reasons)} {why}" if reasons else ""
 
@@ -64,15 +62,13 @@ class Comparison:
         differences: The streams that differ, by row and in the order of the generators.
         remarks: What else is different; it makes no stream another one.
         damaged: By "A" and "B" how many rows are missing or damaged; they were not compared.
-        one_rank_a_row: Whether the number of a row is the rank that has it.
     """
 
     key: str
     compared: int = 0
     differences: list[Difference] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
-    damaged: dict[str, int] = field(default_factory=lambda: {"A": 0, "B": 0})
-    one_rank_a_row: bool = True
+    damaged: Counter[str] = field(default_factory=Counter)
 
     def to_json(self, rows: Sequence[range] | None) -> dict[str, Any]:
         """Return what ``--json`` prints; of the differences only those in ``rows``."""
@@ -81,7 +77,7 @@ class Comparison:
             "compared": self.compared,
             "differences": [found._asdict() for found in self._within(rows)],
             "remarks": self.remarks,
-            "damaged": self.damaged,
+            "damaged": {side: self.damaged[side] for side in "AB"},
         }
 
     def lines(self, rows: Sequence[range] | None, style: Style) -> list[str]:
@@ -114,7 +110,7 @@ class Comparison:
             how = f"only in {'B' if a == '-' else 'A'}"
         else:
             how = f"B is {far}" if far else "another stream, or far off"
-        return f"{'rank' if self.one_rank_a_row else 'row'} {row} {generator}: {how}"
+        return f"row {row} {generator}: {how}"
 
 
 def compare(a: Sequence[Table], b: Sequence[Table]) -> list[Comparison]:
@@ -124,8 +120,7 @@ def compare(a: Sequence[Table], b: Sequence[Table]) -> list[Comparison]:
     """
     if len(a) == len(b) == 1 and a[0].key != b[0].key:
         comparison = _compare(a[0].key, a[0], b[0])
-        keys = f"key {name_of(a[0].key)} in A, {name_of(b[0].key)} in B"
-        comparison.remarks.insert(0, keys)
+        comparison.remarks.insert(0, f"key {name_of(a[0].key)} in A, {name_of(b[0].key)} in B")
         return [comparison]
     in_a, in_b = ({table.key: table for table in tables} for tables in (a, b))
     return [_compare(key, in_a.get(key), in_b.get(key)) for key in dict.fromkeys([*in_a, *in_b])]
@@ -141,27 +136,23 @@ def _compare(key: str, a: Table | None, b: Table | None) -> Comparison:
         found.damaged[side] += table.missing if table else 0
     first = True
     for row in sorted(placed["A"] | placed["B"]):
-        rows = {side: _read(table, row, row in placed[side]) for side, table in tables.items()}
-        for side, record in rows.items():
+        in_a, in_b = (_read(table, row) for table in (a, b))
+        for side, record in (("A", in_a), ("B", in_b)):
             found.damaged[side] += isinstance(record, str) and row in placed[side]
-        in_a, in_b = rows.values()
         # A damaged row is no difference: nobody knows what it was.
         if isinstance(in_a, str) or isinstance(in_b, str):
             continue
         if first and in_a is not None and in_b is not None:
             found.remarks += _remarks(in_a, in_b)
-            found.one_rank_a_row = in_a.mesh is None and in_b.mesh is None
             first = False
         found.compared += 1
         found.differences += _differences(row, in_a, in_b)
     return found
 
 
-def _read(table: Table | None, row: int, placed: bool) -> Record | str | None:
+def _read(table: Table | None, row: int) -> Record | str | None:
     """Return a row; a text if it is damaged or missing, ``None`` if there should be none."""
-    if table is None or (row >= table.count and not placed):
-        return None
-    return table.read(row)
+    return table.read(row) if table and table.expects(row) else None
 
 
 def _differences(row: int, a: Record | None, b: Record | None) -> list[Difference]:
@@ -170,24 +161,14 @@ def _differences(row: int, a: Record | None, b: Record | None) -> list[Differenc
     for name in dict.fromkeys([*in_a, *in_b]):
         first, second = in_a.get(name), in_b.get(name)
         if first is None or second is None or first[::2] != second[::2]:
+            x, y = (fingerprint(stream.state) if stream else "-" for stream in (first, second))
             far = distance(first, second) if first and second else None
-            found = Difference(row, name, _fingerprint(first), _fingerprint(second), far)
-            differences.append(found)
+            differences.append(Difference(row, name, x, y, far))
     return differences
-
-
-def _fingerprint(stream: Stream | None) -> str:
-    return "-" if stream is None else fingerprint(stream.state)
 
 
 def _remarks(a: Record, b: Record) -> list[str]:
     in_a, in_b = (
-        {
-            "rows": record.rows,
-            **job_of(record),
-            "PYTHONHASHSEED": record.hash_seed,
-            **record.versions(),
-        }
-        for record in (a, b)
+        {"rows": r.rows, **job_of(r), "PYTHONHASHSEED": r.hash_seed, **r.versions()} for r in (a, b)
     )
     return [f"{name} {x} in A, {in_b[name]} in B" for name, x in in_a.items() if x != in_b[name]]

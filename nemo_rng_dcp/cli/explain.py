@@ -47,8 +47,16 @@ class Explanation:
         job = Options(ranks, mesh, options.ranked, options.generators, options.shared)
         self._where = where
         self.entries = [Resumed(table, job) for table in open_tables(where)]
-        saved = list(dict.fromkeys(name for entry in self.entries for name in entry.generators))
-        _check_shared(job, saved)
+        saved = dict.fromkeys(name for entry in self.entries for name in entry.generators)
+        known = job.generators or list(saved)
+        for name in job.shared or ():
+            if is_reserved(name):
+                raise ValueError(
+                    f"--shared {name}: it is a global generator, which is never shared"
+                )
+            if known and name not in known:
+                only = f"only {', '.join(known)}. --generators names all that it has"
+                raise ValueError(f"--shared {name}: the job has no such generator, {only}")
         self.failed = any(entry.refusals for entry in self.entries)
         self.trouble = ""
 
@@ -58,18 +66,6 @@ class Explanation:
 
     def lines(self, rows: Sequence[range] | None, style: Style) -> list[str]:
         return [line for entry in self.entries for line in entry.lines(rows, style)]
-
-
-def _check_shared(job: Options, saved: Sequence[str]) -> None:
-    known = saved if job.generators is None else job.generators
-    for name in job.shared or ():
-        if is_reserved(name):
-            raise ValueError(f"--shared {name}: it is a global generator, which is never shared")
-        if known and name not in known:
-            raise ValueError(
-                f"--shared {name}: the job has no such generator, only {', '.join(known)}. "
-                "--generators names all that it has"
-            )
 
 
 @dataclass(frozen=True)
@@ -124,9 +120,8 @@ class Resumed:
         self.needs_planner = self.rows != self.rows_saved
         self.generators: dict[str, None] = {}
         self._record: Record | None = None
-        self.fates = [
-            self._fate(table, options, row, ranks) for row, ranks in options.ranks.items()
-        ]
+        jobs = options.ranks.items()
+        self.fates = [self._fate(table, options, row, ranks) for row, ranks in jobs]
         self.fates += [Fate(row, (), DROPPED, row) for row in table.placed if row >= self.rows]
 
     def _fate(self, table: Table, options: Options, row: int, ranks: tuple[int, ...]) -> Fate:
@@ -137,11 +132,8 @@ class Resumed:
         self._record = self._record or record
         self.generators |= dict.fromkeys(record.streams)
         if hidden := table.hidden_from(source, ranks):
-            reason = (
-                f"not found by rank {hidden[0]}: it was saved with use_collectives=False, so each "
-                "rank finds only what the rank of its number saved"
-            )
-            return self._refused(row, ranks, source, reason)
+            why = "it was saved with use_collectives=False, for the rank of its number alone"
+            return self._refused(row, ranks, source, f"not found by rank {hidden[0]}: {why}")
         job = options.job(row, record)
         outcome = resume(record, job)
         for name, why in refusals(record).items():
@@ -159,24 +151,17 @@ class Resumed:
 
     def to_json(self, rows: Sequence[range] | None) -> dict[str, Any]:
         """Return what ``--json`` prints; of the fates only those of ``rows``."""
-        return {
-            "key": self.key,
-            "rows_saved": self.rows_saved,
-            "rows": self.rows,
-            "needs_planner": self.needs_planner,
-            "remarks": self.remarks,
-            "fates": [asdict(fate) for fate in self.fates if within(fate.row, rows)],
-            "refusals": self.refusals,
-        }
+        names = ("key", "rows_saved", "rows", "needs_planner", "remarks", "refusals")
+        fates = [asdict(fate) for fate in self.fates if within(fate.row, rows)]
+        return {**{name: getattr(self, name) for name in names}, "fates": fates}
 
     def lines(self, rows: Sequence[range] | None, style: Style) -> list[str]:
         """Return the text for a person; of the fates only those of ``rows``."""
         lines = title(self.key, self.rows_saved, self._record, style)
         world_size = sum(len(fate.ranks) for fate in self.fates)
         how = "planner=RNGLoadPlanner()" if self.needs_planner else "plain dcp.load"
-        lines += paragraph(
-            f"On {plural(world_size, 'rank')}, {plural(self.rows, 'row')}, with {how}:"
-        )
+        size = f"{plural(world_size, 'rank')}, {plural(self.rows, 'row')}"
+        lines += paragraph(f"On {size}, with {how}:")
         fates = [fate for fate in self.fates if within(fate.row, rows)]
         if rows is None and len(fates) > MANY:
             lines += _summary(fates, self.rows_saved)

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field, replace
 from nemo_rng_dcp.cli.heading import job_of
 from nemo_rng_dcp.cli.reading.checkpoint import Checkpoint
 from nemo_rng_dcp.cli.reading.table import Table
-from nemo_rng_dcp.cli.streams import packed_after_seed, refusals
+from nemo_rng_dcp.cli.streams import fingerprints, packed_after_seed, refusals
 from nemo_rng_dcp.generators import is_reserved
-from nemo_rng_dcp.record import KEY, Record, fingerprint
+from nemo_rng_dcp.record import KEY, Record
 
 DAMAGE, LOST, SUSPICIOUS = "damage", "lost", "suspicious"
 SEVERITIES = (DAMAGE, LOST, SUSPICIOUS)
@@ -85,14 +85,14 @@ def examine(table: Table) -> Entry:
     for number in table.placed:
         record = table.read(number)
         if isinstance(record, str):
-            damage.setdefault(("", record), []).append(number)
-            continue
-        refused = refusals(record)
-        for name, reason in refused.items():
-            text = f"a load refuses it, though its check word fits: {reason}"
+            reasons = {"": record}
+        else:
+            why = "a load refuses it, though its check word fits"
+            reasons = {name: f"{why}: {reason}" for name, reason in refusals(record).items()}
+            if not reasons:
+                entry.rows[number] = _row(record)
+        for name, text in reasons.items():
             damage.setdefault((name, text), []).append(number)
-        if not refused:
-            entry.rows[number] = _row(record)
     for (name, text), rows in damage.items():
         entry.findings.append(Finding(DAMAGE, text, entry.key, name, tuple(rows)))
     if table.missing:
@@ -116,16 +116,14 @@ def misfits(checkpoint: Checkpoint) -> Iterator[Finding]:
 
 def _row(record: Record) -> Row:
     seed = record.seed + (record.row if record.ranked else 0)
-    at_seed = frozenset(
+    at_seed = [
         name
-        for name, kind in (("python", "python"), ("numpy", "numpy"), ("torch", "torch.cpu"))
-        if name in record.streams
-        and 0 <= seed < 2**32
-        and record.streams[name].state == packed_after_seed(kind, seed)
-    )
-    fingerprints = {name: fingerprint(stream.state) for name, stream in record.streams.items()}
+        for name, stream in record.streams.items()
+        if is_reserved(name) and 0 <= seed < 2**32
+        if stream.state == packed_after_seed(stream.kind, seed)
+    ]
     emptied = {name: stream._replace(state=b"") for name, stream in record.streams.items()}
-    return Row(replace(record, streams=emptied), fingerprints, at_seed)
+    return Row(replace(record, streams=emptied), fingerprints(record), frozenset(at_seed))
 
 
 def _disagreements(entry: Entry) -> Iterator[Finding]:

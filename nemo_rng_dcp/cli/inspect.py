@@ -7,7 +7,8 @@ from dataclasses import asdict
 from datetime import datetime, timezone
 from typing import Any
 
-from nemo_rng_dcp.cli.findings import LOST, SEVERITIES, SUSPICIOUS, Entry, Finding, examine, misfits
+from nemo_rng_dcp.cli import findings
+from nemo_rng_dcp.cli.findings import LOST, SUSPICIOUS, Entry, Finding, Row
 from nemo_rng_dcp.cli.heading import name_of, title
 from nemo_rng_dcp.cli.reading.checkpoint import ranks_that_wrote
 from nemo_rng_dcp.cli.reading.foreign import ForeignState, find_foreign
@@ -36,10 +37,10 @@ class Inspection:
     def __init__(self, where: str, fail_on: str) -> None:
         checkpoint = open_checkpoint(where)
         self.where = checkpoint.where
-        self.entries = [examine(table) for table in find_tables(checkpoint)]
+        self.entries = [findings.examine(table) for table in find_tables(checkpoint)]
         self.others = find_foreign(checkpoint)
         self.findings = [finding for entry in self.entries for finding in entry.findings]
-        self.findings += misfits(checkpoint)
+        self.findings += findings.misfits(checkpoint)
         writers = ranks_that_wrote(checkpoint.files)
         self.notes = [note for state in self.others for note in state.notes(writers)]
         if not (self.findings or self.entries or self.others):
@@ -48,7 +49,7 @@ class Inspection:
         elif not self.entries and any(state.lost(writers) for state in self.others):
             text = "no StatefulRNG's record, and other code's RNG state has lost streams: see notes"
             self.findings.append(Finding(LOST, text))
-        failing = SEVERITIES[: SEVERITIES.index(fail_on) + 1]
+        failing = findings.SEVERITIES[: findings.SEVERITIES.index(fail_on) + 1]
         self.failed = any(finding.severity in failing for finding in self.findings)
         self.trouble = ""
 
@@ -73,24 +74,19 @@ class Inspection:
 
 
 def _entry_json(entry: Entry, rows: Sequence[range] | None) -> dict[str, Any]:
-    streams = []
-    for number, row in entry.rows.items():
-        if within(number, rows):
-            record = row.record
-            streams.append(
-                {
-                    **{name: getattr(record, name) for name in _OF_A_ROW},
-                    "mesh": None if record.mesh is None else dict(record.mesh),
-                    "versions": record.versions(),
-                    "fingerprints": row.fingerprints,
-                    "shared": [name for name, stream in record.streams.items() if stream.shared],
-                }
-            )
+    streams = [_row_json(row) for number, row in entry.rows.items() if within(number, rows)]
+    whole = {"key": entry.key, "rows": entry.count, "generators": entry.generators}
+    return {**whole, "streams": streams}
+
+
+def _row_json(row: Row) -> dict[str, Any]:
+    record = row.record
     return {
-        "key": entry.key,
-        "rows": entry.count,
-        "generators": entry.generators,
-        "streams": streams,
+        **{name: getattr(record, name) for name in _OF_A_ROW},
+        "mesh": None if record.mesh is None else dict(record.mesh),
+        "versions": record.versions(),
+        "fingerprints": row.fingerprints,
+        "shared": [name for name, stream in record.streams.items() if stream.shared],
     }
 
 
@@ -107,11 +103,11 @@ def _entry_lines(entry: Entry, rows: Sequence[range] | None, style: Style) -> li
             lines.append(f"{name:<8} {plural(len(good), 'good row')}, {len(set(good)):,} different")
         lines += ["", "The first and the last rows (--rows 12,40-44 shows others):"]
         chosen = chosen[:3] + chosen[-3:]
-    cells = [
-        [str(n), *(entry.rows[n].fingerprints.get(name, "-") for name in entry.generators)]
-        for n in chosen
-    ]
-    return [*lines, *aligned(["row", *entry.generators], cells, style), ""]
+    names, cells = entry.generators, []
+    for number in chosen:
+        fingerprints = entry.rows[number].fingerprints
+        cells.append([str(number), *(fingerprints.get(name, "-") for name in names)])
+    return [*lines, *aligned(["row", *names], cells, style), ""]
 
 
 def _taken(records: Sequence[Record]) -> str:

@@ -38,14 +38,9 @@ class Options:
             stream = record.streams.get(name, Stream("", False, b""))
             shared = stream.shared if self.shared is None else name in self.shared
             kinds[name] = Kind(stream.kind, shared)
-        return Job(
-            row=row,
-            rows=len(self.ranks),
-            mesh=self.mesh,
-            ranked=record.ranked if self.ranked is None else self.ranked,
-            generators=kinds,
-            global_names=frozenset(name for name in names if is_reserved(name)),
-        )
+        ranked = record.ranked if self.ranked is None else self.ranked
+        global_names = frozenset(name for name in names if is_reserved(name))
+        return Job(row, len(self.ranks), self.mesh, ranked, kinds, global_names)
 
 
 def rows_of_ranks(
@@ -76,10 +71,8 @@ def rows_of_ranks(
         raise ValueError(f"the mesh has no dimension {unknown[0]!r}, only {', '.join(mesh)}")
     names = [name for name in mesh if along is None or name in along]
     if along is not None and names != list(along):
-        raise ValueError(
-            f"--along {','.join(along)}: torch takes each dimension once and in the mesh's order, "
-            f"{','.join(names)}"
-        )
+        expected = f"torch takes each dimension once and in the mesh's order, {','.join(names)}"
+        raise ValueError(f"--along {','.join(along)}: {expected}")
     ranks: dict[int, list[int]] = {}
     for rank in range(world_size):
         coordinate, rest = {}, rank

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import os
 import sys
@@ -42,9 +41,6 @@ class Report(Protocol):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     options = parser().parse_args(arguments)
-    collecting = gc.isenabled()
-    # Going through torch's objects again and again would take a fifth of the time.
-    gc.disable()
     lines: list[str] = []
     try:
         if sys.stdout is None:
@@ -62,9 +58,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         expected = isinstance(error, (RuntimeError, OSError, ValueError))
         trouble, failed = str(error) if expected else "", True
         trouble = trouble or f"{type(error).__name__}: {error}".removesuffix(": ")
-    finally:
-        if collecting:
-            gc.enable()
     code = TROUBLE if trouble else FINDINGS if failed else CLEAN
     try:
         if lines:

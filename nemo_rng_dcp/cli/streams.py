@@ -18,7 +18,7 @@ from nemo_rng_dcp.generators.mt19937 import WORDS, MT19937State
 from nemo_rng_dcp.generators.numpy_random import NumPyAdapter, NumPyGeneratorAdapter
 from nemo_rng_dcp.generators.python_random import PythonAdapter
 from nemo_rng_dcp.generators.torch_random import TorchAdapter
-from nemo_rng_dcp.record import Record, Stream
+from nemo_rng_dcp.record import Record, Stream, fingerprint
 
 _BIT_GENERATORS = {"MT19937", "PCG64", "PCG64DXSM", "Philox", "SFC64"}
 _BLOCKS = 2
@@ -60,6 +60,11 @@ def refusals(record: Record) -> dict[str, str]:
         except ValueError as error:
             reasons[name] = str(error)
     return reasons
+
+
+def fingerprints(record: Record) -> dict[str, str]:
+    """Return what ``StatefulRNG.fingerprint()`` says of a record's streams."""
+    return {name: fingerprint(stream.state) for name, stream in record.streams.items()}
 
 
 def distance(a: Stream, b: Stream) -> str | None:

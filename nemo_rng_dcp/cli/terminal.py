@@ -51,8 +51,7 @@ def aligned(header: Sequence[str], rows: Sequence[Sequence[str]], style: Style) 
 
 def paragraph(text: str, hanging: int = 2) -> list[str]:
     """Return text in lines of 80 characters, all but the first indented."""
-    lines = textwrap.wrap(text, WIDTH, subsequent_indent=" " * hanging, break_on_hyphens=False)
-    return lines or [""]
+    return textwrap.wrap(text, WIDTH, subsequent_indent=" " * hanging, break_on_hyphens=False)
 
 
 def spans(numbers: Iterable[int]) -> str:

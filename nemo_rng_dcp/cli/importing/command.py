@@ -14,9 +14,10 @@ from nemo_rng_dcp import standalone
 from nemo_rng_dcp.cli.importing.rank_states import to_records
 from nemo_rng_dcp.cli.importing.search import read_states
 from nemo_rng_dcp.cli.reading.folder import storage_of
+from nemo_rng_dcp.cli.streams import fingerprints
 from nemo_rng_dcp.cli.terminal import Style, aligned, plural, visible, within
 from nemo_rng_dcp.errors import RNGStateError
-from nemo_rng_dcp.record import KEY, Record, fingerprint
+from nemo_rng_dcp.record import KEY, Record
 
 
 class Import:
@@ -42,32 +43,25 @@ class Import:
             "folder": self._job.where,
             "out": self._out,
             "unread": self._job.unread,
-            "rows": [
-                {"row": row, "file": place, "fingerprints": fingerprints}
-                for row, place, fingerprints in self._rows(rows)
-            ],
+            "rows": self._rows(rows),
         }
 
     def lines(self, rows: Sequence[range] | None, style: Style) -> list[str]:
-        header = ["row", "file", *self._records[0].streams]
-        cells = [
-            [str(row), visible(place), *fingerprints.values()]
-            for row, place, fingerprints in self._rows(rows)
-        ]
         ranks = plural(len(self._records), "rank")
         lines = [f"{visible(self._job.where)}: {self._job.framework}, {ranks}"]
-        lines += aligned(header, cells, style)
+        cells = [
+            [str(row["row"]), visible(row["file"]), *row["fingerprints"].values()]
+            for row in self._rows(rows)
+        ]
+        lines += aligned(["row", "file", *self._records[0].streams], cells, style)
         if self._job.unread:
             lines.append(f"note: not read: {', '.join(self._job.unread)}")
         return [*lines, "", f"saved to {visible(self._out)}: load it with StatefulRNG.load()"]
 
-    def _rows(self, rows: Sequence[range] | None) -> list[tuple[int, str, dict[str, str]]]:
+    def _rows(self, rows: Sequence[range] | None) -> list[dict[str, Any]]:
+        places = {rank: states.place for rank, states in self._job.ranks.items()}
         return [
-            (
-                record.row,
-                self._job.ranks[record.row].place,
-                {name: fingerprint(stream.state) for name, stream in record.streams.items()},
-            )
+            {"row": record.row, "file": places[record.row], "fingerprints": fingerprints(record)}
             for record in self._records
             if within(record.row, rows)
         ]

@@ -48,25 +48,18 @@ class Naming(NamedTuple):
     global_ranks: bool = True
 
 
-COMPOSER = Naming("Composer", r"ep\d+-ba\d+-rank(?P<rank>\d{1,9})\.pt", _COMPOSER, within="rng")
+_RANK, _RANKS = r"(?P<rank>\d{1,9})", r"(?P<ranks>\d{1,9})"
+COMPOSER = Naming("Composer", rf"ep\d+-ba\d+-rank{_RANK}\.pt", _COMPOSER, within="rng")
 NAMINGS = (
-    Naming("NeMo Automodel", r"rng_global_rank_(?P<rank>\d{1,9})\.pt", _AUTOMODEL),
+    Naming("NeMo Automodel", rf"rng_global_rank_{_RANK}\.pt", _AUTOMODEL),
     Naming(
-        "NeMo Automodel, a file for each dp rank",
-        r"rng_dp_rank_(?P<rank>\d{1,9})\.pt",
-        _AUTOMODEL,
-        global_ranks=False,
+        "NeMo Automodel, by dp rank", rf"rng_dp_rank_{_RANK}\.pt", _AUTOMODEL, global_ranks=False
     ),
-    Naming("Accelerate", r"random_states_(?P<rank>\d{1,9})\.pkl", _ACCELERATE),
-    Naming("Transformers", r"rng_state_(?P<rank>\d{1,9})\.pth", _TRANSFORMERS),
+    Naming("Accelerate", rf"random_states_{_RANK}\.pkl", _ACCELERATE),
+    Naming("Transformers", rf"rng_state_{_RANK}\.pth", _TRANSFORMERS),
     Naming("Transformers, one process", r"rng_state(?P<rank>)\.pth", _TRANSFORMERS),
-    Naming(
-        "verl",
-        r"extra_state_world_size_(?P<ranks>\d{1,9})_rank_(?P<rank>\d{1,9})\.pt",
-        _VERL,
-        within="rng",
-    ),
-    Naming("miles", r"rng_rank_(?P<rank>\d{1,9})\.pt", _MILES),
+    Naming("verl", rf"extra_state_world_size_{_RANKS}_rank_{_RANK}\.pt", _VERL, within="rng"),
+    Naming("miles", rf"rng_rank_{_RANK}\.pt", _MILES),
     COMPOSER,
 )
 

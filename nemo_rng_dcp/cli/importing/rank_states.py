@@ -53,6 +53,9 @@ class JobStates:
     global_ranks: bool = True
     unread: tuple[str, ...] = ()
 
+    def __str__(self) -> str:
+        return self.where
+
 
 def require_ranks(where: str, found: set[int], expected: set[int]) -> None:
     """Make sure that no rank is missing.

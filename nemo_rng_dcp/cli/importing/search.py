@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
 from nemo_rng_dcp.cli.importing.rank_files import COMPOSER, Files, find_files, read_files
 from nemo_rng_dcp.cli.importing.rank_keys import read_keys
@@ -13,6 +15,8 @@ from nemo_rng_dcp.cli.reading.folder import Folder
 from nemo_rng_dcp.cli.reading.foreign import find_foreign
 from nemo_rng_dcp.cli.reading.opening import checkpoint_in, checkpoints_below
 from nemo_rng_dcp.errors import RNGStateError
+
+_Found = TypeVar("_Found", Files, JobStates)
 
 
 def read_states(where: Path) -> JobStates:
@@ -32,21 +36,13 @@ def read_states(where: Path) -> JobStates:
     for name in folder.folders:
         with suppress(OSError):  # a folder of somebody else's
             found += find_files(folder.inner(name))
-    if len(found) == 1:
-        return read_files(found[0])
     if found:
-        places = ", ".join(map(str, found[:6]))
-        raise RNGStateError(
-            f"{where}: the RNG files of {len(found)} checkpoints, name one: {places}"
-        )
+        return read_files(_only_one(where, found))
     below, error = checkpoints_below(folder)
     checkpoints = [*filter(None, [checkpoint_in(folder)]), *below]
     jobs = [job for checkpoint in checkpoints if (job := read_keys(checkpoint))]
-    if len(jobs) == 1:
-        return jobs[0]
     if jobs:
-        places = ", ".join(job.where for job in jobs[:6])
-        raise RNGStateError(f"{where}: {len(jobs)} checkpoints have RNG state, name one: {places}")
+        return _only_one(where, jobs)
     if error is not None:
         raise error
     notes = [
@@ -56,8 +52,13 @@ def read_states(where: Path) -> JobStates:
         for note in state.notes(ranks_that_wrote(checkpoint.files))
     ]
     raise RNGStateError(
-        f"{where}: no RNG files of a rank in it or in a folder below, such as "
-        "rng/rng_global_rank_0.pt (NeMo Automodel), random_states_0.pkl (Accelerate) or "
-        f"rng_state_0.pth (Transformers), and no rank-named keys of a DCP checkpoint. "
-        f"{' '.join(notes)}"
+        f"{where}: no RNG files of a rank in it or in a folder below, such as random_states_0.pkl "
+        f"(Accelerate), and no rank-named keys of a DCP checkpoint. {' '.join(notes)}"
     )
+
+
+def _only_one(where: Path, found: Sequence[_Found]) -> _Found:
+    if len(found) > 1:
+        places = ", ".join(map(str, found[:6]))
+        raise RNGStateError(f"{where}: {len(found)} checkpoints have RNG state, name one: {places}")
+    return found[0]

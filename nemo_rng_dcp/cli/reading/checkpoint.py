@@ -42,11 +42,8 @@ class Checkpoint:
             for key, stored in index.keys.items():
                 self.keys.setdefault(key, stored)
             self.files |= index.files
-        self.records = [
-            key
-            for key, stored in sorted(self.keys.items())
-            if is_record(key, stored.dtype, stored.size)
-        ]
+        items = sorted(self.keys.items())
+        self.records = [key for key, stored in items if is_record(key, stored.dtype, stored.size)]
         self._known: set[Chunk] = set()
         self._bytes: Counter[str] = Counter()
 
@@ -78,7 +75,7 @@ class Checkpoint:
         beside = 0 if chunk.form == "raw" else ARCHIVE_BYTES
         if not 8 * count <= chunk.length <= 8 * count + beside:
             raise ValueError(f"{name} has {chunk.length} bytes for {count} numbers of 8 bytes")
-        content = self._read(chunk)
+        content = self._folder.read(name, chunk.start, chunk.length)
         try:
             return from_raw(content) if chunk.form == "raw" else from_archive(content, count)
         except ValueError as error:
@@ -94,7 +91,7 @@ class Checkpoint:
         name = self._place(chunk)
         if chunk.form == "raw":
             raise ValueError(f"{name} has the numbers alone, expected what torch.save writes")
-        return self._read(chunk)
+        return self._folder.read(name, chunk.start, chunk.length)
 
     def _place(self, chunk: Chunk) -> str:
         """Return the file that a part is in, after making sure that the whole part is."""
@@ -111,16 +108,12 @@ class Checkpoint:
             raise ValueError(f"{name} is truncated: {present} bytes, expected {end} or more")
         if chunk.form == "extension":
             raise ValueError(f"{name} was written by a storage extension (compression?) of DCP's")
-        return name
-
-    def _read(self, chunk: Chunk) -> bytes:
-        name = chunk.file
         if chunk not in self._known:
             self._bytes[name] += chunk.length
-            if self._bytes[name] > self._folder.sizes[name]:
+            if self._bytes[name] > present:
                 raise ValueError(f"refused: {name} has fewer bytes than the parts that are in it")
             self._known.add(chunk)
-        return self._folder.read(name, chunk.start, chunk.length)
+        return name
 
 
 def ranks_that_wrote(files: Iterable[str]) -> set[int]:

@@ -15,45 +15,38 @@ _DTYPE = re.compile(r"torch (bool|bits\w+|[a-z]*(int|float|complex)\d+\w*)")
 _OF_ALL_RANKS = ".metadata"
 _OF_A_RANK = re.compile(r"__(\d{1,9})\.metadata")
 _KNOWN = {
-    "torch Size",
-    "collections OrderedDict",
-    f"{_DCP}.metadata Metadata",
-    f"{_DCP}.metadata MetadataIndex",
-    f"{_DCP}.metadata TensorStorageMetadata",
-    f"{_DCP}.metadata BytesStorageMetadata",
-    f"{_DCP}.metadata ChunkStorageMetadata",
-    f"{_DCP}.metadata TensorProperties",
-    f"{_DCP}.metadata StorageMeta",
-    f"{_DCP}.metadata _MEM_FORMAT_ENCODING",
-    f"{_DCP}.filesystem _StorageInfo",
-    f"{_DCP}.filesystem _StoragePrefix",
-    "torch.serialization _get_layout",
-    "builtins getattr",  # how some versions of Python store an enum
-    "pathlib PosixPath",
-    "pathlib WindowsPath",
-    "pathlib._local PosixPath",
-    "pathlib._local WindowsPath",
+    f"{_DCP}.metadata": "Metadata MetadataIndex StorageMeta TensorProperties TensorStorageMetadata "
+    "BytesStorageMetadata ChunkStorageMetadata _MEM_FORMAT_ENCODING",
+    f"{_DCP}.filesystem": "_StorageInfo _StoragePrefix",
+    "torch": "Size",
+    "torch.serialization": "_get_layout",
+    "collections": "OrderedDict",
+    "builtins": "getattr",  # how some versions of Python store an enum
+    "pathlib": "PosixPath WindowsPath",
+    "pathlib._local": "PosixPath WindowsPath",
 }
+"""What a ``.metadata`` may name, by module."""
 
 
 class Metadata:
     """The index of a checkpoint as DCP's own storage writes it; see ``Index``.
 
     Args:
-        content: The bytes of a ``.metadata``.
-        name: What errors call it.
+        folder: The checkpoint.
+        name: One of its :func:`metadata_files`.
 
     Raises:
         RNGStateError: It is damaged, malformed, or wants something that DCP never stores there.
+        OSError: It cannot be read.
     """
 
-    def __init__(self, content: bytes, name: str) -> None:
-        self._name = name
-        metadata = _parse(content, name)
+    def __init__(self, folder: Folder, name: str) -> None:
+        self._name = folder.path_of(name)
+        metadata = _parse(folder.read(name, 0, folder.sizes[name]), self._name)
         self.files: set[str] = set()
         self._places: dict[str, dict[tuple[int, ...] | None, Made]] = {}
         self._given: set[int] = set()
-        with malformed_if_wrong(name):
+        with malformed_if_wrong(self._name):
             self._saved = typed(_attribute(metadata, "state_dict_metadata"), dict)
             self.keys = {printable(key): _stored(value) for key, value in self._saved.items()}
             for index, place in typed(_attribute(metadata, "storage_data"), dict).items():
@@ -75,10 +68,8 @@ class Metadata:
                     raise ValueError("one chunk is in two places")
                 self._given.add(id(thing))
             for part in parts:
-                offsets, sizes = (
-                    _size(_attribute(part, "offsets")),
-                    _size(_attribute(part, "sizes")),
-                )
+                offsets = _size(_attribute(part, "offsets"))
+                sizes = _size(_attribute(part, "sizes"))
                 chunks.append(_chunk(offsets, sizes, places.get(offsets)))
             return chunks
 
@@ -94,19 +85,14 @@ def metadata_files(folder: Folder) -> dict[int | None, str]:
     return dict(sorted((int(match[1]), match[0]) for match in matches))
 
 
-def read_metadata(folder: Folder, name: str) -> Metadata:
-    """Return one of the :func:`metadata_files` of a folder.
-
-    Raises:
-        RNGStateError: It is damaged, malformed, or refused.
-        OSError: It cannot be read.
-    """
-    return Metadata(folder.read(name, 0, folder.sizes[name]), folder.path_of(name))
+def _is_known(name: str) -> bool:
+    module, _, attribute = name.partition(" ")
+    return attribute in _KNOWN.get(module, "").split() or bool(_DTYPE.fullmatch(name))
 
 
 def _parse(content: bytes, name: str) -> Made:
     try:
-        found = parse(content, lambda name: name in _KNOWN or bool(_DTYPE.fullmatch(name)))
+        found = parse(content, _is_known)
     except ForbiddenError as error:
         raise RNGStateError(
             f"refused: {name} wants {error}, which DCP never stores there. Nothing in it was "

@@ -52,10 +52,7 @@ class ForeignState:
                 ranks = numbered("rank", missing)
                 yield f"{where}: {ranks} wrote to this checkpoint, but no RNG state."
         elif self.each_its_own:
-            yield (
-                f"{where}: one state a rank, each in a .metadata of its own. On more ranks a new "
-                "rank finds none."
-            )
+            yield f"{where}: one state a rank, each in a .metadata of its own. New ranks find none."
         elif len(writers) > 1:
             kept = [f"{name or where} is rank {rank}'s" for name, rank in self.writers.items()]
             yield (
@@ -65,10 +62,7 @@ class ForeignState:
                 "ranks draw the same numbers."
             )
         else:
-            yield (
-                f"{where}: one state, and one rank wrote the checkpoint. Loaded by several ranks, "
-                "all would draw the same numbers."
-            )
+            yield f"{where}: one rank's state. Loaded by several ranks, all draw the same numbers."
         if any(stored.dtype is None for stored in self.contents.values()):
             yield f"{where}: stored as pickles, which were not read."
 

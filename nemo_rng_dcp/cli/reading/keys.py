@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from itertools import pairwise
 from typing import NamedTuple
 
 from nemo_rng_dcp.cli.reading.checkpoint import Checkpoint
@@ -17,6 +16,9 @@ from nemo_rng_dcp.record import KEY
 _GENERATORS = {"python", "random", "numpy", "np", "torch", "cpu", "cuda", "xpu", "mps"}
 _TORCH_CPU_BYTES, _ACCELERATOR_BYTES = 5056, (16, 816)
 _MT19937_WORDS = (624, 625)
+_RNG = re.compile(r"(?<![a-z])(rngs?|random[^a-z]+states?)(?![a-z])", re.IGNORECASE)
+_GENERATOR = re.compile(r"(?<![a-z])generators?[^a-z]+states?(?![a-z])", re.IGNORECASE)
+"""It may be one of random numbers, or a network."""
 _RANK = re.compile(r"rank[_.:/-]?(\d{1,9})(?!\d)")
 _NUMBER = re.compile(r"(?<=[_./:-])(\d{1,9})(?=[_./:-]|$)")
 
@@ -50,11 +52,11 @@ def find_keys(checkpoint: Checkpoint) -> list[ForeignKey]:
 
 def _is_rng_state(key: str, stored: Stored, beside_others: bool) -> bool:
     if stored.dtype is None:
-        return beside_others or _says_rng(key)
+        return beside_others or bool(_RNG.search(key))
     last = stored.size[-1] if stored.size else 0
     if stored.dtype == "uint8" and last == _TORCH_CPU_BYTES:
         return True
-    named = beside_others or _says_rng(key) or _says_generator_state(key)
+    named = beside_others or bool(_RNG.search(key) or _GENERATOR.search(key))
     if stored.dtype == "uint8":
         return named and last in _ACCELERATOR_BYTES
     return named and "int" in stored.dtype and len(stored.size) == 1 and last in _MT19937_WORDS
@@ -62,21 +64,6 @@ def _is_rng_state(key: str, stored: Stored, beside_others: bool) -> bool:
 
 def _words(text: str) -> list[str]:
     return re.findall(r"[a-z]+", text.lower())
-
-
-def _says_rng(key: str) -> bool:
-    words = _words(key)
-    return bool({"rng", "rngs"} & set(words)) or any(
-        first == "random" and then in ("state", "states") for first, then in pairwise(words)
-    )
-
-
-def _says_generator_state(key: str) -> bool:
-    """Return whether a key may be a generator's: of random numbers, or a network."""
-    return any(
-        first in ("generator", "generators") and then in ("state", "states")
-        for first, then in pairwise(_words(key))
-    )
 
 
 def _sets_of_generators(keys: Iterable[str]) -> set[str]:
@@ -110,6 +97,6 @@ def _numbered(key: str) -> re.Match[str] | None:
         before, separator = key[: match.start() - 1], key[match.start() - 1]
         last = before.rpartition(".")[2]
         # DCP takes lists apart: ".0" after a generator's name is a device or one of its words.
-        if _says_rng(before) and not (separator == "." and _GENERATORS & set(_words(last))):
+        if _RNG.search(before) and not (separator == "." and _GENERATORS & set(_words(last))):
             return match
     return None

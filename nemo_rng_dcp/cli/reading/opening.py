@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from nemo_rng_dcp.cli.reading.checkpoint import Checkpoint
-from nemo_rng_dcp.cli.reading.dcp_metadata import metadata_files, read_metadata
+from nemo_rng_dcp.cli.reading.dcp_metadata import Metadata, metadata_files
 from nemo_rng_dcp.cli.reading.folder import Folder
 from nemo_rng_dcp.cli.reading.safetensors import Safetensors
 from nemo_rng_dcp.cli.reading.table import Table, find_tables
@@ -61,7 +61,7 @@ def checkpoint_in(folder: Folder) -> Checkpoint | None:
         OSError: It cannot be read.
     """
     if names := metadata_files(folder):
-        return Checkpoint(folder, {rank: read_metadata(folder, names[rank]) for rank in names})
+        return Checkpoint(folder, {rank: Metadata(folder, name) for rank, name in names.items()})
     index = Safetensors(folder)
     return Checkpoint(folder, {None: index}) if index.files else None
 

@@ -89,15 +89,13 @@ class _Machine:
         """Take the last values from the stack."""
         if count > len(self.stack) - (self.marks[-1] if self.marks else 0):
             raise ValueError("a value is missing")
-        return self._pop_from(len(self.stack) - count)
-
-    def pop_to_mark(self) -> list[Any]:
-        return self._pop_from(self.marks.pop())
-
-    def _pop_from(self, first: int) -> list[Any]:
+        first = len(self.stack) - count
         values = self.stack[first:]
         del self.stack[first:]
         return values
+
+    def pop_to_mark(self) -> list[Any]:
+        return self.pop(len(self.stack) - self.marks.pop())
 
 
 def _push(machine: _Machine, value: Any) -> None:
@@ -143,10 +141,6 @@ def _memoize(machine: _Machine, place: int) -> None:
     machine.memo[place] = machine.stack[-1]
 
 
-def _recall(machine: _Machine, place: int) -> None:
-    machine.stack.append(machine.memo[place])
-
-
 _OPCODES: dict[bytes, Callable[[_Machine, Any], object]] = {
     pickle.PROTO: lambda m, _: None,
     pickle.FRAME: lambda m, _: None,
@@ -176,8 +170,8 @@ _OPCODES: dict[bytes, Callable[[_Machine, Any], object]] = {
     pickle.MEMOIZE: lambda m, _: _memoize(m, len(m.memo)),
     pickle.BINPUT: _memoize,
     pickle.LONG_BINPUT: _memoize,
-    pickle.BINGET: _recall,
-    pickle.LONG_BINGET: _recall,
+    pickle.BINGET: lambda m, place: m.stack.append(m.memo[place]),
+    pickle.LONG_BINGET: lambda m, place: m.stack.append(m.memo[place]),
 }
 _READERS = {
     opcode.code.encode("latin-1"): opcode.arg and opcode.arg.reader

@@ -6,13 +6,7 @@ import json
 from typing import Any
 
 from nemo_rng_dcp.cli.reading.folder import Folder
-from nemo_rng_dcp.cli.reading.index import (
-    Chunk,
-    Stored,
-    integers,
-    malformed_if_wrong,
-    printable,
-)
+from nemo_rng_dcp.cli.reading.index import Chunk, Stored, integers, malformed_if_wrong, printable
 from nemo_rng_dcp.cli.reading.pickles import typed
 from nemo_rng_dcp.errors import RNGStateError
 

@@ -52,6 +52,10 @@ class Table:
         self.placed = sorted(self._places)
         self.missing = self.count - sum(row < self.count for row in self.placed)
 
+    def expects(self, row: int) -> bool:
+        """Return whether there should be such a row, or is one."""
+        return row < self.count or row in self._places
+
     def read(self, row: int) -> Record | str:
         """Return the record of a row, checked as a load checks it, or the reason why not."""
         place = self._places.get(row, "missing: the checkpoint has no place for it")
