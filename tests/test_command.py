@@ -2,7 +2,6 @@
 
 import json
 import os
-import pty
 import re
 import subprocess
 import sys
@@ -68,23 +67,6 @@ def test_a_reason_is_one_line_on_stderr(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.count("\n") == 1
     assert "no .metadata in it, nothing" in done.stderr
-
-
-def test_colour_is_for_terminals(checkpoint: Path) -> None:
-    """On a real terminal, and not on one whose owner has set NO_COLOR."""
-
-    def shown(**variables: str) -> str:
-        ours, theirs = pty.openpty()
-        environment = {"TERM": "xterm", **os.environ, **variables}
-        words = [INSTALLED, "inspect", str(checkpoint)]
-        subprocess.run(words, stdout=theirs, env=environment, timeout=100, check=True)
-        text = os.read(ours, 2**16).decode()
-        os.close(ours)
-        os.close(theirs)
-        return text
-
-    assert "\033[" in shown(NO_COLOR="")
-    assert "\033[" not in shown(NO_COLOR="1")
 
 
 @pytest.mark.parametrize(

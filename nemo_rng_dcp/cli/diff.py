@@ -11,7 +11,7 @@ from nemo_rng_dcp.cli.heading import job_of, name_of
 from nemo_rng_dcp.cli.reading.opening import open_tables
 from nemo_rng_dcp.cli.reading.table import Table
 from nemo_rng_dcp.cli.streams import distance
-from nemo_rng_dcp.cli.terminal import MANY, Style, aligned, paragraph, plural, within
+from nemo_rng_dcp.cli.terminal import MANY, aligned, paragraph, plural, within
 from nemo_rng_dcp.record import Record, fingerprint
 
 
@@ -31,8 +31,8 @@ class Diff:
         entries = [comparison.to_json(rows) for comparison in self.comparisons]
         return {**self._names, "entries": entries}
 
-    def lines(self, rows: Sequence[range] | None, style: Style) -> list[str]:
-        return [line for found in self.comparisons for line in found.lines(rows, style)]
+    def lines(self, rows: Sequence[range] | None) -> list[str]:
+        return [line for found in self.comparisons for line in found.lines(rows)]
 
 
 class Difference(NamedTuple):
@@ -80,7 +80,7 @@ class Comparison:
             "damaged": {side: self.damaged[side] for side in "AB"},
         }
 
-    def lines(self, rows: Sequence[range] | None, style: Style) -> list[str]:
+    def lines(self, rows: Sequence[range] | None) -> list[str]:
         """Return the text for a person; of the differences only those in ``rows``."""
         name = name_of(self.key)
         lines = [line for text in self.remarks for line in paragraph(f"{name}: {text}")]
@@ -96,7 +96,7 @@ class Comparison:
         lines += paragraph(f"the first: {self._first()}")
         shown = self._within([range(differing[:MANY][-1] + 1)] if rows is None else rows)
         cells = [[str(d.row), d.generator, d.a, d.b, d.distance or ""] for d in shown]
-        lines += aligned(["row", "generator", "A", "B", "B is"], cells, style)
+        lines += aligned(["row", "generator", "A", "B", "B is"], cells)
         if rows is None and len(differing) > MANY:
             lines.append(f"... and {plural(len(differing) - MANY, 'more row')}, which --rows shows")
         return lines

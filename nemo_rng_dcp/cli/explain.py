@@ -12,16 +12,7 @@ from nemo_rng_dcp.cli.job import Options, rows_of_ranks
 from nemo_rng_dcp.cli.reading.opening import open_tables
 from nemo_rng_dcp.cli.reading.table import Table
 from nemo_rng_dcp.cli.streams import packed_after_seed, refusals
-from nemo_rng_dcp.cli.terminal import (
-    MANY,
-    Style,
-    aligned,
-    numbered,
-    paragraph,
-    plural,
-    spans,
-    within,
-)
+from nemo_rng_dcp.cli.terminal import MANY, aligned, numbered, paragraph, plural, spans, within
 from nemo_rng_dcp.generators import is_reserved
 from nemo_rng_dcp.layout import source_row
 from nemo_rng_dcp.record import Record, fingerprint
@@ -64,8 +55,8 @@ class Explanation:
         entries = [entry.to_json(rows) for entry in self.entries]
         return {"checkpoint": self._where, "entries": entries}
 
-    def lines(self, rows: Sequence[range] | None, style: Style) -> list[str]:
-        return [line for entry in self.entries for line in entry.lines(rows, style)]
+    def lines(self, rows: Sequence[range] | None) -> list[str]:
+        return [line for entry in self.entries for line in entry.lines(rows)]
 
 
 @dataclass(frozen=True)
@@ -155,9 +146,9 @@ class Resumed:
         fates = [asdict(fate) for fate in self.fates if within(fate.row, rows)]
         return {**{name: getattr(self, name) for name in names}, "fates": fates}
 
-    def lines(self, rows: Sequence[range] | None, style: Style) -> list[str]:
+    def lines(self, rows: Sequence[range] | None) -> list[str]:
         """Return the text for a person; of the fates only those of ``rows``."""
-        lines = title(self.key, self.rows_saved, self._record, style)
+        lines = title(self.key, self.rows_saved, self._record)
         world_size = sum(len(fate.ranks) for fate in self.fates)
         how = "planner=RNGLoadPlanner()" if self.needs_planner else "plain dcp.load"
         size = f"{plural(world_size, 'rank')}, {plural(self.rows, 'row')}"
@@ -171,14 +162,14 @@ class Resumed:
             for fate in fates:
                 fingerprints = [fate.fingerprints.get(name, "-") for name in names]
                 cells.append([str(fate.row), spans(fate.ranks) or "-", str(fate), *fingerprints])
-            lines += aligned(["row", "ranks", "streams", *names], cells, style)
+            lines += aligned(["row", "ranks", "streams", *names], cells)
         for remark in self.remarks:
             lines += paragraph(f"note: {remark}")
         for reason in dict.fromkeys(self.refusals.values()):
             refused = sorted(row for row, found in self.refusals.items() if found == reason)
             are = "is" if len(refused) == 1 else "are"
             text = f"refused: a load raises, for saved {numbered('row', refused)} {are} {reason}"
-            lines += [style(line, "red") for line in paragraph(text)]
+            lines += paragraph(text)
         return lines
 
 

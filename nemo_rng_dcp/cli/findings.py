@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from nemo_rng_dcp.cli.heading import job_of
 from nemo_rng_dcp.cli.reading.checkpoint import Checkpoint
+from nemo_rng_dcp.cli.reading.index import is_record
 from nemo_rng_dcp.cli.reading.table import Table
 from nemo_rng_dcp.cli.streams import fingerprints, packed_after_seed, refusals
 from nemo_rng_dcp.generators import is_reserved
@@ -107,20 +108,19 @@ def misfits(checkpoint: Checkpoint) -> Iterator[Finding]:
     """Find what has a record's name and cannot be one."""
     for key, stored in sorted(checkpoint.keys.items()):
         prefix, _, name = key.rpartition(".")
-        if name == KEY and key not in checkpoint.records:
-            text = (
-                f"{KEY} is {stored}, expected int64 of one dimension: a load finds no record in it"
-            )
-            yield Finding(DAMAGE, text, prefix)
+        if name == KEY and not is_record(key, stored.dtype, stored.size):
+            text = f"{KEY} is {stored}, expected int64 of one dimension"
+            yield Finding(DAMAGE, f"{text}: a load finds no record in it", prefix)
 
 
 def _row(record: Record) -> Row:
     seed = record.seed + (record.row if record.ranked else 0)
+    # Other seeds than these are not what every generator takes.
+    streams = record.streams.items() if 0 <= seed < 2**32 else ()
     at_seed = [
         name
-        for name, stream in record.streams.items()
-        if is_reserved(name) and 0 <= seed < 2**32
-        if stream.state == packed_after_seed(stream.kind, seed)
+        for name, stream in streams
+        if is_reserved(name) and stream.state == packed_after_seed(stream.kind, seed)
     ]
     emptied = {name: stream._replace(state=b"") for name, stream in record.streams.items()}
     return Row(replace(record, streams=emptied), fingerprints(record), frozenset(at_seed))

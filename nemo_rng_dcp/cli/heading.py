@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nemo_rng_dcp.cli.terminal import Style, paragraph, plural
+from nemo_rng_dcp.cli.terminal import paragraph, plural
 from nemo_rng_dcp.record import UNSEEDED, Record, mesh_text
 
 
@@ -22,9 +22,9 @@ def job_of(record: Record) -> dict[str, str]:
     }
 
 
-def title(key: str, count: int, record: Record | None, style: Style) -> list[str]:
+def title(key: str, count: int, record: Record | None) -> list[str]:
     """Return how many rows an entry has and who saved it, by one of its records."""
-    name = style(name_of(key), "bold")
+    name = name_of(key)
     if record is None:
         return [f"{name}: {plural(count, 'row')}, none of them good"]
     ranked = "ranked" if record.ranked else "not ranked"

@@ -8,13 +8,13 @@ from datetime import datetime, timezone
 from typing import Any
 
 from nemo_rng_dcp.cli import findings
-from nemo_rng_dcp.cli.findings import LOST, SUSPICIOUS, Entry, Finding, Row
+from nemo_rng_dcp.cli.findings import LOST, Entry, Finding, Row
 from nemo_rng_dcp.cli.heading import name_of, title
 from nemo_rng_dcp.cli.reading.checkpoint import ranks_that_wrote
 from nemo_rng_dcp.cli.reading.foreign import ForeignState, find_foreign
 from nemo_rng_dcp.cli.reading.opening import open_checkpoint
 from nemo_rng_dcp.cli.reading.table import find_tables
-from nemo_rng_dcp.cli.terminal import MANY, Style, aligned, numbered, paragraph, plural, within
+from nemo_rng_dcp.cli.terminal import MANY, aligned, numbered, paragraph, plural, within
 from nemo_rng_dcp.record import Record
 
 _OF_A_ROW = ("row", "taken_at", "seed", "ranked", "world_size", "resizes", "hash_seed")
@@ -65,12 +65,12 @@ class Inspection:
             "notes": self.notes,
         }
 
-    def lines(self, rows: Sequence[range] | None, style: Style) -> list[str]:
-        lines = [line for entry in self.entries for line in _entry_lines(entry, rows, style)]
-        lines += [line for state in self.others for line in _foreign_lines(state, style)]
+    def lines(self, rows: Sequence[range] | None) -> list[str]:
+        lines = [line for entry in self.entries for line in _entry_lines(entry, rows)]
+        lines += [line for state in self.others for line in _foreign_lines(state)]
         lines += [line for note in self.notes for line in paragraph(f"note: {note}")]
-        lines += [line for finding in self.findings for line in _finding_lines(finding, style)]
-        return lines if self.findings else [*lines, style("no findings", "green")]
+        lines += [line for finding in self.findings for line in _finding_lines(finding)]
+        return lines if self.findings else [*lines, "no findings"]
 
 
 def _entry_json(entry: Entry, rows: Sequence[range] | None) -> dict[str, Any]:
@@ -90,10 +90,10 @@ def _row_json(row: Row) -> dict[str, Any]:
     }
 
 
-def _entry_lines(entry: Entry, rows: Sequence[range] | None, style: Style) -> list[str]:
+def _entry_lines(entry: Entry, rows: Sequence[range] | None) -> list[str]:
     """Return who saved an entry, and a line for each row, all or those in ``rows``."""
     records = [row.record for row in entry.rows.values()]
-    lines = title(entry.key, entry.count, records[0] if records else None, style)
+    lines = title(entry.key, entry.count, records[0] if records else None)
     if records:
         lines.append(f"  taken {_taken(records)}")
     chosen = [number for number in entry.rows if within(number, rows)]
@@ -107,7 +107,7 @@ def _entry_lines(entry: Entry, rows: Sequence[range] | None, style: Style) -> li
     for number in chosen:
         fingerprints = entry.rows[number].fingerprints
         cells.append([str(number), *(fingerprints.get(name, "-") for name in names)])
-    return [*lines, *aligned(["row", *names], cells, style), ""]
+    return [*lines, *aligned(["row", *names], cells), ""]
 
 
 def _taken(records: Sequence[Record]) -> str:
@@ -126,21 +126,19 @@ def _time(nanoseconds: int) -> str:
     return f"{moment:%Y-%m-%d %H:%M:%S} UTC"
 
 
-def _foreign_lines(state: ForeignState, style: Style) -> list[str]:
+def _foreign_lines(state: ForeignState) -> list[str]:
     """Return what other code stored, a line for each key."""
     kind = f"{plural(len(state.ranks), 'rank')} in the keys" if state.ranks else "rank-less keys"
-    lines = paragraph(f"{style(name_of(state.prefix), 'bold')}: no StatefulRNG's; {kind}")
+    lines = paragraph(f"{name_of(state.prefix)}: no StatefulRNG's; {kind}")
     cells = []
     for name, stored in state.contents.items():
         writer = f"written by rank {state.writers[name]}" if name in state.writers else ""
         cells.append(["", name or "(the key itself)", str(stored), writer])
-    return [*lines, *aligned(["", "key", "stored as", ""], cells, style), ""]
+    return [*lines, *aligned(["", "key", "stored as", ""], cells), ""]
 
 
-def _finding_lines(finding: Finding, style: Style) -> list[str]:
+def _finding_lines(finding: Finding) -> list[str]:
     rows = numbered("row", finding.rows) if finding.rows else ""
     where = ", ".join(filter(None, [finding.key, finding.generator, rows]))
     text = ": ".join(filter(None, [finding.severity, where, finding.text]))
-    colour = "yellow" if finding.severity == SUSPICIOUS else "red"
-    first, *rest = paragraph(text)
-    return [first.replace(finding.severity, style(finding.severity, colour), 1), *rest]
+    return paragraph(text)

@@ -11,7 +11,6 @@ from contextlib import suppress
 from typing import Any, Protocol, TextIO
 
 from nemo_rng_dcp.cli.arguments import parser
-from nemo_rng_dcp.cli.terminal import Style
 
 CLEAN, FINDINGS, TROUBLE = 0, 1, 2
 INTERRUPTED = 130
@@ -34,7 +33,7 @@ class Report(Protocol):
     def to_json(self, rows: Sequence[range] | None) -> dict[str, Any]:
         """Return what ``--json`` prints; of what there is by row only ``rows``."""
 
-    def lines(self, rows: Sequence[range] | None, style: Style) -> list[str]:
+    def lines(self, rows: Sequence[range] | None) -> list[str]:
         """Return the text for a person; of what there is by row only ``rows``."""
 
 
@@ -51,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             content = {"schema": SCHEMA, **report.to_json(options.rows)}
             lines = [json.dumps(content, indent=1)]
         else:
-            lines = report.lines(options.rows, Style(sys.stdout))
+            lines = report.lines(options.rows)
     except KeyboardInterrupt:
         return INTERRUPTED
     except Exception as error:  # 1 would say that there are findings

@@ -1,32 +1,16 @@
-"""Text for a terminal of 80 columns, or for a file: colour, columns, spans."""
+"""Text for a terminal of 80 columns, or for a file: columns, paragraphs, spans."""
 
 from __future__ import annotations
 
-import os
 import textwrap
 from collections.abc import Iterable, Sequence
-from typing import TextIO
 
 WIDTH = 80
 MANY = 40
 """More rows than these are summarised."""
 
-_CODES = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33"}
 
-
-class Style:
-    """Colours text if the stream is a terminal that shows colours and nobody asked for none."""
-
-    def __init__(self, stream: TextIO) -> None:
-        # https://no-color.org: any value that is not empty.
-        wanted = not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-        self.enabled = wanted and stream.isatty()
-
-    def __call__(self, text: str, name: str) -> str:
-        return f"\033[{_CODES[name]}m{text}\033[0m" if self.enabled and name else text
-
-
-def aligned(header: Sequence[str], rows: Sequence[Sequence[str]], style: Style) -> list[str]:
+def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Return rows in columns below a header; the first column is a number.
 
     Columns that do not fit 80 characters follow below, beside the first column again.
@@ -42,10 +26,9 @@ def aligned(header: Sequence[str], rows: Sequence[Sequence[str]], style: Style) 
     for number, block in enumerate(blocks):
         if number:
             lines.append("")
-        for place, row in enumerate([header, *rows]):
+        for row in [header, *rows]:
             cells = [f"{row[column]:<{widths[column]}}" for column in block]
-            line = "  ".join([f"{row[0]:>{widths[0]}}", *cells]).rstrip()
-            lines.append(style(line, "bold") if place == 0 else line)
+            lines.append("  ".join([f"{row[0]:>{widths[0]}}", *cells]).rstrip())
     return lines
 
 

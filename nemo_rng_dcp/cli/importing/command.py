@@ -15,7 +15,7 @@ from nemo_rng_dcp.cli.importing.rank_states import to_records
 from nemo_rng_dcp.cli.importing.search import read_states
 from nemo_rng_dcp.cli.reading.folder import storage_of
 from nemo_rng_dcp.cli.streams import fingerprints
-from nemo_rng_dcp.cli.terminal import Style, aligned, plural, visible, within
+from nemo_rng_dcp.cli.terminal import aligned, plural, visible, within
 from nemo_rng_dcp.errors import RNGStateError
 from nemo_rng_dcp.record import KEY, Record
 
@@ -46,14 +46,14 @@ class Import:
             "rows": self._rows(rows),
         }
 
-    def lines(self, rows: Sequence[range] | None, style: Style) -> list[str]:
+    def lines(self, rows: Sequence[range] | None) -> list[str]:
         ranks = plural(len(self._records), "rank")
         lines = [f"{visible(self._job.where)}: {self._job.framework}, {ranks}"]
         cells = [
             [str(row["row"]), visible(row["file"]), *row["fingerprints"].values()]
             for row in self._rows(rows)
         ]
-        lines += aligned(["row", "file", *self._records[0].streams], cells, style)
+        lines += aligned(["row", "file", *self._records[0].streams], cells)
         if self._job.unread:
             lines.append(f"note: not read: {', '.join(self._job.unread)}")
         return [*lines, "", f"saved to {visible(self._out)}: load it with StatefulRNG.load()"]

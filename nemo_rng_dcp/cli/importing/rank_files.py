@@ -17,7 +17,7 @@ from nemo_rng_dcp.cli.terminal import visible
 from nemo_rng_dcp.errors import RNGStateError
 
 Fields = tuple[str | tuple[str, ...], ...]
-"""Where the states of Python, NumPy, torch and CUDA are, "" for none; of several fields, which."""
+"""Where the states of Python, NumPy, torch and CUDA are: a field, or several; "" for none."""
 
 _GENERATORS = ("python", "numpy", "torch", "cuda")
 _NUMPY = ("np_bit_generator", "np_keys", "np_position", "np_has_gauss", "np_cached_gaussian")

@@ -71,11 +71,9 @@ def require_ranks(where: str, found: set[int], expected: set[int]) -> None:
     ranks = max(found | expected) + 1
     if len(found) < ranks:
         # Not all of them: a number in a name may be anything.
-        missing = islice((rank for rank in range(ranks) if rank not in found), 10)
-        raise RNGStateError(
-            f"{where}: the states of rank {', '.join(map(str, missing))} are missing; there are "
-            f"those of {len(found)} of {ranks} ranks"
-        )
+        missing = islice((str(rank) for rank in range(ranks) if rank not in found), 10)
+        text = f"the states of rank {', '.join(missing)} are missing"
+        raise RNGStateError(f"{where}: {text}; there are those of {len(found)} of {ranks} ranks")
 
 
 def to_records(job: JobStates) -> list[Record]:
