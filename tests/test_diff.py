@@ -217,4 +217,4 @@ def test_a_cached_normal_alone_is_told(tmp_path: Path, capsys: Capture) -> None:
         save(records(1, without_gauss), tmp_path / "b"),
     )
     _, text = ask(capsys, "diff", a, b)
-    assert "rank 0 numpy: B is at the same word, with another cached normal" in text
+    assert "row 0 numpy: B is at the same word, with another cached normal" in text
