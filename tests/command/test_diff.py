@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
 from nemo_rng_dcp import StatefulRNG
-from nemo_rng_dcp.cli.distance import distance
+from nemo_rng_dcp.cli.streams import distance
 from nemo_rng_dcp.generators import GeneratorAdapter
 from nemo_rng_dcp.generators.numpy_random import NumPyAdapter, NumPyGeneratorAdapter
 from nemo_rng_dcp.generators.python_random import PythonAdapter
@@ -37,7 +37,7 @@ def test_streams_that_differ_are_listed(tmp_path: Path, capsys: Capture) -> None
     code, text = ask(capsys, "diff", a, b)
     assert code == 1
     assert "rng: 1 of 50 rows differ: python in 1, numpy in 1, torch in 1" in text
-    assert "the first: rank 7 python: another stream, or far off" in text
+    assert "the first: row 7 python: another stream, or far off" in text
     (entry,) = ask_json(capsys, "diff", a, b)["entries"]
     assert [(stream["row"], stream["generator"]) for stream in entry["differences"]] == [
         (7, "python"),
@@ -55,9 +55,9 @@ def test_other_jobs_and_other_entries(tmp_path: Path, capsys: Capture) -> None:
     assert (code, "rng: seed 42 in A, 9 in B" in text) == (1, True)
     assert "rng: rows 50 in A, 3 in B" in text
     assert "47 of 50 rows differ" in text
-    assert "the first: rank 3 python: only in A" in text
+    assert "the first: row 3 python: only in A" in text
     _, text = ask(capsys, "diff", fewer, a)
-    assert "the first: rank 3 python: only in B" in text
+    assert "the first: row 3 python: only in B" in text
     assert ask(capsys, "diff", a, tmp_path)[0] == 2
 
 
@@ -66,7 +66,7 @@ def test_single_entries_are_compared_whatever_their_paths(tmp_path: Path, capsys
     b = save(records(3), tmp_path / "b", "")
     assert ask(capsys, "diff", a, b) == (
         0,
-        "rng: path rng in A, (top level) in B rng: 3 rows compared, no stream differs",
+        "rng: key rng in A, (top level) in B rng: 3 rows compared, no stream differs",
     )
 
 
@@ -140,9 +140,9 @@ def test_the_first_stream_that_left_is_named(tmp_path: Path, capsys: Capture) ->
     job(3, run_twice, tmp_path / "b", 2)
     code, text = ask(capsys, "diff", tmp_path / "a", tmp_path / "b")
     assert code == 1
-    assert "rng: 1 of 3 rows differ: numpy in 1 the first: rank 2 numpy: B is 2 words ahead" in text
+    assert "rng: 1 of 3 rows differ: numpy in 1 the first: row 2 numpy: B is 2 words ahead" in text
     _, text = ask(capsys, "diff", tmp_path / "b", tmp_path / "a")
-    assert "rank 2 numpy: B is 2 words behind" in text
+    assert "row 2 numpy: B is 2 words behind" in text
 
 
 def drawn(name: str, words: int) -> Stream:
@@ -176,8 +176,8 @@ def drawn(name: str, words: int) -> Stream:
         (3, 5, "2 words ahead"),
         (5, 3, "2 words behind"),
         (623, 625, "2 words ahead"),
-        (1, 1248, "1247 words ahead"),
-        (1500, 300, "1200 words behind"),
+        (1, 1248, "1,247 words ahead"),
+        (1500, 300, "1,200 words behind"),
         (1, 5000, None),
     ],
 )
@@ -217,4 +217,4 @@ def test_a_cached_normal_alone_is_told(tmp_path: Path, capsys: Capture) -> None:
         save(records(1, without_gauss), tmp_path / "b"),
     )
     _, text = ask(capsys, "diff", a, b)
-    assert "rank 0 numpy: B is at the same word, with another cached normal" in text
+    assert "row 0 numpy: B is at the same word, with another cached normal" in text

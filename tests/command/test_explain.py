@@ -119,12 +119,10 @@ def test_a_load_does_what_explain_foretells(example: int, tmp_path: Path, capsys
         fate = fates[row]
         assert rank in fate["ranks"]
         # Only a process that has the device knows what a seed makes of its generator.
-        digests = {
-            n: after[n] if fingerprint == "?" else fingerprint
-            for n, fingerprint in fate["digests"].items()
-        }
-        assert [n for n in digests if fate["digests"][n] == "?"] in ([], device)
-        assert after == {**before, **digests}
+        foretold = fate["fingerprints"]
+        new = [name for name, digits in foretold.items() if digits == "?"]
+        assert new in ([], device)
+        assert after == {**before, **foretold, **{name: after[name] for name in new}}
         expected = ["RNG state: " + ". ".join(entry["remarks"])] if entry["remarks"] else []
         assert messages == (expected if row == 0 else [])
         assert fate["fate"] != "refused"

@@ -71,7 +71,7 @@ def test_inspect_shows_when_along_which_mesh_and_what_is_shared(
     assert "alike on all ranks: shuffle" in text
     assert re.search(r"taken 20\d\d-\d\d-\d\d \d\d:\d\d:\d\d UTC", text)
     (entry,) = ask_json(capsys, "inspect", tmp_path)["entries"]
-    assert entry["path"] == ""
+    assert entry["key"] == ""
     assert entry["streams"][1]["mesh"] == {"dp": 2}
     assert entry["streams"][1]["shared"] == ["shuffle"]
 
@@ -98,7 +98,7 @@ def test_entries_are_found_at_any_depth(tmp_path: Path, capsys: Capture) -> None
     for entry in ("rng", "a.0.b", ""):
         path = save(records(2), tmp_path / f"at-{entry}", entry)
         (found,) = ask_json(capsys, "inspect", path)["entries"]
-        assert (found["path"], found["rows"]) == (entry, 2)
+        assert (found["key"], found["rows"]) == (entry, 2)
 
 
 def test_a_whole_table_of_one_process_is_read(tmp_path: Path, capsys: Capture) -> None:
@@ -400,7 +400,7 @@ WORDS, PICKLE = torch.zeros(624, dtype=torch.int64), (3, "a pickle")
 
 
 @pytest.mark.parametrize(
-    ("state", "path", "ranks"),
+    ("state", "prefix", "ranks"),
     [
         ({"anything": CPU}, "", []),
         ({"app.torch_rng_state": CPU, "app.cuda_rng_state.0": GPU}, "app", []),
@@ -414,11 +414,11 @@ WORDS, PICKLE = torch.zeros(624, dtype=torch.int64), (3, "a pickle")
     ],
 )
 def test_rng_state_of_other_code_is_recognised(
-    state: dict[str, Any], path: str, ranks: list[int], tmp_path: Path, capsys: Capture
+    state: dict[str, Any], prefix: str, ranks: list[int], tmp_path: Path, capsys: Capture
 ) -> None:
     dcp.save(state, checkpoint_id=tmp_path, no_dist=True)
     others = ask_json(capsys, "inspect", tmp_path)["others"]
-    assert [(rank_less["path"], rank_less["ranks"]) for rank_less in others] == [(path, ranks)]
+    assert [(found["prefix"], found["ranks"]) for found in others] == [(prefix, ranks)]
 
 
 def test_a_large_number_in_a_foreign_key_costs_nothing(tmp_path: Path, capsys: Capture) -> None:

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.tensor import DTensor
 
-from nemo_rng_dcp.cli.trial_generators import packed_after_seed
+from nemo_rng_dcp.cli.streams import packed_after_seed
 from nemo_rng_dcp.record import KEY, Record, Stream
 
 State = Mapping[str, torch.Tensor]
