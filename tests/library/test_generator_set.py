@@ -103,20 +103,23 @@ def test_a_handler_that_loads_or_enters_a_scope_inside_a_load_leaves_no_mixture(
     handler: Any,
 ) -> None:
     rng, counter, state, loaded = interrupted_job()
-    before, found = rng.fingerprint(), []
+    other, at_other, found = rng.state_dict(), rng.fingerprint(), []
+    draw()
+    counter.draw()
+    before = rng.fingerprint()
 
     def use() -> None:
         with ScopedRNG(seed=5):
             draw()
         found.append(rng.fingerprint())
-        rng.load_state_dict(state)
+        rng.load_state_dict(other)
         found.append(rng.fingerprint())
 
     handler(use)
     counter.signals = 1
     rng.load_state_dict(state)
-    assert found == [before, loaded]
-    assert rng.fingerprint() == loaded
+    assert found == [before, at_other]
+    assert rng.fingerprint() == loaded, "the load that was interrupted is the later one"
 
 
 def test_a_handler_that_saves_while_a_scope_ends_gets_the_streams_outside(handler: Any) -> None:
@@ -135,6 +138,28 @@ def test_a_handler_that_saves_while_a_scope_ends_gets_the_streams_outside(handle
     scope.__exit__(None, None, None)
     assert found == [before]
     assert rng.fingerprint() == before
+
+
+@pytest.mark.filterwarnings("ignore:inside the ScopedRNG")
+def test_a_handler_that_saves_inside_a_load_inside_a_scope_gets_one_moment(handler: Any) -> None:
+    rng, _, state, loaded = interrupted_job()
+    before, found = rng.fingerprint(), []
+    numpy = rng._generators._adapters["numpy"]
+    real = numpy.set
+
+    def set_(state: Any) -> None:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        real(state)
+
+    numpy.set = set_  # type: ignore[method-assign]
+    handler(lambda: found.append(rng.fingerprint()))
+    with ScopedRNG(seed=5):
+        inside = draw()
+    with ScopedRNG(seed=5):
+        rng.load_state_dict(state)
+        assert draw() == inside
+    assert found == [before] * 3
+    assert rng.fingerprint() == loaded
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "own", "global"])

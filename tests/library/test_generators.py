@@ -435,6 +435,15 @@ def test_children_go_on_after_a_load(kind: Any, entropy: Any, nested: int) -> No
     assert resumed.state_dict()[KEY].shape == state[KEY].shape
 
 
+def test_a_sequence_that_was_taken_does_not_count_on() -> None:
+    generator = np.random.default_rng(5)
+    adapter = SeedSequenceAdapter(generator)
+    state = adapter.get()
+    packed = adapter.pack(state)
+    generator.spawn(1)
+    assert adapter.pack(state) == packed != adapter.pack(adapter.get())
+
+
 def test_an_entropy_that_is_a_number_stays_one() -> None:
     generator = np.random.default_rng(2**100 + 1)
     rng = StatefulRNG(1, generators={"noise": generator})
@@ -539,5 +548,9 @@ def test_numpys_lock_is_free_after_an_error() -> None:
     adapter = NumPyGeneratorAdapter(generator)
     with pytest.raises(KeyError):
         adapter.set({})
-    assert generator.bit_generator.lock.acquire(blocking=False)
-    generator.bit_generator.lock.release()
+    found: list[bool] = []
+    lock = generator.bit_generator.lock
+    thread = threading.Thread(target=lambda: found.append(lock.acquire(blocking=False)))
+    thread.start()
+    thread.join()
+    assert found == [True]
