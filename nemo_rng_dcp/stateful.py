@@ -17,6 +17,7 @@ from nemo_rng_dcp.errors import RNGStateError, warn
 from nemo_rng_dcp.first_forward import rewind_at_first_forward
 from nemo_rng_dcp.generators import DeviceWatch, GeneratorSet, States, own_device
 from nemo_rng_dcp.ranks import drifted, gather_fingerprints, global_rank, world_size
+from nemo_rng_dcp.recompute import ContextFn, recompute_of
 from nemo_rng_dcp.record import KEY, Record, Stream, fingerprint
 from nemo_rng_dcp.resume import Job, Loaded, resume
 from nemo_rng_dcp.seeding import check_ranked, check_seed, seed_all
@@ -111,6 +112,7 @@ class StatefulRNG:
             shared_generators,
             global_generators=global_generators,
         )
+        self._recompute = recompute_of(self._generators)
         if mesh is not None and not isinstance(mesh, DeviceMesh):
             raise TypeError(f"mesh is {mesh!r}, expected a DeviceMesh or None")
         self.mesh = mesh
@@ -313,6 +315,28 @@ class StatefulRNG:
                 inside the model are fine.
         """
         rewind_at_first_forward(model, lambda: self.loaded is not None, self.rewind)
+
+    @property
+    def recompute(self) -> ContextFn:
+        """For activation checkpointing: a recomputation draws what its forward drew.
+
+        ``checkpoint(block, x, use_reentrant=False, context_fn=rng.recompute)``, with the function
+        of ``torch.utils.checkpoint``. Every generator of this object then draws the same in the
+        recomputation, and is afterwards where it would be without checkpointing; torch alone sees
+        to its default generators only. ``preserve_rng_state=False`` may be set beside it.
+
+        Does not communicate. Exceptions pass, with the streams put back. Draws of other threads
+        during a recomputation are undone with it. Where ``torch.compile`` traces the checkpoint
+        itself, torch has the draws in its graph, and nothing is done here.
+
+        To combine it with another ``context_fn``, such as one of
+        ``create_selective_checkpoint_contexts``: ``functools.partial(rng.recompute, context_fn)``.
+
+        Raises:
+            RNGStateError: In the forward or the backward: as for :meth:`state_dict`, or a generator
+                does not take its state back.
+        """
+        return self._recompute
 
     @overload
     def fingerprint(self, gather: Literal[False] = False) -> dict[str, str]: ...
