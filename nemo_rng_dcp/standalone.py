@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
 from nemo_rng_dcp.errors import RNGStateError
 from nemo_rng_dcp.record import KEY
-from nemo_rng_dcp.table import NOT_SAVED, read_of_row, record_keys
+from nemo_rng_dcp.table import read_of_row, record_keys
 
 CheckpointId = str | os.PathLike[str] | None
 """A folder or URL as DCP's ``checkpoint_id`` takes it; ``None``: the storage object knows it."""
@@ -131,7 +131,7 @@ class _LoadPlanner(_ContentsPlanner):
         super().__init__()
         self._row = row
         self._key = key
-        self.record = NOT_SAVED
+        self.record = torch.empty(0, dtype=torch.int64)
 
     def create_local_plan(self) -> LoadPlan:
         key = _chosen(self.saved, self._key)

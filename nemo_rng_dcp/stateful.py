@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NoReturn, SupportsIndex, overload
 
@@ -21,7 +20,8 @@ from nemo_rng_dcp.recompute import ContextFn, recompute_of
 from nemo_rng_dcp.record import KEY, Record, Stream, fingerprint
 from nemo_rng_dcp.resume import Job, Loaded, resume
 from nemo_rng_dcp.seeding import check_ranked, check_seed, seed_all
-from nemo_rng_dcp.table import NOT_SAVED, Rows
+from nemo_rng_dcp.table import Rows
+from nemo_rng_dcp.unread import load_is_asking, marked, was_read
 
 
 class StatefulRNG:
@@ -120,10 +120,6 @@ class StatefulRNG:
         row_seed = check_seed(seed, self._seeded_row if ranked else 0)
         self.seed = int(seed)
         self._resizes = 0
-        # The tables that state_dict() handed out and that are still in use, by their time.
-        self._handed_out: weakref.WeakValueDictionary[int, torch.Tensor] = (
-            weakref.WeakValueDictionary()
-        )
         self._loaded_states: States | None = None
         self.loaded: Loaded | None = None
         """What the last load restored, with its rows, world size and time; ``None``: nothing."""
@@ -174,9 +170,9 @@ class StatefulRNG:
                 for name, state in self._packed().items()
             },
         )
-        table = rows.table(record.to_tensor())
-        self._handed_out[record.taken_at] = table
-        return {KEY: table}
+        if load_is_asking():
+            record = marked(record)
+        return {KEY: rows.table(record.to_tensor())}
 
     def load_state_dict(self, state_dict: Mapping[str, Any] | RNGState) -> None:
         """Put every stream of this rank back to where ``state_dict`` has it; all or nothing.
@@ -210,14 +206,15 @@ class StatefulRNG:
                 f"{KEY}: the state has no such entry, only {sorted(map(str, state_dict))}; it is "
                 "no state of a StatefulRNG"
             )
-        table = state_dict[KEY]
-        record = None if table is NOT_SAVED else rows.own_record(table)
-        if record is None or self._is_untouched(record, table):
+        record = rows.own_record(state_dict[KEY])
+        if not was_read(record):
+            self.loaded = self._loaded_states = None
             warn(
                 f"rank {global_rank()}: the load restored no random stream: the checkpoint holds "
-                f"no {KEY} for row {rows.row}, or this is what state_dict() has just returned.",
+                f"no RNG state ({KEY}) for row {rows.row}. The streams stay where they are, and a "
+                "job that was just seeded draws its first numbers again: resume once with another "
+                "seed, as docs/elastic.md shows under 'A checkpoint without RNG state'"
             )
-            self.loaded = self._loaded_states = None
             return
         outcome = resume(record, self._job(rows))
         self._watch.warn_if_another_is_current()
@@ -418,17 +415,6 @@ class StatefulRNG:
 
     def _job(self, rows: Rows) -> Job:
         return Job(rows.row, rows.count, rows.mesh_sizes, self.ranked, self._generators.slots)
-
-    def _is_untouched(self, record: Record, table: torch.Tensor) -> bool:
-        """Return whether DCP left in a table what :meth:`state_dict` had put there.
-
-        The table of an earlier moment may be given back on purpose, and is then restored. While no
-        stream has moved, there is nothing to restore either way.
-        """
-        if self._handed_out.get(record.taken_at) is not table:
-            return False
-        saved = {name: stream.state for name, stream in record.streams.items()}
-        return saved == self._packed()
 
     def _row_number(self) -> int:
         """Return the row that this process must own, with or without a process group."""

@@ -351,23 +351,6 @@ def test_a_checkpoint_of_a_machine_with_an_accelerator_says_that_its_stream_is_d
     )[0].replace("cuda, mps", "cuda")
 
 
-def test_the_record_that_state_dict_gave_restores_nothing_and_says_so() -> None:
-    """DCP leaves it in place when the checkpoint holds nothing for this rank."""
-    rng = StatefulRNG(1)
-    draw()
-    given = rng.state_dict()
-    rng.state_dict()  # somebody else asks meanwhile
-    texts: list[str] = []
-    other = threading.Thread(target=lambda: texts.extend(said(lambda: rng.load_state_dict(given))))
-    with unmoved():
-        other.start()
-        other.join()
-    [text] = texts
-    assert "rank 0: the load restored no random stream" in text
-    with pytest.raises(RuntimeError, match="nothing was loaded"):
-        rng.rewind()
-
-
 def test_a_state_of_ones_own_is_restored_once_streams_have_moved() -> None:
     rng = StatefulRNG(1)
     state = rng.state_dict()
