@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -156,6 +157,18 @@ def test_gradients_and_streams_are_those_without_checkpointing(
 @pytest.mark.parametrize("step", [one, several, nested, interleaved])
 def test_selective_checkpoints_are_exact_too(step: Callable[[Job, Run], None]) -> None:
     expected, found = outcomes(step, Job.selective)
+    assert found == expected
+
+
+def test_a_wrapper_passes_it_on() -> None:
+    def wrapped(trial: Job, run: Run) -> None:
+        block = nn.Identity()
+        block.forward = trial.block  # type: ignore[method-assign]
+        if run is not plainly:
+            block = checkpoint_wrapper(block, context_fn=trial.rng.recompute)
+        block(X).sum().backward()
+
+    expected, found = outcomes(wrapped)
     assert found == expected
 
 
