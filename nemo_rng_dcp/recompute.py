@@ -45,7 +45,7 @@ class _Forward:
         self._inner = inner
 
     def __enter__(self) -> None:
-        self.states = self.generators.take()
+        self.states = self.generators.in_this_scope().take()
         self._inner.__enter__()
 
     def __exit__(
@@ -66,10 +66,10 @@ class _Recomputation:
     def __init__(self, forward: _Forward, inner: AbstractContextManager[Any]) -> None:
         self._forward = forward
         self._inner = inner
-        self._outside: list[States] = []
+        self._outside: list[tuple[GeneratorSet, States]] = []
 
     def __enter__(self) -> None:
-        generators = self._forward.generators
+        generators = self._forward.generators.in_this_scope()
         outside = generators.take()
         generators.restore(self._forward.states)
         try:
@@ -77,7 +77,7 @@ class _Recomputation:
         except BaseException:
             generators.restore(outside)
             raise
-        self._outside.append(outside)
+        self._outside.append((generators, outside))
 
     def __exit__(
         self,
@@ -89,7 +89,8 @@ class _Recomputation:
         try:
             return self._inner.__exit__(exc_type, exc_value, traceback)
         finally:
-            self._forward.generators.restore(self._outside.pop())
+            generators, outside = self._outside.pop()
+            generators.restore(outside)
 
 
 def _recompute_all() -> Contexts:

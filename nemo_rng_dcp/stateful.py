@@ -122,7 +122,9 @@ class StatefulRNG:
         self._resizes = 0
         self._loaded_states: States | None = None
         self._is_rewound = True  # nothing was loaded, or rewind() was called since
-        self._first_forward = FirstForward(self._rewind_is_due, self.rewind)
+        self._first_forward = FirstForward(
+            lambda: self._rewind_is_due() and self._generators.parked_at is None, self.rewind
+        )
         self.loaded: Loaded | None = None
         """What the last load restored, with its rows, world size and time; ``None``: nothing."""
         if global_generators:
@@ -159,6 +161,8 @@ class StatefulRNG:
         rows = self._rows()
         self._watch.warn_if_another_is_current()
         self._watch.warn_if_reseeded(rows.row)
+        self._warn_in_a_scope("the record holds")
+        self._warn_of_exchanged_generators()
         slots = self._generators.slots
         record = Record(
             row=rows.row,
@@ -451,8 +455,26 @@ class StatefulRNG:
         self.loaded, self._is_rewound = Loaded(), False
 
     def _restore(self, states: States, seeds: Mapping[str, int] | None = None) -> None:
+        self._warn_in_a_scope("what is loaded or rewound are")
         self._loaded_states = self._generators.restore(states, seeds)
         self._watch.note_seeds()
+
+    def _warn_in_a_scope(self, what: str) -> None:
+        place = self._generators.parked_at
+        if place is not None:
+            warn(
+                f"inside the ScopedRNG entered at {place}: {what} the streams that come back when "
+                "it ends, not the scope's own"
+            )
+
+    def _warn_of_exchanged_generators(self) -> None:
+        for name in self._generators.exchanged():
+            warn(
+                f"{name}: nothing but this StatefulRNG holds the registered generator any more, so "
+                "nothing draws from it. If its owner has another one now (copy.deepcopy, "
+                "unpickling, a reset), that one is not stored: register a function that returns "
+                f"the one in use, such as {name}=lambda: sampler.generator"
+            )
 
     def _packed(self) -> dict[str, bytes]:
         return self._generators.pack(self._generators.take())

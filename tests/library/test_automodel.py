@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from nemo_rng_dcp import RNGState, RNGStateError, RNGStateWarning, StatefulRNG
+from nemo_rng_dcp import RNGState, RNGStateError, RNGStateWarning, ScopedRNG, StatefulRNG
 from nemo_rng_dcp.automodel import _get_rng_state, _restore_rng_state
 from nemo_rng_dcp.generators import own_device
 from tests.support.streams import draw, unmoved
@@ -46,8 +46,14 @@ def older_dataclass() -> OlderRNGState:
     return OlderRNGState(*states, torch.cuda.get_rng_state_all())
 
 
+def restore_by_object(state: Any) -> None:
+    with ScopedRNG(seed=None):  # without the seeding
+        rng = StatefulRNG(1)
+    rng.load_state_dict(state)
+
+
 restores = pytest.mark.parametrize(
-    "restore", [_restore_rng_state, StatefulRNG(1).load_state_dict], ids=["function", "object"]
+    "restore", [_restore_rng_state, restore_by_object], ids=["function", "object"]
 )
 
 
