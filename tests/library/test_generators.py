@@ -4,19 +4,22 @@ import enum
 import random
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nemo_rng_dcp import RNGStateError, StatefulRNG
+from nemo_rng_dcp import RNGLoadPlanner, RNGStateError, StatefulRNG
 from nemo_rng_dcp.generators import GeneratorSet
 from nemo_rng_dcp.generators.numpy_random import NumPyGeneratorAdapter, SeedSequenceAdapter
 from nemo_rng_dcp.record import KEY
 from tests.support.altered import record_of, with_stream
+from tests.support.jobs import job
 from tests.support.streams import draw, unmoved
 
 BIT_GENERATORS = [
@@ -483,6 +486,30 @@ def test_no_malformed_seed_sequence_is_half_taken(damage: dict[int, int]) -> Non
         return
     adapter.set(state)
     assert adapter.pack(adapter.get()) == packed
+
+
+def job_with_children(path: Path, save: bool) -> list[int]:
+    noise, order = np.random.default_rng(5), np.random.default_rng(6)
+    generators = {"generators": {"noise": noise}, "shared_generators": {"order": order}}
+    rng = StatefulRNG(1, ranked=True, **generators)  # type: ignore[arg-type]
+    if save:
+        used = children(noise) + children(order)
+        dcp.save({"rng": rng}, checkpoint_id=path)
+        assert not set(used) & set(children(noise) + children(order))
+        return children(noise) + children(order)
+    dcp.load({"rng": rng}, checkpoint_id=path, planner=RNGLoadPlanner())
+    children(noise)
+    children(order)
+    return children(noise) + children(order)
+
+
+@pytest.mark.filterwarnings("ignore:RNG state")
+def test_new_rows_spawn_children_of_their_own(tmp_path: Path) -> None:
+    [saved] = job(1, job_with_children, tmp_path, True)
+    found = job(3, job_with_children, tmp_path, False)
+    assert found[0] == saved
+    assert len({row[0] for row in found}) == 3
+    assert all(row[2:] == saved[2:] for row in found), "shared ones go on alike"
 
 
 # Threads that draw at the same time: NumPy draws arrays without the interpreter's lock.
