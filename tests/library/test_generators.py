@@ -18,8 +18,8 @@ from nemo_rng_dcp import RNGLoadPlanner, RNGStateError, StatefulRNG
 from nemo_rng_dcp.generators import GeneratorSet
 from nemo_rng_dcp.generators.numpy_random import NumPyGeneratorAdapter, SeedSequenceAdapter
 from nemo_rng_dcp.record import KEY
-from tests.support.altered import record_of, with_stream
 from tests.support.jobs import job
+from tests.support.records import record_of, with_stream
 from tests.support.streams import draw, unmoved
 
 BIT_GENERATORS = [

@@ -3,7 +3,6 @@
 import json
 import random
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,10 +12,10 @@ from torch.distributed.checkpoint import CheckpointException
 
 from nemo_rng_dcp import RNGLoadPlanner, StatefulRNG
 from nemo_rng_dcp.__main__ import main
-from tests.support.streams import said
+from tests.fixtures import LAYOUT_1
+from tests.support.streams import warned
 
-FOLDER = Path(__file__).parents[1] / "fixtures" / "layout-1"
-FINGERPRINTS = json.loads((FOLDER / "fingerprints.json").read_text())
+FINGERPRINTS = json.loads((LAYOUT_1 / "fingerprints.json").read_text())
 
 
 def job() -> tuple[StatefulRNG, np.random.Generator]:
@@ -41,14 +40,14 @@ def test_every_row_is_restored(
         fake_group(rank, world_size)
     rng = job()[0]
     state = {"app": {"rng": rng.state_dict(), "weight": torch.zeros(3)}}
-    dcp.load(state, checkpoint_id=FOLDER, planner=RNGLoadPlanner(), no_dist=True)
+    dcp.load(state, checkpoint_id=LAYOUT_1, planner=RNGLoadPlanner(), no_dist=True)
     rng.load_state_dict(state["app"]["rng"])
     found = rng.fingerprint()
     assert {name: found[name] for name in FINGERPRINTS[rank]} == FINGERPRINTS[rank]
 
 
 def test_inspect_shows_its_fingerprints(capsys: pytest.CaptureFixture[str]) -> None:
-    main(["inspect", str(FOLDER)])
+    main(["inspect", str(LAYOUT_1)])
     shown = capsys.readouterr().out
     for fingerprints in FINGERPRINTS:
         for digits in fingerprints.values():
@@ -60,9 +59,9 @@ def test_what_generators_spawn_from_is_absent_and_stays() -> None:
     shuffle.spawn(3)
     state = {"app": {"rng": rng.state_dict(), "weight": torch.zeros(3)}}
     with pytest.raises(CheckpointException, match="Size mismatch"):  # by the default planner
-        dcp.load(state, checkpoint_id=FOLDER, no_dist=True)
-    dcp.load(state, checkpoint_id=FOLDER, planner=RNGLoadPlanner(), no_dist=True)
-    [message] = said(lambda: rng.load_state_dict(state["app"]["rng"]))
+        dcp.load(state, checkpoint_id=LAYOUT_1, no_dist=True)
+    dcp.load(state, checkpoint_id=LAYOUT_1, planner=RNGLoadPlanner(), no_dist=True)
+    [message] = warned(lambda: rng.load_state_dict(state["app"]["rng"]))
     assert (
         "the checkpoint has no shuffle.seed_seq, order.seed_seq: the stream stays as it is"
         in message
