@@ -45,8 +45,11 @@ class StatefulRNG:
     tells the rank.
 
     It owns this process's streams, so it cannot be copied or pickled: hand its
-    :meth:`state_dict` on instead. Threads may use it at the same time: each state taken or restored
-    is whole. Draws of other threads are not synchronised.
+    :meth:`state_dict` on instead. Threads and signal handlers may use it at any time: each state
+    taken or restored is whole. Draws of other threads are not synchronised.
+
+    The global streams are those of the ``ScopedRNG`` in which it was constructed, if any. Inside a
+    further one it acts on the streams that come back at that one's end, and warns.
 
     Args:
         seed: An integer (NumPy's too, ``bool`` not), ``0 <= seed`` and ``seed + row < 2**32``; the
@@ -60,7 +63,8 @@ class StatefulRNG:
             by name; the same names and kinds on every rank. Accepted are ``torch.Generator`` on any
             device, ``numpy.random.Generator`` over any bit generator that NumPy ships,
             ``numpy.random.RandomState``, ``random.Random``, and objects with the methods of
-            ``generators.GeneratorAdapter``. They are not seeded here, and restored in place:
+            ``generators.GeneratorAdapter``. For an owner that exchanges its generator, a function
+            that returns the one in use. They are not seeded here, and restored in place:
             whoever holds one sees the restored stream. On a new row they start a new stream.
         shared_generators: The same for generators that are alike on all ranks, such as a sampler's
             shuffle. On a new row they continue as saved.
@@ -151,7 +155,8 @@ class StatefulRNG:
 
         Warns:
             RNGStateWarning: Another accelerator device is current than this object's; other code
-                gave it another stream, as torch's DTensor does; or a rewind that
+                gave it another stream, as torch's DTensor does; a ``ScopedRNG`` has others now;
+                nobody else holds a registered generator; or a rewind that
                 :meth:`rewind_at_first_forward` was asked for did not happen since the load. The
                 message has the remedy.
 
