@@ -23,8 +23,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
 from nemo_rng_dcp.errors import RNGStateError
+from nemo_rng_dcp.grids import own_key, path_of, refuse_one_for_two, renamed, warn_if_moved
 from nemo_rng_dcp.record import KEY
-from nemo_rng_dcp.table import read_of_row, record_keys
+from nemo_rng_dcp.table import Rows, read_of_row, record_keys
 
 CheckpointId = str | os.PathLike[str] | None
 """A folder or URL as DCP's ``checkpoint_id`` takes it; ``None``: the storage object knows it."""
@@ -52,29 +53,29 @@ def save(
 
 
 def load(
-    row: Callable[[], int], path: CheckpointId, reader: StorageReader | None, key: str | None
+    rows: Callable[[], Rows], path: CheckpointId, reader: StorageReader | None, key: str | None
 ) -> dict[str, torch.Tensor]:
     """Return the saved record for a row, and read nothing else; a collective, as ``dcp.load`` is.
 
     Args:
-        row: Returns this process's row. What it raises, all ranks are told.
+        rows: Returns the rows of the job. What it raises, all ranks are told.
         path: A checkpoint that holds a record, alone or beside other things, at any depth.
         reader: DCP's reader of the checkpoint; ``None``: one for ``path``.
         key: The record's key in the checkpoint, if there is more than one.
 
     Returns:
-        ``{"rng_streams": record}``, not checked yet.
+        ``{rows().key: record}``, not checked yet.
 
     Raises:
         RNGStateError: On every rank: one of them has no row, there is no record, or several and no
             ``key``, or the storage failed.
     """
-    planner = _LoadPlanner(row, key)
+    planner = _LoadPlanner(rows, key)
     try:
         dcp.load({}, checkpoint_id=path, storage_reader=reader, planner=planner)
     except CheckpointException as error:
         _raise_first_cause(error, f"no record was loaded from {path or reader}")
-    return {KEY: planner.record}
+    return planner.loaded
 
 
 class _SavePlanner(DefaultSavePlanner):
@@ -127,31 +128,48 @@ class _LoadPlanner(_ContentsPlanner):
     The record is chosen in here, because DCP tells every rank what is raised in a planner.
     """
 
-    def __init__(self, row: Callable[[], int], key: str | None) -> None:
+    def __init__(self, rows: Callable[[], Rows], key: str | None) -> None:
         super().__init__()
-        self._row = row
+        self._rows = rows
         self._key = key
-        self.record = torch.empty(0, dtype=torch.int64)
+        self.loaded: dict[str, torch.Tensor] = {}
 
     def create_local_plan(self) -> LoadPlan:
-        key = _chosen(self.saved, self._key)
-        read = read_of_row(key, self._row(), self.saved[key])
-        self.record = torch.zeros(read.lengths, dtype=torch.int64)
+        rows = self._rows()
+        key = _chosen(self.saved, self._key, rows.key)
+        entry = renamed(key, rows.key)
+        read = read_of_row(key, rows.row, self.saved[key], entry)
+        if self._key is None:
+            warn_if_moved(entry, key, rows.row, self.saved)
+        self.loaded = {rows.key: torch.zeros(read.lengths, dtype=torch.int64)}
         return LoadPlan([read])
 
+    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
+        if self._key is None:
+            refuse_one_for_two(read for plan in global_plan for read in plan.items)
+        return super().create_global_plan(global_plan)
+
     def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
-        return self.record
+        [record] = self.loaded.values()
+        return record
 
     def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
         pass  # it was read into the record itself
 
 
-def _chosen(saved: Mapping[str, Any], key: str | None) -> str:
+def _chosen(saved: Mapping[str, Any], key: str | None, name: str) -> str:
+    """Return the key of the record to load on the grid of ranks whose table has a name."""
     found = record_keys(saved)
-    if key is None and len(found) == 1:
-        return found[0]
-    for chosen in (key, f"{key}.{KEY}"):  # as it is, or as `inspect` shows it
-        if chosen in found:
+    keys = {path_of(one): one for one in found} | {
+        one: one for one in found
+    }  # `inspect` shows paths
+    places = {one.rpartition(".")[0] for one in found}
+    if key in keys:
+        own = renamed(keys[key], name)
+        return own if keys[key].endswith(KEY) and own in found else keys[key]
+    if key is None and len(places) == 1:
+        chosen = own_key(renamed(found[0], name), found)
+        if chosen is not None:
             return chosen
     if not found:
         raise RNGStateError(
@@ -160,8 +178,9 @@ def _chosen(saved: Mapping[str, Any], key: str | None) -> str:
             "the folder to which the StatefulRNG was saved."
         )
     if key is None:
+        other = "" if len(places) > 1 else f", none of them of this grid of ranks ({name})"
         raise RNGStateError(
-            f"the checkpoint holds {len(found)} records: choose one with "
+            f"the checkpoint holds {len(found)} records{other}: choose one with "
             f"{' or '.join(f'key={name!r}' for name in found)}"
         )
     raise RNGStateError(f"the checkpoint holds no record {key!r}, only {', '.join(found)}")

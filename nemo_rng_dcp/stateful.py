@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NoReturn, SupportsIndex, overload
 
 import torch
+import torch.distributed as dist
 from torch.distributed.checkpoint import StorageReader, StorageWriter
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -15,8 +16,16 @@ from nemo_rng_dcp.automodel import RNGState, is_automodel_state, packed_states
 from nemo_rng_dcp.errors import RNGStateError, warn
 from nemo_rng_dcp.first_forward import rewind_at_first_forward
 from nemo_rng_dcp.generators import DeviceWatch, GeneratorSet, States, own_device
-from nemo_rng_dcp.ranks import drifted, gather_fingerprints, global_rank, world_size
-from nemo_rng_dcp.record import KEY, Record, Stream, fingerprint
+from nemo_rng_dcp.grids import Grid, own_key
+from nemo_rng_dcp.ranks import (
+    Peer,
+    drifted,
+    fingerprints_by_row,
+    gather_peers,
+    global_rank,
+    world_size,
+)
+from nemo_rng_dcp.record import Record, Stream, fingerprint
 from nemo_rng_dcp.resume import Job, Loaded, resume
 from nemo_rng_dcp.seeding import check_ranked, check_seed, seed_all
 from nemo_rng_dcp.table import Rows
@@ -114,6 +123,7 @@ class StatefulRNG:
         if mesh is not None and not isinstance(mesh, DeviceMesh):
             raise TypeError(f"mesh is {mesh!r}, expected a DeviceMesh or None")
         self.mesh = mesh
+        self._grid = None if mesh is None else Grid.of(mesh)
         self._seeded_row = self._row_number()
         row_seed = check_seed(seed, self._seeded_row if ranked else 0)
         self.seed = int(seed)
@@ -138,7 +148,8 @@ class StatefulRNG:
         Returns:
             ``{"rng_streams": table}``: int64, shape ``(rows * length,)``, a DTensor sharded on dim
             0 of which each rank has its row (a plain tensor without a process group). The record is
-            described in ``record.py``.
+            described in ``record.py``. Where ``mesh`` is no part of a mesh with rank 0, the lowest
+            rank of the whole mesh is in the key: ``rng_streams@4``.
 
         Warns:
             RNGStateWarning: Another accelerator device is current than this object's; or other code
@@ -163,6 +174,7 @@ class StatefulRNG:
             resizes=self._resizes,
             taken_at=time.time_ns(),
             mesh=rows.mesh_sizes,
+            parts=rows.parts,
             streams={
                 name: Stream(slots[name].kind, slots[name].shared, state)
                 for name, state in self._packed().items()
@@ -170,7 +182,7 @@ class StatefulRNG:
         )
         if load_is_asking():
             record = marked(record)
-        return {KEY: rows.table(record.to_tensor())}
+        return {rows.key: rows.table(record.to_tensor())}
 
     def load_state_dict(self, state_dict: Mapping[str, Any] | RNGState) -> None:
         """Put every stream of this rank back to where ``state_dict`` has it; all or nothing.
@@ -199,26 +211,30 @@ class StatefulRNG:
                 f"the state is a {type(state_dict).__name__}, expected a mapping or an RNGState"
             )
         rows = self._rows()
-        if KEY not in state_dict:
+        key = own_key(rows.key, [name for name in state_dict if isinstance(name, str)])
+        if key is None:
             raise RNGStateError(
-                f"{KEY}: the state has no such entry, only {sorted(map(str, state_dict))}; it is "
-                "no state of a StatefulRNG"
+                f"{rows.key}: the state has no such entry, only {sorted(map(str, state_dict))}; it "
+                "is no state of a StatefulRNG, or of one on another grid of ranks"
             )
-        record = rows.own_record(state_dict[KEY])
+        record = rows.own_record(state_dict[key])
         if not was_read(record):
             self.loaded = self._loaded_states = None
             warn(
                 f"rank {global_rank()}: the load restored no random stream: the checkpoint holds "
-                f"no RNG state ({KEY}) for row {rows.row}. The streams stay where they are, and a "
-                "job that was just seeded draws its first numbers again: resume once with another "
-                "seed, as docs/elastic.md shows under 'A checkpoint without RNG state'"
+                f"no RNG state ({rows.key}) for row {rows.row}. The streams stay where they are, "
+                "and a job that was just seeded draws its first numbers again: resume once with "
+                "another seed, see docs/elastic.md, 'A checkpoint without RNG state'"
             )
             return
         outcome = resume(record, self._job(rows))
         self._watch.warn_if_another_is_current()
-        if outcome.remarks and rows.row == 0:
+        # Row 0 speaks for all, but knows its own generators only.
+        remarks = outcome.remarks if rows.row == 0 else outcome.of_generators
+        if remarks:
             # Before the restore: where warnings are errors, nothing may have moved by then.
-            warn("RNG state: " + ". ".join(outcome.remarks))
+            row = f", row {rows.row}" if rows.row else ""
+            warn(f"RNG state{row}: {'. '.join(remarks)}")
         self._restore(self._generators.unpack(outcome.states), outcome.seeds)
         self.loaded, self._resizes = outcome.loaded, outcome.resizes
 
@@ -268,7 +284,7 @@ class StatefulRNG:
                 no record or several, one of the ranks has no row, or the storage failed. No stream
                 of this rank has moved.
         """
-        loaded = standalone.load(lambda: self._rows().row, path, storage_reader, key)
+        loaded = standalone.load(self._rows, path, storage_reader, key)
         self.load_state_dict(loaded)
 
     def rewind(self) -> None:
@@ -312,51 +328,62 @@ class StatefulRNG:
         rewind_at_first_forward(model, lambda: self.loaded is not None, self.rewind)
 
     @overload
-    def fingerprint(self, gather: Literal[False] = False) -> dict[str, str]: ...
+    def fingerprint(
+        self, gather: Literal[False] = False, *, process_group: dist.ProcessGroup | None = None
+    ) -> dict[str, str]: ...
     @overload
-    def fingerprint(self, gather: Literal[True]) -> list[dict[str, str]]: ...
-    def fingerprint(self, gather: bool = False) -> dict[str, str] | list[dict[str, str]]:
+    def fingerprint(
+        self, gather: Literal[True], *, process_group: dist.ProcessGroup | None = None
+    ) -> list[dict[str, str]]: ...
+    def fingerprint(
+        self, gather: bool = False, *, process_group: dist.ProcessGroup | None = None
+    ) -> dict[str, str] | list[dict[str, str]]:
         """Return 12 hexadecimal digits for each stream, by generator; moves no stream.
 
         Two streams with the same digits draw the same numbers from here on. ``nemo-rng-dcp
         inspect`` shows the same digits for a checkpoint.
 
         Args:
-            gather: Return the streams of all rows. Then it is a collective: every rank of the
-                default process group must call it, with the same generators. It costs one
-                all-gather of 8 bytes per generator and rank.
+            gather: Return the streams of all rows. Then it is a collective: every rank of the group
+                must call it, with generators of the same names. It gathers about 40 bytes per
+                generator and rank.
+            process_group: The ranks that call it with ``gather``; ``None``: all of the default
+                process group.
 
         Returns:
             This rank's streams, without communication; with ``gather``, on every rank alike, a
-            list by row. Of ranks that share a row, the lowest one speaks (see
-            :meth:`verify_shared`).
+            list by row of this rank's grid (see :meth:`state_dict`). Of ranks that share a row,
+            the lowest one speaks (see :meth:`verify_shared`).
 
         Raises:
-            RNGStateError: As for :meth:`state_dict`.
-            RuntimeError: With ``gather``, as for :meth:`state_dict`.
+            RNGStateError: As for :meth:`state_dict`. With ``gather``, on every rank: one of them
+                cannot tell its streams, or has other generators than another rank of its grid. On
+                those that called it: others did not, within the group's time-out.
+            ValueError: This rank is not in ``process_group``.
         """
-        own = {name: fingerprint(state) for name, state in self._packed().items()}
-        return gather_fingerprints(self._rows().row, own) if gather else own
+        if gather:
+            return fingerprints_by_row(gather_peers(self._peer, process_group), self._rows().key)
+        return {name: fingerprint(state) for name, state in self._packed().items()}
 
-    def verify_shared(self) -> None:
+    def verify_shared(self, *, process_group: dist.ProcessGroup | None = None) -> None:
         """Make sure that ranks which should have one stream are in the same state.
 
         These are the ranks that share a row, and all ranks for ``shared_generators`` and, unless
-        ``ranked``, for the global generators. Moves no stream. A collective: every rank of the
-        default process group must call it, with the same generators. It costs one all-gather of 8
-        bytes per generator and rank. A checkpoint holds a shared row once, so peers that drifted
-        apart come back as one of them; call this before a save, or when debugging.
+        ``ranked``, for the global generators; on several grids (see :meth:`state_dict`), those of
+        each by themselves. Moves no stream. A collective: every rank of the group must call it,
+        with generators of the same names. It gathers about 40 bytes per generator and rank. A
+        checkpoint holds a shared row once, so peers that drifted apart come back as one of them;
+        call this before a save, or when debugging.
+
+        Args:
+            process_group: The ranks that call it; ``None``: all of the default process group.
 
         Raises:
             RNGStateError: Ranks differ; on every rank, naming the ranks and the generators. Also
-                as for :meth:`state_dict`, on the rank concerned.
+                as for :meth:`fingerprint` with ``gather``.
+            ValueError: This rank is not in ``process_group``.
         """
-        shared = {
-            name
-            for name, slot in self._generators.slots.items()
-            if slot.shared or (slot.is_global and not self.ranked)
-        }
-        messages = drifted(self._rows().row, self.fingerprint(), shared)
+        messages = drifted(gather_peers(self._peer, process_group))
         if messages:
             raise RNGStateError(
                 "; ".join(messages) + ". A draw happened on some of them only, or the mesh given "
@@ -390,15 +417,32 @@ class StatefulRNG:
         return self._generators.pack(self._generators.take())
 
     def _job(self, rows: Rows) -> Job:
-        return Job(rows.row, rows.count, rows.mesh_sizes, self.ranked, self._generators.slots)
+        return Job(
+            rows.row,
+            rows.count,
+            rows.mesh_sizes,
+            self.ranked,
+            self._generators.slots,
+            parts=rows.parts,
+            seed=self.seed,
+        )
+
+    def _peer(self) -> Peer:
+        rows = self._rows()
+        shared = {
+            name
+            for name, slot in self._generators.slots.items()
+            if slot.shared or (slot.is_global and not self.ranked)
+        }
+        return Peer(global_rank(), rows.key, rows.row, self.fingerprint(), shared)
 
     def _row_number(self) -> int:
         """Return the row that this process must own, with or without a process group."""
-        return global_rank() if self.mesh is None else Rows.current(self.mesh).row
+        return global_rank() if self.mesh is None else Rows.current(self.mesh, self._grid).row
 
     def _rows(self) -> Rows:
         """Return the rows, after making sure that they give this process the streams it has."""
-        rows, own_row = Rows.current(self.mesh), self._row_number()
+        rows, own_row = Rows.current(self.mesh, self._grid), self._row_number()
         if self.ranked and self._generators.has_global and self._seeded_row != own_row:
             raise RuntimeError(
                 f"this StatefulRNG was seeded for row {self._seeded_row}, but the process has row "

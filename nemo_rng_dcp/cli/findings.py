@@ -10,6 +10,7 @@ from nemo_rng_dcp.cli.checkpoint.checkpoint import Checkpoint, is_record
 from nemo_rng_dcp.cli.checkpoint.table import Table
 from nemo_rng_dcp.cli.trial_generators import packed_after_seed, refusals
 from nemo_rng_dcp.generators import is_reserved
+from nemo_rng_dcp.grids import is_name, path_of
 from nemo_rng_dcp.record import KEY, Record, Stream, fingerprint, mesh_text
 from nemo_rng_dcp.versions import version_text
 
@@ -105,11 +106,10 @@ def examine(table: Table) -> Entry:
 def misfits(checkpoint: Checkpoint) -> Iterator[Finding]:
     """Find what has a record's name and cannot be one."""
     for key, stored in sorted(checkpoint.keys.items()):
-        path, _, name = key.rpartition(".")
-        if name == KEY and not is_record(key, stored):
+        if is_name(key.rpartition(".")[2]) and not is_record(key, stored):
             its = "a pickle" if stored.dtype is None else f"{stored.dtype} {list(stored.size)}"
             text = f"{KEY} is {its}, expected int64 of one dimension: a load finds no record in it"
-            yield Finding(DAMAGE, path, "", (), text)
+            yield Finding(DAMAGE, path_of(key), "", (), text)
 
 
 def _row(record: Record) -> Row:
