@@ -13,6 +13,7 @@ import torch
 from torch.distributed.checkpoint import DefaultLoadPlanner, LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.metadata import Metadata
 
+from nemo_rng_dcp import row_0
 from nemo_rng_dcp.errors import RNGStateError, warn
 from nemo_rng_dcp.grids import beside, is_name, own_key, refuse_one_for_two, warn_if_moved
 from nemo_rng_dcp.ranks import world_size
@@ -140,7 +141,9 @@ class RNGLoadPlanner(LoadPlanner):
                 if key in lengths:
                     record = torch.zeros(lengths[key], dtype=torch.int64)
                 entry.value = with_record(entry.value, record)
-        return dataclasses.replace(plan, items=[*plan.items, *self._reads])
+        plan = dataclasses.replace(plan, items=[*plan.items, *self._reads])
+        names = {(key, e.record.row): e.record.streams for key, e in self._entries.items()}
+        return row_0.tell(plan, names)
 
     def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
         # Only the coordinator comes here, and sees what every rank reads.
@@ -155,10 +158,11 @@ class RNGLoadPlanner(LoadPlanner):
                 f"the checkpoint has RNG state at {', '.join(ignored)}, for which this job has no "
                 "StatefulRNG under that key: ignored",
             )
-        return self.planner.create_global_plan(global_plan)
+        return row_0.spread(global_plan, self.planner.create_global_plan)
 
     def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
-        return self.planner.finish_plan(central_plan)
+        entries = {key: (entry.value, entry.record.streams) for key, entry in self._entries.items()}
+        return self.planner.finish_plan(row_0.hear(central_plan, entries))
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         self.planner.load_bytes(read_item, value)

@@ -101,7 +101,7 @@ def resume(record: Record, job: Job) -> Resume:
     saved = [name for name in job.slots if name in record.streams]
     resizes = record.resizes + (record.rows != job.rows)
     forked = _forked(record, job, saved)
-    of_generators = tuple(_on_generators(record, job, saved))
+    of_generators = tuple(_on_generators(record, job))
     seeds = {
         name: fork_seed(name, job.row, resizes, record.streams[name].state)
         for name in forked
@@ -164,10 +164,9 @@ def _on_rows(record: Record, job: Job, saved: list[str], forked: list[str]) -> I
         # Of a record without them nobody knows more than the names of its mesh.
         meshes = meshes[-1:] if record.parts and job.parts else meshes
     if all(_renumbered(then, here, min(rows, now)) for then, here in meshes):
-        then, here = meshes[-1]
         yield (
-            f"the rows were saved along {mesh_text(then)} and are loaded along "
-            f"{mesh_text(here)}: row r may belong to another coordinate now"
+            f"the rows were saved along {mesh_text(meshes[-1][0])} and are loaded along "
+            f"{mesh_text(meshes[-1][1])}: row r may belong to another coordinate now"
         )
     has_global = any(slot.is_global for slot in job.slots.values())
     if job.seed not in (None, record.seed) and any(job.slots[name].is_global for name in saved):
@@ -177,16 +176,15 @@ def _on_rows(record: Record, job: Job, saved: list[str], forked: list[str]) -> I
             f"saved with ranked={record.ranked}, now ranked={job.ranked}: saved rows continue as "
             "they were"
         )
-
-
-def _on_generators(record: Record, job: Job, saved: list[str]) -> Iterator[str]:
-    rows, now = record.rows, job.rows
     unchanged = {True: "ranks that differed still do", False: "ranks that drew alike still do"}
     for name in saved if min(rows, now) > 1 else ():
         shared = job.slots[name].shared
         if record.streams[name].shared != shared:
             then, here = sorted(("generators=", "shared_generators="), reverse=not shared)
             yield f"{name} was saved in {then}, now in {here}: {unchanged[shared]}"
+
+
+def _on_generators(record: Record, job: Job) -> Iterator[str]:
     absent = [name for name in job.slots if name not in record.streams]
     if absent:
         yield f"the checkpoint has no {', '.join(absent)}: the stream stays as it is"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NoReturn
 
 import torch
@@ -22,6 +22,7 @@ from torch.distributed.checkpoint import (
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
+from nemo_rng_dcp import row_0
 from nemo_rng_dcp.errors import RNGStateError
 from nemo_rng_dcp.grids import own_key, path_of, refuse_one_for_two, renamed, warn_if_moved
 from nemo_rng_dcp.record import KEY
@@ -53,12 +54,17 @@ def save(
 
 
 def load(
-    rows: Callable[[], Rows], path: CheckpointId, reader: StorageReader | None, key: str | None
+    rows: Callable[[], Rows],
+    names: Collection[str],
+    path: CheckpointId,
+    reader: StorageReader | None,
+    key: str | None,
 ) -> dict[str, torch.Tensor]:
     """Return the saved record for a row, and read nothing else; a collective, as ``dcp.load`` is.
 
     Args:
         rows: Returns the rows of the job. What it raises, all ranks are told.
+        names: This rank's generators.
         path: A checkpoint that holds a record, alone or beside other things, at any depth.
         reader: DCP's reader of the checkpoint; ``None``: one for ``path``.
         key: The record's key in the checkpoint, if there is more than one.
@@ -70,7 +76,7 @@ def load(
         RNGStateError: On every rank: one of them has no row, there is no record, or several and no
             ``key``, or the storage failed.
     """
-    planner = _LoadPlanner(rows, key)
+    planner = _LoadPlanner(rows, names, key)
     try:
         dcp.load({}, checkpoint_id=path, storage_reader=reader, planner=planner)
     except CheckpointException as error:
@@ -128,9 +134,10 @@ class _LoadPlanner(_ContentsPlanner):
     The record is chosen in here, because DCP tells every rank what is raised in a planner.
     """
 
-    def __init__(self, rows: Callable[[], Rows], key: str | None) -> None:
+    def __init__(self, rows: Callable[[], Rows], names: Collection[str], key: str | None) -> None:
         super().__init__()
         self._rows = rows
+        self._names = names
         self._key = key
         self.loaded: dict[str, torch.Tensor] = {}
 
@@ -142,12 +149,16 @@ class _LoadPlanner(_ContentsPlanner):
         if self._key is None:
             warn_if_moved(entry, key, rows.row, self.saved)
         self.loaded = {rows.key: torch.zeros(read.lengths, dtype=torch.int64)}
-        return LoadPlan([read])
+        return row_0.tell(LoadPlan([read]), {(rows.key, rows.row): self._names})
 
     def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
         if self._key is None:
             refuse_one_for_two(read for plan in global_plan for read in plan.items)
-        return super().create_global_plan(global_plan)
+        return row_0.spread(global_plan, super().create_global_plan)
+
+    def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
+        entries = {key: (record, self._names) for key, record in self.loaded.items()}
+        return super().finish_plan(row_0.hear(central_plan, entries))
 
     def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
         [record] = self.loaded.values()

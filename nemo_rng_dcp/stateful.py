@@ -27,6 +27,7 @@ from nemo_rng_dcp.ranks import (
 )
 from nemo_rng_dcp.record import Record, Stream, fingerprint
 from nemo_rng_dcp.resume import Job, Loaded, resume
+from nemo_rng_dcp.row_0 import has_its_generators
 from nemo_rng_dcp.seeding import check_ranked, check_seed, seed_all
 from nemo_rng_dcp.table import Rows
 from nemo_rng_dcp.unread import load_is_asking, marked, was_read
@@ -229,8 +230,13 @@ class StatefulRNG:
             return
         outcome = resume(record, self._job(rows))
         self._watch.warn_if_another_is_current()
-        # Row 0 speaks for all, but knows its own generators only.
-        remarks = outcome.remarks if rows.row == 0 else outcome.of_generators
+        remarks = outcome.remarks
+        if rows.row != 0:
+            # Row 0 speaks for all, but knows its own generators only. Where as many were saved as
+            # there are, nothing tells that the job changed and not this rank.
+            changed = len(record.streams) != len(self._generators.slots)
+            row_0_says_it = changed and has_its_generators(state_dict[key])
+            remarks = () if row_0_says_it else outcome.of_generators
         if remarks:
             # Before the restore: where warnings are errors, nothing may have moved by then.
             row = f", row {rows.row}" if rows.row else ""
@@ -284,7 +290,7 @@ class StatefulRNG:
                 no record or several, one of the ranks has no row, or the storage failed. No stream
                 of this rank has moved.
         """
-        loaded = standalone.load(self._rows, path, storage_reader, key)
+        loaded = standalone.load(self._rows, self._generators.slots, path, storage_reader, key)
         self.load_state_dict(loaded)
 
     def rewind(self) -> None:
