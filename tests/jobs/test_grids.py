@@ -14,10 +14,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from nemo_rng_dcp import RNGLoadPlanner, RNGStateError, StatefulRNG
-from nemo_rng_dcp.cli.checkpoint.table import find_tables
-from nemo_rng_dcp.cli.opening import open_checkpoint
+from nemo_rng_dcp.cli.reading.opening import open_tables
 from tests.support.jobs import job
-from tests.support.streams import draw, said, unmoved
+from tests.support.streams import draw, unmoved, warned
 
 Numbers = list[float]
 
@@ -53,7 +52,7 @@ def load_on_grids(path: Path, grids: list[list[int]], how: str) -> tuple[Numbers
         "alone": lambda: rng.load(path / "alone"),
         "key": lambda: rng.load(path / "dcp", key="rng"),
     }
-    texts = said(load[how])
+    texts = warned(load[how])
     return draw(), texts
 
 
@@ -62,7 +61,7 @@ def test_each_of_two_grids_gets_its_own_streams_back(tmp_path: Path, how: str) -
     saved = job(4, save_on_two, tmp_path)
     loaded = job(4, load_on_grids, tmp_path, [[0, 1], [2, 3]], how)
     assert loaded == [(numbers, []) for numbers in saved]
-    paths = [table.path for table in find_tables(open_checkpoint(str(tmp_path / "dcp")))]
+    paths = [table.key for table in open_tables(str(tmp_path / "dcp"))]
     assert paths == ["rng", "rng@2"], "the command finds both"
 
 
@@ -103,7 +102,7 @@ def load_by_parts(path: Path) -> list[str]:
     """Each grid loads by itself, and has no part in what the other reads."""
     rng = on_grids([0, 1], [2, 3])
     groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
-    texts = said(
+    texts = warned(
         lambda: dcp.load(
             {"rng": rng},
             checkpoint_id=path / "dcp",
@@ -114,7 +113,7 @@ def load_by_parts(path: Path) -> list[str]:
     assert texts == []
     state: dict[str, Any] = {} if dist.get_rank() > 1 else {"rng": rng}
     planner = RNGLoadPlanner()
-    return said(lambda: dcp.load(state, checkpoint_id=path / "dcp", planner=planner))
+    return warned(lambda: dcp.load(state, checkpoint_id=path / "dcp", planner=planner))
 
 
 def test_what_no_rank_reads_is_named_and_what_others_may_read_is_not(tmp_path: Path) -> None:
@@ -200,7 +199,7 @@ def use_flattened(path: Path, shape: tuple[int, int], save: bool) -> list[str]:
     if save:
         dcp.save({"rng": rng}, checkpoint_id=path)
         return []
-    return said(lambda: dcp.load({"rng": rng}, checkpoint_id=path, planner=RNGLoadPlanner()))
+    return warned(lambda: dcp.load({"rng": rng}, checkpoint_id=path, planner=RNGLoadPlanner()))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from torch.distributed.checkpoint import DefaultLoadPlanner, LoadPlan
 
 from nemo_rng_dcp import RNGLoadPlanner, StatefulRNG
 from tests.support.jobs import job
-from tests.support.streams import said
+from tests.support.streams import warned
 
 
 class WithData(DefaultLoadPlanner):
@@ -49,8 +49,10 @@ def load(path: Path, names: list[list[str]], how: str) -> list[str]:
         "wrapped": lambda: RNGLoadPlanner(WithData()),
     }
     if how == "alone":
-        return said(lambda: rng.load(path))
-    return said(lambda: dcp.load({"rng": rng, **state}, checkpoint_id=path, planner=planner[how]()))
+        return warned(lambda: rng.load(path))
+    return warned(
+        lambda: dcp.load({"rng": rng, **state}, checkpoint_id=path, planner=planner[how]())
+    )
 
 
 @pytest.mark.parametrize("how", ["planner", "wrapped", "alone"])

@@ -13,8 +13,8 @@ from torch.distributed.tensor import DTensor
 from nemo_rng_dcp import RNGStateError, StatefulRNG
 from nemo_rng_dcp.grids import Grid
 from nemo_rng_dcp.table import Rows
-from tests.support.altered import record_of
-from tests.support.streams import said, unmoved
+from tests.support.records import record_of
+from tests.support.streams import unmoved, warned
 
 FakeGroup = Callable[[int, int], None]
 
@@ -28,14 +28,14 @@ def rows_of(
     for rank in range(world_size):
         fake_group(rank, world_size)
         mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
-        layout = Rows.current(mesh if along is None else mesh[along])
-        table = layout.table(torch.full((3,), rank))
+        here = Rows.current(mesh if along is None else mesh[along])
+        table = here.table(torch.full((3,), rank))
         assert isinstance(table, DTensor)
-        assert table.shape == (3 * layout.count,)
+        assert table.shape == (3 * here.count,)
         assert table.to_local().tolist() == [rank] * 3
         [chunk] = table.__create_chunk_list__()  # type: ignore[attr-defined]
-        assert (chunk.offsets, chunk.sizes) == ((3 * layout.row,), (3,))
-        rows.append(layout.row)
+        assert (chunk.offsets, chunk.sizes) == ((3 * here.row,), (3,))
+        rows.append(here.row)
     return rows
 
 
@@ -105,7 +105,7 @@ def test_the_record_of_rank_0s_grid_is_no_other_grids(fake_group: FakeGroup) -> 
     mesh = DeviceMesh("cpu", [4, 5], mesh_dim_names=("dp",))
     rng = StatefulRNG(1, mesh=mesh)
     [(key, table)] = rng.state_dict().items()
-    assert said(lambda: rng.load_state_dict({"rng_streams@7": table})) == []
+    assert warned(lambda: rng.load_state_dict({"rng_streams@7": table})) == []
     for others in ({"rng_streams": table}, {"rng_streams@6": table, "rng_streams@7": table}):
         with unmoved(), pytest.raises(RNGStateError, match=f"{key}: the state has no such entry"):
             rng.load_state_dict(others)
