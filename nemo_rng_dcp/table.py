@@ -7,9 +7,10 @@ or as many rows as there are logical ranks for one process.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -20,11 +21,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from nemo_rng_dcp.errors import RNGStateError
-from nemo_rng_dcp.ranks import global_rank, world_size
+from nemo_rng_dcp.grids import Grid, is_name, names_of
+from nemo_rng_dcp.ranks import world_size
 from nemo_rng_dcp.record import KEY, LENGTH, ROW, ROWS, Mesh, Record, mesh_text, words_of
-
-NOT_SAVED = torch.empty(0, dtype=torch.int64)
-"""Stands for a record that a checkpoint does not have."""
 
 
 @dataclass(frozen=True)
@@ -36,55 +35,67 @@ class Rows:
         count: Rows of the table, ``own.stop <= count``.
         mesh: The mesh along which streams differ; ``None``: all ranks of the default process
             group, or no group at all.
+        grid: Where the mesh lies; ``None`` without one.
     """
 
     own: range
     count: int
     mesh: DeviceMesh | None
+    grid: Grid | None = None
 
     @classmethod
-    def current(cls, mesh: DeviceMesh | None = None, logical_ranks: int | None = None) -> Rows:
+    def current(
+        cls,
+        mesh: DeviceMesh | None = None,
+        grid: Grid | None = None,
+        logical_ranks: int | None = None,
+    ) -> Rows:
         """Return the rows as of now; does not communicate and creates no process group.
 
         Args:
             mesh: The (sub)mesh along which streams differ, of any number of dimensions. Ranks of
                 one coordinate share a row. ``None``: all ranks of the default process group, so
                 that row = global rank; without a group, one row.
+            grid: ``Grid.of(mesh)``, if it is known.
             logical_ranks: Rows of the table; ``None``: one per coordinate.
 
         Raises:
             ValueError: This process's rank is not in ``mesh``, or the coordinates cannot have
                 equally many of ``logical_ranks`` rows.
+            RuntimeError: ``mesh`` is older than the process group, whose ranks have other numbers.
         """
         if mesh is None:
             number, size = dist.get_rank() if dist.is_initialized() else 0, world_size()
-        else:
-            coordinate = mesh.get_coordinate()
-            if coordinate is None:
-                raise ValueError(
-                    f"rank {global_rank()} is not in the mesh {mesh}, so it has no row"
-                )
-            number, size = row_major(coordinate, mesh.shape), mesh.size()
-        count = size if logical_ranks is None else logical_ranks
-        if count % size:
-            among = (
-                "processes"
-                if mesh is None
-                else f"coordinates of the mesh ({mesh_text(_sizes(mesh))})"
+            return cls(*_shared_out(number, size, logical_ranks, "processes"), None)
+        grid = Grid.of(mesh) if grid is None else grid
+        if dist.is_initialized() and (grid.rank != dist.get_rank() or grid.highest >= world_size()):
+            raise RuntimeError(
+                f"the mesh {mesh} was made when this process was rank {grid.rank}, and has ranks "
+                f"up to {grid.highest}; now it is rank {dist.get_rank()} of {world_size()}. Its "
+                "rows are those of an earlier process group: make the mesh, and then StatefulRNG, "
+                "after init_process_group"
             )
-            fitting = [str(n) for n in range(1, count + 1) if count % n == 0]
-            raise ValueError(
-                f"logical_ranks={count} cannot be shared out evenly among {size} {among}: start "
-                f"{', '.join(fitting)} of them, or state a logical_ranks that {size} divides. "
-                "Another number of logical ranks is another run"
-            )
-        each = count // size
-        return cls(range(number * each, (number + 1) * each), count, mesh)
+        coordinate = mesh.get_coordinate()
+        assert coordinate is not None
+        number = row_major(coordinate, mesh.shape)
+        among = f"coordinates of the mesh ({mesh_text(_sizes(mesh))})"
+        own, count = _shared_out(number, mesh.size(), logical_ranks, among)
+        return cls(own, count, mesh, grid)
 
     @property
     def row(self) -> int:
         """The first row of this process."""
         return self.own.start
+
+    @property
+    def key(self) -> str:
+        """The key of the table in the state dict of a ``StatefulRNG``."""
+        return KEY if self.grid is None else self.grid.key
+
+    @property
+    def parts(self) -> Mesh | None:
+        """The dimensions that a flattened mesh is made of, as a record stores them."""
+        return None if self.grid is None else self.grid.parts
 
     @property
     def mesh_sizes(self) -> Mesh | None:
@@ -102,19 +113,11 @@ class Rows:
             Shape ``(rows * length,)``: a DTensor sharded on dim 0, or a plain tensor without a
             process group. DCP stores either as one chunk per process.
         """
-        local = records[0] if len(records) == 1 else torch.cat(list(records))
+        own = joined(records)
         if self.mesh is None and not dist.is_initialized():
-            return local
+            return own
         mesh = _mesh_of_all_ranks() if self.mesh is None else _on_cpu(self.mesh)
-        return DTensor.from_local(
-            local,
-            mesh,
-            # Sharding dim 0 over every mesh dimension in order is the row-major numbering.
-            [Shard(0)] * mesh.ndim,
-            run_check=False,
-            shape=torch.Size((self.count * records[0].numel(),)),
-            stride=(1,),
-        )
+        return _sharded(own, mesh)
 
     def own_records(self, table: torch.Tensor) -> dict[int, Record]:
         """Return by row the records in a table that are loaded into this process's rows.
@@ -122,14 +125,14 @@ class Rows:
         Does not communicate.
 
         Args:
-            table: A DTensor as :meth:`table` makes it; a plain tensor with the records that a
-                process needs (as ``RNGLoadPlanner`` leaves it), or with those of all rows (as
-                ``dcp_to_torch_save`` writes it).
+            table: A DTensor as :meth:`table` makes it; or a plain tensor with the records that a
+                process needs, more of them, or those of all rows (as ``dcp_to_torch_save`` writes
+                it).
 
         Raises:
             RNGStateError: It holds no record, an altered one, or not this process's.
         """
-        tensors = records_in(table.to_local() if isinstance(table, DTensor) else table)
+        tensors = records_in(local(table))
         heads = [words_of(tensor)[: ROWS + 1].tolist() for tensor in tensors]
         by_row = {
             head[ROW]: tensor for head, tensor in zip(heads, tensors, strict=True) if head[ROW:]
@@ -152,17 +155,37 @@ class Rows:
         return own
 
 
+def with_records(table: torch.Tensor, records: torch.Tensor) -> torch.Tensor:
+    """Return a table on the ranks of another one, with other records as this process's rows.
+
+    Args:
+        table: As :meth:`Rows.table` makes it; it stays as it is.
+        records: One after the other, of any length that is the same on every rank; not copied.
+    """
+    return _sharded(records, table.device_mesh) if isinstance(table, DTensor) else records
+
+
+def joined(records: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return records one after the other in one tensor."""
+    return records[0] if len(records) == 1 else torch.cat(list(records))
+
+
+def local(table: torch.Tensor) -> torch.Tensor:
+    """Return what this process has of a table; a plain one has all that there is."""
+    return table.to_local() if isinstance(table, DTensor) else table
+
+
+def rows_text(rows: range) -> str:
+    """Return "row 3" or "rows 4 to 7"."""
+    return f"row {rows[0]}" if len(rows) == 1 else f"rows {rows[0]} to {rows[-1]}"
+
+
 def row_major(coordinate: Sequence[int], shape: Sequence[int]) -> int:
     """Return the number of a coordinate of a mesh, the last dimension running fastest."""
     number = 0
     for index, size in zip(coordinate, shape, strict=True):
         number = number * size + index
     return number
-
-
-def rows_text(rows: range) -> str:
-    """Return "row 3" or "rows 4 to 7"."""
-    return f"row {rows[0]}" if len(rows) == 1 else f"rows {rows[0]} to {rows[-1]}"
 
 
 def source_row(row: int, rows_saved: int) -> int:
@@ -195,7 +218,7 @@ def is_record(key: str, dtype: object, size: Sequence[int]) -> bool:
         dtype: The tensor's data type; ``None``, for example, where no tensor is stored.
         size: The tensor's shape.
     """
-    return key.rpartition(".")[2] == KEY and dtype == torch.int64 and len(size) == 1
+    return is_name(key.rpartition(".")[2]) and dtype == torch.int64 and len(size) == 1
 
 
 def record_keys(saved: Mapping[str, Any]) -> list[str]:
@@ -208,16 +231,37 @@ def record_keys(saved: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def reads_of_rows(key: str, live: torch.Tensor, saved: Any) -> list[ReadItem]:
-    """Return the reads of the saved records that are loaded into this process's rows.
+class Wanted(NamedTuple):
+    """The rows that a process loads.
 
-    Chunks are read whole, one after the other into one tensor: it begins with a record, and so does
-    every chunk in it. More chunks than needed may be among them, see ``Rows.own_records``.
+    Attributes:
+        own: The rows.
+        rows: Rows of the job's table.
+        length: Numbers in a record of the job's; 0: unknown.
+    """
+
+    own: range
+    rows: int
+    length: int
+
+    @classmethod
+    def of(cls, table: torch.Tensor) -> Wanted:
+        """Return it for a job with this table, which is a good one."""
+        words = words_of(local(table))
+        length, row, rows = (int(words[place]) for place in (LENGTH, ROW, ROWS))
+        return cls(range(row, row + len(words) // length), rows, length)
+
+
+def reads_of_rows(key: str, wanted: Wanted, saved: Any, entry: str | None = None) -> list[ReadItem]:
+    """Return the reads of the saved records that are loaded into some rows.
+
+    They fill one tensor, see :func:`buffer_for`.
 
     Args:
         key: The record's key in the checkpoint.
-        live: This process's part of the table of the job that loads.
+        wanted: The rows of the job that loads.
         saved: What the checkpoint's metadata has under that key.
+        entry: The key of what is loaded, if it is another one.
 
     Raises:
         RNGStateError: No record is there, or none for a row.
@@ -234,54 +278,106 @@ def reads_of_rows(key: str, live: torch.Tensor, saved: Any) -> list[ReadItem]:
             f"{len(saved.chunks)} chunks, expected torch.int64 (rows * length,) in chunks of whole "
             "rows. No StatefulRNG wrote that."
         )
-    words = words_of(live)
-    length, first, rows = (int(words[place]) for place in (LENGTH, ROW, ROWS))
-    # One chunk alone is one row, or all of them (as torch_save_to_dcp writes it).
-    size, total = saved.chunks[0].sizes[0], saved.size[0]
-    chunks = max(total // size, 1)
-    by_length, rest = divmod(total, length)
-    # How many rows were saved, only the records themselves tell. The same generators have records
-    # of the same length. Otherwise a chunk is one row, or there are as many rows as now.
-    is_known = by_length and not rest and not by_length % chunks
-    counts = {by_length} if is_known else {chunks, rows}
-    wanted = {
-        source_row(row, count) * chunks // count: row
-        for count in counts
-        for row in range(first, first + len(words) // length)
-        if not count % chunks
-    }
-    by_offset = {chunk.offsets: (n, chunk) for n, chunk in enumerate(saved.chunks)}
+    size = saved.chunks[0].sizes[0]
+    by_place = {chunk.offsets: (n, chunk) for n, chunk in reversed([*enumerate(saved.chunks)])}
     reads: list[ReadItem] = []
-    for number, row in sorted(wanted.items()):
-        index, chunk = by_offset.get(torch.Size((number * size,)), (0, None))
+    filled = 0
+    for row, place, length in _places(wanted, saved.size[0], size):
+        start = place // size * size
+        number, chunk = by_place.get(torch.Size((start,)), (0, None))
         if chunk is None or chunk.sizes != (size,):
             raise RNGStateError(
-                f"{key}: the checkpoint's metadata has no chunk of {size} numbers at "
-                f"{number * size}, for row {row}. It was saved by fewer ranks than it has rows, or "
-                "is damaged."
+                f"{key}: the checkpoint's metadata has no chunk of {size} numbers at {start}, for "
+                f"row {row}. It was saved by fewer ranks than it has rows, or is damaged."
             )
         reads.append(
             ReadItem(
                 type=LoadItemType.TENSOR,
-                dest_index=MetadataIndex(key, torch.Size((0,))),
-                dest_offsets=torch.Size((len(reads) * size,)),
-                storage_index=MetadataIndex(key, chunk.offsets, index),
-                storage_offsets=torch.Size((0,)),
-                lengths=torch.Size((size,)),
+                dest_index=MetadataIndex(key if entry is None else entry, torch.Size((0,))),
+                dest_offsets=torch.Size((filled,)),
+                storage_index=MetadataIndex(key, chunk.offsets, number),
+                storage_offsets=torch.Size((place - start,)),
+                lengths=torch.Size((length,)),
             )
         )
+        filled += length
     return reads
 
 
+def _places(wanted: Wanted, total: int, size: int) -> Iterator[tuple[int, int, int]]:
+    """Yield a row, the place of what is read for it, and how much that is.
+
+    How many rows were saved, only the records themselves tell. A job of the same generators has
+    records of the same length, and each row's own is read. Otherwise whole chunks are, which begin
+    with a record: those that have the rows if a chunk is one row or all of them, or if there were
+    as many as now.
+
+    Args:
+        wanted: The rows of the job that loads.
+        total: Numbers in the table that was saved.
+        size: Numbers in each of its chunks.
+    """
+    chunks = max(total // size, 1)
+    count, rest = divmod(total, wanted.length) if wanted.length else (0, 0)
+    if count and not rest and not count % chunks:
+        per = count // chunks
+        row, sources = wanted.own[0], [source_row(row, count) for row in wanted.own]
+        # Rows that stand together in a chunk are one read: each read opens the chunk.
+        starts = [
+            n for n, s in enumerate(sources) if not n or s != sources[n - 1] + 1 or not s % per
+        ]
+        for first, end in pairwise([*starts, len(sources)]):
+            yield row + first, sources[first] * wanted.length, (end - first) * wanted.length
+        return
+    counts = {chunks} if wanted.rows % chunks else {chunks, wanted.rows}
+    by_chunk = {source_row(row, n) * chunks // n: row for n in counts for row in wanted.own}
+    for chunk, row in sorted(by_chunk.items()):
+        yield row, chunk * size, size
+
+
 def buffer_for(reads: Sequence[ReadItem]) -> torch.Tensor:
-    """Return a tensor of zeros for what is read; ``NOT_SAVED`` for nothing."""
+    """Return a tensor of zeros for what is read."""
     size = sum(read.lengths[0] for read in reads)
-    return torch.zeros(size, dtype=torch.int64) if size else NOT_SAVED
+    return torch.zeros(size, dtype=torch.int64, device="cpu")
 
 
 def place_in(buffer: torch.Tensor, read: ReadItem) -> torch.Tensor:
     """Return the part of a buffer that a read fills."""
     return buffer.narrow(0, read.dest_offsets[0], read.lengths[0])
+
+
+def _sharded(records: torch.Tensor, mesh: DeviceMesh) -> DTensor:
+    return DTensor.from_local(
+        records,
+        mesh,
+        # Sharding dim 0 over every mesh dimension in order is the row-major numbering.
+        [Shard(0)] * mesh.ndim,
+        run_check=False,
+        shape=torch.Size((mesh.size() * records.numel(),)),
+        stride=(1,),
+    )
+
+
+def _shared_out(number: int, size: int, logical_ranks: int | None, among: str) -> tuple[range, int]:
+    """Return the rows of one of ``size`` coordinates or processes, and how many there are in all.
+
+    Raises:
+        ValueError: They cannot be shared out evenly.
+    """
+    count = size if logical_ranks is None else logical_ranks
+    if count % size:
+        fitting = ", ".join(str(n) for n in range(1, count + 1) if count % n == 0)
+        raise ValueError(
+            f"logical_ranks={count} cannot be shared out evenly among {size} {among}: start "
+            f"{fitting} of them, or state a logical_ranks that {size} divides. Another number of "
+            "logical ranks is another run"
+        )
+    each = count // size
+    return range(number * each, (number + 1) * each), count
+
+
+def _sizes(mesh: DeviceMesh) -> Mesh:
+    return tuple(zip(names_of(mesh), mesh.shape, strict=True))
 
 
 def _mesh_of_all_ranks() -> DeviceMesh:
@@ -298,12 +394,4 @@ def _on_cpu(mesh: DeviceMesh) -> DeviceMesh:
         return mesh
     # DTensor would move a record to the mesh's device, and DCP back to write it.
     groups = mesh.get_all_groups()
-    return DeviceMesh.from_group(groups, "cpu", mesh.mesh, mesh_dim_names=_names(mesh))
-
-
-def _sizes(mesh: DeviceMesh) -> Mesh:
-    return tuple(zip(_names(mesh), mesh.shape, strict=True))
-
-
-def _names(mesh: DeviceMesh) -> tuple[str, ...]:
-    return mesh.mesh_dim_names or tuple(str(number) for number in range(mesh.ndim))
+    return DeviceMesh.from_group(groups, "cpu", mesh.mesh, mesh_dim_names=names_of(mesh))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -113,6 +114,12 @@ class GeneratorSet:
     def exchanged(self) -> list[str]:
         """Return the registered generators that nobody else holds any more, see :class:`Held`."""
         return self._held.dropped()
+
+    def in_this_scope(self) -> GeneratorSet:
+        """Return a set of the same generators whose global streams are those in place now."""
+        other = copy.copy(self)
+        other._scopes = open_scopes()
+        return other
 
     def take(self, known: States | None = None) -> States:
         """Return every generator's state by name; moves no stream.

@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from nemo_rng_dcp import RNGLoadPlanner, RNGStateError, ScopedRNG, StatefulRNG
 from tests.support.jobs import job
-from tests.support.streams import draw, said
+from tests.support.streams import draw, warned
 
 Drawn = dict[int, list[float]]
 
@@ -39,7 +39,7 @@ def by_rank(rng: StatefulRNG) -> Drawn:
 
 
 @contextmanager
-def nothing_said() -> Iterator[None]:
+def nothing_warned() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", module="torch")
@@ -75,7 +75,7 @@ def save(path: Path, count: int | None = COUNT, way: str = "dcp") -> Drawn:
 def load(path: Path, count: int | None = COUNT, way: str = "dcp") -> Drawn:
     """Load in every way that there is for the checkpoint, in silence."""
     found = []
-    with nothing_said():
+    with nothing_warned():
         for planner in (None, RNGLoadPlanner()) if way != "own" else ():
             rng = StatefulRNG(42, ranked=True, logical_ranks=count)
             if way == "safetensors":
@@ -131,7 +131,7 @@ def load_other(path: Path, count: int, way: str) -> tuple[Drawn, list[str]]:
         else:
             dcp.load({"rng": rng}, checkpoint_id=path, planner=RNGLoadPlanner())
 
-    messages = said(load)
+    messages = warned(load)
     return by_rank(rng), messages
 
 
@@ -159,7 +159,7 @@ def test_another_number_of_logical_ranks_follows_the_rules_of_a_resume(
 def load_with_another_generator(path: Path, count: int | None) -> tuple[Drawn, list[str]]:
     own = {"noise": np.random.default_rng(1)}
     rng = StatefulRNG(42, ranked=True, logical_ranks=count, generators=own)
-    messages = said(lambda: dcp.load({"rng": rng}, checkpoint_id=path, planner=RNGLoadPlanner()))
+    messages = warned(lambda: dcp.load({"rng": rng}, checkpoint_id=path, planner=RNGLoadPlanner()))
     return by_rank(rng), messages
 
 
@@ -176,7 +176,7 @@ def test_generators_may_be_added_on_another_number_of_processes(tmp_path: Path) 
 
 def on_mesh(path: Path, shape: tuple[int, int], is_first: bool) -> Drawn:
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=("dp", "tp"))
-    with nothing_said():
+    with nothing_warned():
         rng = begin(4, mesh=mesh["dp"])
         if is_first:
             dcp.save({"rng": rng}, checkpoint_id=path)

@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from nemo_rng_dcp import RNGState, RNGStateError, ScopedRNG, StatefulRNG
 from nemo_rng_dcp.record import KEY, Record
 from nemo_rng_dcp.table import records_in
-from tests.support.streams import draw, said, unmoved
+from tests.support.streams import draw, unmoved, warned
 
 FakeGroup = Callable[[int, int], None]
 
@@ -216,14 +216,14 @@ def test_a_shared_generator_that_one_rank_alone_has_drawn_from_is_found() -> Non
 def test_draws_outside_are_told_once_at_the_next_save() -> None:
     rng = logical()
     by_rank(rng)
-    assert said(rng.state_dict) == []
+    assert warned(rng.state_dict) == []
     random.random()
-    [message] = said(rng.state_dict)
+    [message] = warned(rng.state_dict)
     assert message.startswith("rank 0: python drawn from outside of as_rank(), since the last load")
-    assert said(rng.state_dict) == []
+    assert warned(rng.state_dict) == []
     torch.rand(1)
     rng.load_state_dict({KEY: rng.state_dict()[KEY].clone()})
-    assert said(rng.state_dict) == []
+    assert warned(rng.state_dict) == []
 
 
 def test_a_state_of_automodel_is_loaded_inside_of_its_rank() -> None:
