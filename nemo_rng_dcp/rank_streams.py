@@ -124,7 +124,7 @@ class RankStreams:
                     after[rank] = now
                 self.drawn_outside.clear()
                 outside = None if moment.outside is None else after[moment.rank]
-                self._moment = moment._replace(parked=after, outside=outside)
+                self._moment = _Moment(moment.rank, after, None, outside)
             except BaseException:
                 generators.restore(before)
                 self._moment = moment
