@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import NamedTuple, SupportsIndex
 
 from nemo_rng_dcp.errors import RNGStateError
 from nemo_rng_dcp.generators import GeneratorSet, States
-from nemo_rng_dcp.seeding import is_integer
 
 Seeds = Mapping[str, int]
 """By generator, the seed of a stream that starts anew."""
@@ -147,7 +146,7 @@ class RankStreams:
             RNGStateError: A generator does not take its state, or as for :meth:`take`. All streams
                 are back where they were.
         """
-        if not is_integer(rank) or rank not in self.ranks:
+        if not isinstance(rank, SupportsIndex) or rank not in self.ranks:
             first, last = self.ranks[0], self.ranks[-1]
             plays = f"rank {first}" if first == last else f"ranks {first} to {last}"
             raise ValueError(
