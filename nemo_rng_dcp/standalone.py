@@ -24,7 +24,8 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
 from nemo_rng_dcp import row_0
 from nemo_rng_dcp.errors import RNGStateError
-from nemo_rng_dcp.grids import own_key, path_of, refuse_one_for_two, renamed, warn_if_moved
+from nemo_rng_dcp.grids import refuse_one_for_two, warn_if_moved
+from nemo_rng_dcp.keys import own_key, path_of, renamed
 from nemo_rng_dcp.record import KEY
 from nemo_rng_dcp.table import Rows, read_of_row, record_keys
 
