@@ -8,6 +8,7 @@ from typing import NamedTuple, SupportsIndex
 
 from nemo_rng_dcp.errors import RNGStateError
 from nemo_rng_dcp.generators import GeneratorSet, States
+from nemo_rng_dcp.ranks import note_playing
 
 Seeds = Mapping[str, int]
 """By generator, the seed of a stream that starts anew."""
@@ -194,6 +195,8 @@ class RankStreams:
                 self._moment = moment
                 raise
             here = new
+        if self._logical and generators.has_global:
+            note_playing(rank if inside else None)
         if inside and moment.outside is not None:
             self._moment = _Moment(rank, moment.parked, None, None)
         elif self._logical and not inside and moment.outside is None:
