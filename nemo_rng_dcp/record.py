@@ -38,6 +38,7 @@ Mesh = tuple[tuple[str, int], ...]
 _WORD = 8
 _HEAD = struct.Struct("<14q")
 LENGTH, ROWS = 2, 4  # places in the head
+_NO_SEED = -1
 _CHECK_BYTES = 8
 _ROOM = 128
 
@@ -69,8 +70,9 @@ class Record:
         row: The row's number, ``0 <= row < rows``.
         rows: Rows of the table it is part of.
         world_size: Ranks of the job that wrote it.
-        seed: The seed given to ``StatefulRNG``, before a row number was added.
-        ranked: Whether the row number was added to the seed.
+        seed: The seed given to ``StatefulRNG``, before a row number was added; ``None``: it seeded
+            nothing.
+        ranked: Whether the row number was added to the seed, or the streams differ without one.
         resizes: How often the job was resumed with another number of rows before this was written.
         taken_at: When the streams were taken, in ns since 1970, UTC.
         mesh: The mesh along which streams differ; ``None``: all ranks.
@@ -83,7 +85,7 @@ class Record:
     row: int
     rows: int
     world_size: int
-    seed: int
+    seed: int | None
     ranked: bool
     resizes: int
     taken_at: int
@@ -113,7 +115,7 @@ class Record:
             self.row,
             self.rows,
             self.world_size,
-            self.seed,
+            _NO_SEED if self.seed is None else self.seed,
             self.ranked,
             self.resizes,
             self.taken_at,
@@ -162,7 +164,7 @@ class Record:
             row,
             rows,
             world_size,
-            seed,
+            None if seed == _NO_SEED else seed,
             bool(ranked),
             resizes,
             taken_at,

@@ -12,13 +12,13 @@ from torch.distributed.checkpoint import StorageReader, StorageWriter
 from torch.distributed.device_mesh import DeviceMesh
 
 from nemo_rng_dcp import standalone
-from nemo_rng_dcp.automodel import RNGState, is_automodel_state, packed_states
 from nemo_rng_dcp.errors import RNGStateError, warn
 from nemo_rng_dcp.first_forward import rewind_at_first_forward
 from nemo_rng_dcp.generators import DeviceWatch, GeneratorSet, States, own_device
 from nemo_rng_dcp.ranks import drifted, gather_fingerprints, global_rank, world_size
 from nemo_rng_dcp.record import KEY, Record, Stream, fingerprint
 from nemo_rng_dcp.resume import Job, Loaded, resume
+from nemo_rng_dcp.rng_state import RNGState, is_automodel_state, packed_states
 from nemo_rng_dcp.seeding import check_ranked, check_seed, seed_all
 from nemo_rng_dcp.table import NOT_SAVED, Rows
 
@@ -47,9 +47,11 @@ class StatefulRNG:
 
     Args:
         seed: An integer (NumPy's too, ``bool`` not), ``0 <= seed`` and ``seed + row < 2**32``; the
-            same on every rank.
+            same on every rank. ``None``: nothing is seeded, and the streams are taken as a
+            framework has seeded them.
         ranked: Add the row number (without a mesh: the global rank) to the seed, so that ranks
-            draw different numbers.
+            draw different numbers. With ``seed=None`` it says whether the streams differ between
+            rows as they are: new rows of a larger job then fork, else they continue as saved.
         mesh: The (sub)mesh along which streams differ: one row per coordinate, numbered
             row-major, and ranks of the same coordinate share a stream. ``None``: one row per
             global rank.
@@ -93,7 +95,7 @@ class StatefulRNG:
 
     def __init__(
         self,
-        seed: int,
+        seed: int | None,
         ranked: bool = False,
         *,
         mesh: DeviceMesh | None = None,
@@ -115,8 +117,8 @@ class StatefulRNG:
             raise TypeError(f"mesh is {mesh!r}, expected a DeviceMesh or None")
         self.mesh = mesh
         self._seeded_row = self._row_number()
-        row_seed = check_seed(seed, self._seeded_row if ranked else 0)
-        self.seed = int(seed)
+        row_seed = None if seed is None else check_seed(seed, self._seeded_row if ranked else 0)
+        self.seed = None if seed is None else int(seed)
         self._resizes = 0
         # The tables that state_dict() handed out and that are still in use, by their time.
         self._handed_out: weakref.WeakValueDictionary[int, torch.Tensor] = (
@@ -125,7 +127,7 @@ class StatefulRNG:
         self._loaded_states: States | None = None
         self.loaded: Loaded | None = None
         """What the last load restored, with its rows, world size and time; ``None``: nothing."""
-        if global_generators:
+        if global_generators and row_seed is not None:
             seed_all(row_seed)
         self._watch = DeviceWatch(self.device if global_generators else None)
 
@@ -176,8 +178,8 @@ class StatefulRNG:
         self._handed_out[record.taken_at] = table
         return {KEY: table}
 
-    def load_state_dict(self, state_dict: Mapping[str, Any] | RNGState) -> None:
-        """Put every stream of this rank back to where ``state_dict`` has it; all or nothing.
+    def load_state_dict(self, state: Mapping[str, Any] | RNGState) -> None:
+        """Put every stream of this rank back to where ``state`` has it; all or nothing.
 
         Does not communicate. Under DCP every rank calls it with its own row. What is not put back
         bit for bit is said in one warning, by the ranks of row 0: other rows or another mesh than
@@ -186,29 +188,31 @@ class StatefulRNG:
         which nothing was loaded at all says so itself, and its streams stay as they are.
 
         Args:
-            state_dict: What :meth:`state_dict` gave, with the row alone or with all rows; or an
+            state: What :meth:`state_dict` gave, with the row alone or with all rows; or an
                 ``RNGState`` or what NeMo Automodel saves, whose streams become this rank's.
 
         Raises:
             RNGStateError: The record is missing, altered, of a newer layout or of another rank, or
                 a generator would not take its state. No stream of this rank has moved.
-            TypeError: ``state_dict`` is none of these.
+            TypeError: ``state`` is none of these.
             RuntimeError: As for :meth:`state_dict`.
         """
-        if is_automodel_state(state_dict):
-            self._load_automodel_state(state_dict)
+        if is_automodel_state(state):
+            self._load_automodel_state(state)
             return
-        if not isinstance(state_dict, Mapping):
+        if not isinstance(state, Mapping):
             raise TypeError(
-                f"the state is a {type(state_dict).__name__}, expected a mapping or an RNGState"
+                f"the state is a {type(state).__name__}, expected a mapping or an RNGState"
             )
         rows = self._rows()
-        if KEY not in state_dict:
+        if KEY not in state:
             raise RNGStateError(
-                f"{KEY}: the state has no such entry, only {sorted(map(str, state_dict))}; it is "
-                "no state of a StatefulRNG"
+                f"{KEY}: the state has no such entry, only {sorted(map(str, state))}; it is "
+                "no state of a StatefulRNG. Give it what was saved under its own name, such as "
+                "state['rng'], and not what is around that. RNG state that other code stored "
+                "becomes a checkpoint by `nemo-rng-dcp import`."
             )
-        table = state_dict[KEY]
+        table = state[KEY]
         record = None if table is NOT_SAVED else rows.own_record(table)
         if record is None or self._is_untouched(record, table):
             warn(
@@ -369,8 +373,10 @@ class StatefulRNG:
     def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
         raise TypeError(
             "a StatefulRNG owns the random streams of its process and cannot be copied or "
-            "pickled: pass its state_dict() on, or construct one in the other process. Give "
-            "it to dcp.save at the top level of the dict: DCP pickles what lies deeper."
+            "pickled. In a config or module that is deep-copied: keep it outside. In another "
+            "process: construct one there. In a checkpoint: dcp.save calls state_dict() at the top "
+            "level of its dict alone; deeper, and for torch.save and the deprecated "
+            "save_state_dict, pass rng.state_dict()."
         )
 
     def _load_automodel_state(self, state: Any) -> None:
@@ -413,7 +419,8 @@ class StatefulRNG:
     def _rows(self) -> Rows:
         """Return the rows, after making sure that they give this process the streams it has."""
         rows, own_row = Rows.current(self.mesh), self._row_number()
-        if self.ranked and self._generators.has_global and self._seeded_row != own_row:
+        is_seeded = self.seed is not None and self.ranked and self._generators.has_global
+        if is_seeded and self._seeded_row != own_row:
             raise RuntimeError(
                 f"this StatefulRNG was seeded for row {self._seeded_row}, but the process has row "
                 f"{own_row}: construct it after init_process_group"

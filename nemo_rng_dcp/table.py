@@ -113,7 +113,9 @@ class Rows:
                 f"{KEY}: row {self.row} of {self.count} was given row {record.row} of "
                 f"{record.rows}, expected row {source}. A state_dict() holds its own rank's row "
                 "alone, also when one rank passes it to torch.save: save on all ranks with "
-                "dcp.save or StatefulRNG.save(), and load with dcp.load or StatefulRNG.load()."
+                "dcp.save or StatefulRNG.save(), and load with dcp.load or StatefulRNG.load(). "
+                "Where peers share a file, as tensor-parallel ranks of a dp rank, give "
+                'StatefulRNG the mesh along which files differ: mesh=mesh["dp"].'
             )
         return record
 

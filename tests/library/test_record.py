@@ -4,6 +4,7 @@ import hashlib
 import json
 import random
 import struct
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -32,6 +33,12 @@ def test_layout_1_byte_by_byte() -> None:
     assert tensor.numpy().tobytes() == head + body + check_word
     assert (tensor.dtype, tensor.shape) == (torch.int64, (length,))
     assert Record.from_tensor(tensor) == RECORD
+
+
+def test_no_seed_is_a_number_that_no_job_had() -> None:
+    tensor = replace(RECORD, seed=None).to_tensor()
+    assert tensor[6] == -1
+    assert Record.from_tensor(tensor).seed is None
 
 
 def test_a_record_is_read_with_numpy_and_json_alone() -> None:
