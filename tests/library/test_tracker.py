@@ -15,43 +15,32 @@ import torch.distributed.checkpoint as dcp
 
 from nemo_rng_dcp import RNGStateError, RNGStateWarning, StatefulRNG, tracker_generators
 from tests.support.streams import unmoved, warned
+from tests.support.trackers import Tracker
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 
-class Tracker:
-    """The two methods, as those of Megatron-Core: the states themselves are handed out."""
-
-    def __init__(self, **states: Any) -> None:
-        self.states = {name.replace("_", "-"): state for name, state in states.items()}
-
-    def get_states(self) -> dict[str, Any]:
-        return dict(self.states)
-
-    def set_states(self, states: dict[str, Any]) -> None:
-        self.states = states
-
-    def draw(self, name: str) -> list[float]:
-        """Draw twice from a state, and keep where that leads."""
-        state = self.states[name]
-        if isinstance(state, torch.Generator):
-            return torch.randn(2, generator=state).tolist()
-        if isinstance(state, torch.Tensor):
-            generator = torch.Generator()
-            generator.set_state(state)
-            drawn = torch.randn(2, generator=generator).tolist()
-            self.states[name] = generator.get_state()
-        elif state[0] == "MT19937":
-            numpy = np.random.RandomState()
-            numpy.set_state(state)
-            drawn = [numpy.standard_normal(), numpy.random_sample()]
-            self.states[name] = numpy.get_state()
-        else:
-            python = random.Random()
-            python.setstate(state)
-            drawn = [python.gauss(0, 1), python.random()]
-            self.states[name] = python.getstate()
-        return drawn
+def draw(tracker: Tracker, name: str) -> list[float]:
+    """Draw twice from a state, and keep where that leads."""
+    state = tracker.states[name]
+    if isinstance(state, torch.Generator):
+        return torch.randn(2, generator=state).tolist()
+    if isinstance(state, torch.Tensor):
+        generator = torch.Generator()
+        generator.set_state(state)
+        drawn = torch.randn(2, generator=generator).tolist()
+        tracker.states[name] = generator.get_state()
+    elif state[0] == "MT19937":
+        numpy = np.random.RandomState()
+        numpy.set_state(state)
+        drawn = [numpy.standard_normal(), numpy.random_sample()]
+        tracker.states[name] = numpy.get_state()
+    else:
+        python = random.Random()
+        python.setstate(state)
+        drawn = [python.gauss(0, 1), python.random()]
+        tracker.states[name] = python.getstate()
+    return drawn
 
 
 def of_every_kind() -> Tracker:
@@ -77,15 +66,15 @@ def test_states_of_every_kind_come_back_bit_for_bit(tmp_path: Path) -> None:
     generator = tracker.states["graph-safe"]
     rng = StatefulRNG(42, generators=registered(tracker))
     for name in NAMES:
-        tracker.draw(name)
+        draw(tracker, name)
     with unmoved():
         dcp.save({"rng": rng}, checkpoint_id=tmp_path)
-    expected = [tracker.draw(name) for name in NAMES]
+    expected = [draw(tracker, name) for name in NAMES]
     for _ in range(2):
         dcp.load({"rng": rng}, checkpoint_id=tmp_path)
-        assert [tracker.draw(name) for name in NAMES] == expected
+        assert [draw(tracker, name) for name in NAMES] == expected
         rng.rewind()
-        assert [tracker.draw(name) for name in NAMES] == expected
+        assert [draw(tracker, name) for name in NAMES] == expected
     assert tracker.states["graph-safe"] is generator, "a captured graph draws from the old one"
     assert {name: type(state) for name, state in tracker.states.items()} == {
         name: type(state) for name, state in of_every_kind().states.items()
@@ -97,7 +86,7 @@ def test_a_state_and_a_graph_safe_generator_read_each_others_records() -> None:
     after = Tracker(model_parallel_rng=torch.Generator().manual_seed(7))
     state = StatefulRNG(1, generators=tracker_generators(before)).state_dict()
     StatefulRNG(1, generators=tracker_generators(after)).load_state_dict(state)
-    assert after.draw("model-parallel-rng") == before.draw("model-parallel-rng")
+    assert draw(after, "model-parallel-rng") == draw(before, "model-parallel-rng")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -107,10 +96,10 @@ def test_a_new_row_starts_a_stream_from_all_64_bits_of_a_seed(name: str) -> None
     [again] = tracker_generators(other, name).values()
     adapter.seed(2**40 + 1)
     again.seed(1)
-    assert tracker.draw(name) != other.draw(name)
+    assert draw(tracker, name) != draw(other, name)
     again.seed(2**40 + 1)
     adapter.seed(2**40 + 1)
-    assert tracker.draw(name) == other.draw(name)
+    assert draw(tracker, name) == draw(other, name)
 
 
 def test_later_draws_do_not_change_what_was_taken() -> None:
