@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
-from collections.abc import Collection, Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
@@ -17,8 +17,11 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from nemo_rng_dcp import row_0
 from nemo_rng_dcp.errors import RNGStateError, warn
-from nemo_rng_dcp.record import KEY, Record
+from nemo_rng_dcp.grids import beside, is_name, own_key, refuse_one_for_two, warn_if_moved
+from nemo_rng_dcp.ranks import world_size
+from nemo_rng_dcp.record import Record
 from nemo_rng_dcp.table import local, read_of_row, record_keys, with_record
 from nemo_rng_dcp.unread import marked
 
@@ -147,12 +150,15 @@ class RNGLoadPlanner(LoadPlanner):
         entries = {key: _entry(path) for key, path in paths.items()}
         self._entries: dict[str, _Entry]
         self._entries = {key: entry for key, entry in entries.items() if entry is not None}
-        self._reads = [
-            read_of_row(key, entry.record.row, saved[key])
-            for key, entry in self._entries.items()
-            if key in saved
-        ]
-        others = {key: stored for key, stored in saved.items() if key not in self._entries}
+        found = {key: own_key(key, saved) for key in self._entries}
+        self._reads = []
+        for key, source in found.items():
+            if source is not None:
+                row = self._entries[key].record.row
+                self._reads.append(read_of_row(source, row, saved[source], key))
+                warn_if_moved(key, source, row, saved)
+        ours = {*found, *found.values()}
+        others = {key: stored for key, stored in saved.items() if key not in ours}
         placeholders: dict[str, Any] = {
             key: _PLACEHOLDER_SAVED for key, entry in self._entries.items() if entry.is_below_a_list
         }
@@ -162,8 +168,7 @@ class RNGLoadPlanner(LoadPlanner):
                 dataclasses.replace(metadata, state_dict_metadata={**others, **placeholders}),
                 is_coordinator,
             )
-        if is_coordinator:
-            _warn_of_ignored(others, paths)
+        self._saved = saved
 
     def create_local_plan(self) -> LoadPlan:
         # The default planner may flatten the state dict a second time here.
@@ -177,13 +182,28 @@ class RNGLoadPlanner(LoadPlanner):
                 if key in lengths:
                     record = torch.zeros(lengths[key], dtype=torch.int64, device="cpu")
                 entry.value = with_record(entry.value, record)
-        return dataclasses.replace(plan, items=[*plan.items, *self._reads])
+        plan = dataclasses.replace(plan, items=[*plan.items, *self._reads])
+        names = {(key, e.record.row): e.record.streams for key, e in self._entries.items()}
+        return row_0.tell(plan, names)
 
     def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
-        return self.planner.create_global_plan(global_plan)
+        # Only the coordinator comes here, and sees what every rank reads.
+        reads = [read for plan in global_plan for read in plan.items]
+        refuse_one_for_two(reads)
+        known = {read.storage_index.fqn for read in reads}
+        if len(global_plan) < world_size():  # the other ranks may have the other grids
+            known.update(other for key in self._entries for other in beside(key, self._saved))
+        ignored = [key for key in record_keys(self._saved) if key not in known]
+        if ignored:
+            warn(
+                f"the checkpoint has RNG state at {', '.join(ignored)}, for which this job has no "
+                "StatefulRNG under that key: ignored",
+            )
+        return row_0.spread(global_plan, self.planner.create_global_plan)
 
     def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
-        return self.planner.finish_plan(central_plan)
+        entries = {key: (entry.value, entry.record.streams) for key, entry in self._entries.items()}
+        return self.planner.finish_plan(row_0.hear(central_plan, entries))
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         self.planner.load_bytes(read_item, value)
@@ -225,15 +245,17 @@ for _name in dir(LoadPlanner):
 
 
 def _find(value: Any, path: _Path = ()) -> Iterator[tuple[str, _Path]]:
-    """Find the tensors named :data:`KEY`, with the keys that DCP's planners give them."""
+    """Find the tensors with a record's name, with the keys that DCP's planners give them."""
     if any(container is value for container, _ in path):
         return  # it contains itself
     values = value if isinstance(value, list) else value.values()
     # By type: a loader's list of a million numbers is looked at in a few milliseconds.
     nested = {t for t in set(map(type, values)) if issubclass(t, (list, MutableMapping))}
-    if isinstance(value, MutableMapping) and isinstance(value.get(KEY), torch.Tensor):
-        here = (*path, (value, KEY))
-        yield ".".join(str(key) for _, key in here), here
+    if isinstance(value, MutableMapping):
+        for key, inner in value.items():
+            if isinstance(key, str) and is_name(key) and isinstance(inner, torch.Tensor):
+                here = (*path, (value, key))
+                yield ".".join(str(key) for _, key in here), here
     if nested:
         for key, inner in enumerate(value) if isinstance(value, list) else value.items():
             if type(inner) in nested:
@@ -249,13 +271,3 @@ def _entry(path: _Path) -> _Entry | None:
     except RNGStateError:
         return None
     return _Entry(path, value, record)
-
-
-def _warn_of_ignored(saved: Mapping[str, Any], asked_for: Collection[str]) -> None:
-    """Name the RNG entries of the checkpoint for which the state dict has no place."""
-    ignored = [key for key in record_keys(saved) if key not in asked_for]
-    if ignored:
-        warn(
-            f"the checkpoint has RNG state at {', '.join(ignored)}, for which this job has no "
-            "StatefulRNG under that key: ignored",
-        )
