@@ -1,6 +1,7 @@
 """Streams that a framework has seeded, and files that it saves by itself."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from nemo_rng_dcp import RNGStateError, StatefulRNG, automodel, init_all_rng
+from tests.frameworks.training import run_page
 from tests.support.jobs import begin_group, job
 from tests.support.streams import draw, unmoved, warned
 
@@ -53,14 +55,17 @@ def undeclared(path: Path) -> str:
 
 def test_ranks_that_differ_without_being_declared_ranked_are_found(tmp_path: Path) -> None:
     for message in job(2, undeclared, tmp_path):
-        assert "rank 1 differs" in message or "differ" in message
+        assert "differ" in message
 
 
 def by_dp_rank(path: Path, resume: bool, with_mesh: bool) -> list[float] | str:
     """Save and load as recipes do whose tensor-parallel peers share a file."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
     file = path / f"rng_dp_rank_{mesh.get_local_rank('dp')}.pt"
-    rng = automodel.StatefulRNG(42, ranked=True, mesh=mesh["dp"] if with_mesh else None)
+    names: dict[str, Any] = {"mesh": mesh, "StatefulRNG": automodel.StatefulRNG}
+    if with_mesh:
+        run_page("automodel", 2, names)
+    rng = names["rng"] if with_mesh else automodel.StatefulRNG(42, ranked=True)
     if not resume:
         if mesh.get_local_rank("tp") == 0:
             torch.save(rng.state_dict(), file)

@@ -44,6 +44,11 @@ def test_other_seeds_are_refused_by_name(seed: Any, use: Any) -> None:
     assert repr(seed) in str(caught.value)
 
 
+def test_logical_ranks_need_a_seed() -> None:
+    with unmoved(), pytest.raises(ValueError, match="logical_ranks=4 needs a seed"):
+        StatefulRNG(None, ranked=True, logical_ranks=4)
+
+
 def test_seed_and_rank_must_fit_together(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "3")
     init_all_rng(2**32 - 4, ranked=True)
