@@ -151,7 +151,9 @@ class Rows:
                     f"{record.rows}, expected row {source}. A state_dict() holds its own rank's "
                     "rows alone, also when one rank passes it to torch.save: save on all ranks "
                     "with dcp.save or StatefulRNG.save(), and load with dcp.load or "
-                    "StatefulRNG.load()."
+                    "StatefulRNG.load(). Where peers share a file, as the tensor-parallel ranks "
+                    "of a dp rank, give StatefulRNG the mesh along which files differ: "
+                    'mesh=mesh["dp"].'
                 )
         return own
 

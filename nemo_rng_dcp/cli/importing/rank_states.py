@@ -81,7 +81,7 @@ def to_records(job: JobStates) -> list[Record]:
     """Return a record for each rank; rank r becomes row r.
 
     Of several accelerator states, one for each device of a machine, a rank's own is taken to be the
-    one at its rank modulo their number. The seed is rank 0's, as torch's state tells it; the
+    one at its rank modulo their number. The seed is rank 0's, if torch's state tells it; the
     streams count as ranked if ranks differ.
 
     Raises:
@@ -101,7 +101,7 @@ def to_records(job: JobStates) -> list[Record]:
         rows=len(streams),
         world_size=len(streams),
         # As torch's state begins; its generator uses 32 bits of it.
-        seed=int.from_bytes(states[0].get("torch", b"")[:4], "little"),
+        seed=int.from_bytes(states[0]["torch"][:4], "little") if "torch" in states[0] else None,
         ranked=any(state != states[0] for state in states),
         resizes=0,
         mesh=None,
