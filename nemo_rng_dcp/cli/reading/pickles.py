@@ -28,7 +28,7 @@ class Global:
     name: str
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)  # printed, one that is in another again and again never ends
 class Made:
     """What a pickle would build.
 
@@ -110,7 +110,7 @@ def _update(machine: _Machine, values: list[Any]) -> None:
     target = typed(machine.stack[-1], dict)
     for key, value in zip(values[::2], values[1::2], strict=True):
         # A tuple of tuples of tuples takes for ever to hash.
-        if not isinstance(key, (str, Made)):
+        if not isinstance(key, (str, int, Made)):
             raise ValueError(f"a {type(key).__name__} as a key")
         target[key] = value
 
@@ -134,7 +134,8 @@ def _make(machine: _Machine, _: None) -> None:
 
 def _set_state(machine: _Machine, _: None) -> None:
     (state,) = machine.pop(1)
-    typed(machine.stack[-1], Made).state = state
+    if not isinstance(machine.stack[-1], dict):  # a module's state dict has attributes
+        typed(machine.stack[-1], Made).state = state
 
 
 def _memoize(machine: _Machine, place: int) -> None:
@@ -150,6 +151,7 @@ _OPCODES: dict[bytes, Callable[[_Machine, Any], object]] = {
     pickle.NEWFALSE: lambda m, _: m.stack.append(False),
     **dict.fromkeys([pickle.BININT1, pickle.BININT2, pickle.BININT, pickle.LONG1], _push),
     **dict.fromkeys([pickle.SHORT_BINUNICODE, pickle.BINUNICODE, pickle.BINUNICODE8], _push),
+    **dict.fromkeys([pickle.SHORT_BINBYTES, pickle.BINBYTES, pickle.BINFLOAT], _push),
     pickle.EMPTY_TUPLE: lambda m, _: m.stack.append(()),
     pickle.TUPLE1: lambda m, _: m.stack.append(tuple(m.pop(1))),
     pickle.TUPLE2: lambda m, _: m.stack.append(tuple(m.pop(2))),
