@@ -4,21 +4,35 @@ from __future__ import annotations
 
 import dataclasses
 import io
-from collections.abc import Collection, Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch.distributed.checkpoint import DefaultLoadPlanner, LoadPlan, LoadPlanner, ReadItem
-from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.tensor import DTensor
+from torch.distributed.checkpoint.metadata import (
+    Metadata,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 
+from nemo_rng_dcp import row_0
 from nemo_rng_dcp.errors import RNGStateError, warn
-from nemo_rng_dcp.record import KEY, Record
-from nemo_rng_dcp.table import NOT_SAVED, read_of_row, record_keys
+from nemo_rng_dcp.grids import beside, is_name, own_key, refuse_one_for_two, warn_if_moved
+from nemo_rng_dcp.ranks import world_size
+from nemo_rng_dcp.record import Record
+from nemo_rng_dcp.table import local, read_of_row, record_keys, with_record
+from nemo_rng_dcp.unread import marked
 
 _Path = tuple[tuple[Any, Any], ...]
+
+# Below a list nothing can be taken out: the elements behind it would get other keys. A tensor of
+# which no chunk was stored takes its place there, so that the other planner reads nothing for it.
+_PLACEHOLDER = torch.empty(1, dtype=torch.int64, device="cpu")
+_PLACEHOLDER_SAVED = TensorStorageMetadata(
+    TensorProperties(dtype=torch.int64), _PLACEHOLDER.size(), []
+)
 
 
 @dataclasses.dataclass
@@ -27,19 +41,25 @@ class _Entry:
 
     Attributes:
         path: The containers that it is nested in, from the outside in, each with the key in it.
-        value: The live table; once it is planned, the buffer for the record that is read instead,
-            or ``NOT_SAVED``.
-        row: This process's row.
+        value: The live table; once it is planned, one with room for the record that is read
+            instead, or with a mark if there is none.
+        record: What the live table holds.
     """
 
     path: _Path
     value: torch.Tensor
-    row: int
+    record: Record
+
+    @property
+    def is_below_a_list(self) -> bool:
+        return any(isinstance(container, list) for container, _ in self.path)
 
     def take_out(self) -> None:
+        if self.is_below_a_list:
+            container, key = self.path[-1]
+            container[key] = _PLACEHOLDER
+            return
         for container, key in reversed(self.path):
-            if isinstance(container, list):
-                return
             del container[key]
             # A dict that is empty now goes too: for checkpoints of torch 2.3 it counts as a value.
             if container:
@@ -63,8 +83,23 @@ class RNGLoadPlanner(LoadPlanner):
     - For an entry that the checkpoint lacks, no stream moves, and ``StatefulRNG`` says so.
 
     RNG entries are found by themselves, at the top level or nested, in the state dict and in the
-    checkpoint. The other planner never sees them. What is loaded takes the place of the live table
-    in the state dict, so call ``state_dict()`` anew for each load.
+    checkpoint. The other planner never sees them; below a list it sees a tensor of which nothing
+    was stored. What is loaded takes the place of the live table in the state dict, so call
+    ``state_dict()`` anew for each load.
+
+    DCP calls it in this order:
+
+    1. :meth:`set_up_planner`, on every rank: finds the RNG entries and chooses the row that is
+       read for each. The other planner is set up with everything else.
+    2. :meth:`create_local_plan`, on every rank: the other planner's reads, then one per RNG entry.
+    3. :meth:`create_global_plan`, on the coordinator alone: the other planner's.
+    4. :meth:`finish_plan`, on every rank: the other planner's.
+    5. :meth:`resolve_tensor` and :meth:`commit_tensor`, or :meth:`load_bytes`, on every rank for
+       each read of its own: a record goes to a buffer here, all else to the other planner.
+
+    Every other public attribute and method is the other planner's own, since some readers ask for
+    them. Where the reader lists nothing (``BroadcastingTorchSaveReader``), the other planner reads
+    the RNG entries too, onto as many rows as were saved.
 
     Pass it to ``dcp.load`` on every rank. It communicates no more than the other planner. An RNG
     entry of the checkpoint for which the state dict has no place is named in an
@@ -97,6 +132,11 @@ class RNGLoadPlanner(LoadPlanner):
             raise TypeError(f"planner is {planner!r:.80}, expected a LoadPlanner or None")
         self.planner = DefaultLoadPlanner() if planner is None else planner
 
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or name == "planner":
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self.planner, name)
+
     def set_up_planner(
         self,
         state_dict: dict[str, Any],
@@ -105,42 +145,65 @@ class RNGLoadPlanner(LoadPlanner):
     ) -> None:
         assert metadata is not None
         saved = metadata.state_dict_metadata
-        paths = dict(_find(state_dict))
+        # A reader that lists nothing leaves it to its own planner to say what is stored.
+        paths = dict(_find(state_dict)) if saved else {}
         entries = {key: _entry(path) for key, path in paths.items()}
         self._entries: dict[str, _Entry]
         self._entries = {key: entry for key, entry in entries.items() if entry is not None}
-        self._reads = [
-            read_of_row(key, entry.row, saved[key])
-            for key, entry in self._entries.items()
-            if key in saved
-        ]
-        others = {key: stored for key, stored in saved.items() if key not in self._entries}
+        found = {key: own_key(key, saved) for key in self._entries}
+        self._reads = []
+        for key, source in found.items():
+            if source is not None:
+                row = self._entries[key].record.row
+                self._reads.append(read_of_row(source, row, saved[source], key))
+                warn_if_moved(key, source, row, saved)
+        ours = {*found, *found.values()}
+        others = {key: stored for key, stored in saved.items() if key not in ours}
+        placeholders: dict[str, Any] = {
+            key: _PLACEHOLDER_SAVED for key, entry in self._entries.items() if entry.is_below_a_list
+        }
         with self._taken_out():
             self.planner.set_up_planner(
                 state_dict,
-                dataclasses.replace(metadata, state_dict_metadata=others),
+                dataclasses.replace(metadata, state_dict_metadata={**others, **placeholders}),
                 is_coordinator,
             )
-        if is_coordinator:
-            _warn_of_ignored(others, paths)
+        self._saved = saved
 
     def create_local_plan(self) -> LoadPlan:
         # The default planner may flatten the state dict a second time here.
         with self._taken_out():
             plan = self.planner.create_local_plan()
-            for entry in self._entries.values():
-                entry.value = NOT_SAVED
-            for read in self._reads:
+            lengths = {read.dest_index.fqn: read.lengths for read in self._reads}
+            for key, entry in self._entries.items():
                 # The record comes as it was saved: StatefulRNG is given it instead of the live one.
-                buffer = torch.zeros(read.lengths, dtype=torch.int64)
-                self._entries[read.dest_index.fqn].value = buffer
-        return dataclasses.replace(plan, items=[*plan.items, *self._reads])
+                # Either is a table still, since a state dict that is kept may be saved again.
+                record = marked(entry.record).to_tensor()
+                if key in lengths:
+                    record = torch.zeros(lengths[key], dtype=torch.int64, device="cpu")
+                entry.value = with_record(entry.value, record)
+        plan = dataclasses.replace(plan, items=[*plan.items, *self._reads])
+        names = {(key, e.record.row): e.record.streams for key, e in self._entries.items()}
+        return row_0.tell(plan, names)
 
     def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
-        return self.planner.create_global_plan(global_plan)
+        # Only the coordinator comes here, and sees what every rank reads.
+        reads = [read for plan in global_plan for read in plan.items]
+        refuse_one_for_two(reads)
+        known = {read.storage_index.fqn for read in reads}
+        if len(global_plan) < world_size():  # the other ranks may have the other grids
+            known.update(other for key in self._entries for other in beside(key, self._saved))
+        ignored = [key for key in record_keys(self._saved) if key not in known]
+        if ignored:
+            warn(
+                f"the checkpoint has RNG state at {', '.join(ignored)}, for which this job has no "
+                "StatefulRNG under that key: ignored",
+            )
+        return row_0.spread(global_plan, self.planner.create_global_plan)
 
     def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
-        return self.planner.finish_plan(central_plan)
+        entries = {key: (entry.value, entry.record.streams) for key, entry in self._entries.items()}
+        return self.planner.finish_plan(row_0.hear(central_plan, entries))
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         self.planner.load_bytes(read_item, value)
@@ -150,7 +213,7 @@ class RNGLoadPlanner(LoadPlanner):
 
     def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
         entry = self._entries.get(read_item.dest_index.fqn)
-        return self.planner.resolve_tensor(read_item) if entry is None else entry.value
+        return self.planner.resolve_tensor(read_item) if entry is None else local(entry.value)
 
     def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
         if read_item.dest_index.fqn not in self._entries:
@@ -171,19 +234,32 @@ class RNGLoadPlanner(LoadPlanner):
                 entry.put_in()
 
 
+def _passed_on(name: str) -> property:
+    return property(lambda self: getattr(self.planner, name))
+
+
+# A hook that a later torch adds to LoadPlanner: the class above would inherit it from there.
+for _name in dir(LoadPlanner):
+    if not _name.startswith("_") and _name not in vars(RNGLoadPlanner):
+        setattr(RNGLoadPlanner, _name, _passed_on(_name))
+
+
 def _find(value: Any, path: _Path = ()) -> Iterator[tuple[str, _Path]]:
-    """Find the tensors named :data:`KEY`, with the keys that DCP's planners give them."""
-    items: Any = ()
+    """Find the tensors with a record's name, with the keys that DCP's planners give them."""
+    if any(container is value for container, _ in path):
+        return  # it contains itself
+    values = value if isinstance(value, list) else value.values()
+    # By type: a loader's list of a million numbers is looked at in a few milliseconds.
+    nested = {t for t in set(map(type, values)) if issubclass(t, (list, MutableMapping))}
     if isinstance(value, MutableMapping):
-        items = value.items()
-    elif isinstance(value, list):
-        items = enumerate(value)
-    for key, inner in items:
-        here = (*path, (value, key))
-        if key == KEY and isinstance(inner, torch.Tensor):
-            yield ".".join(str(key) for _, key in here), here
-        else:
-            yield from _find(inner, here)
+        for key, inner in value.items():
+            if isinstance(key, str) and is_name(key) and isinstance(inner, torch.Tensor):
+                here = (*path, (value, key))
+                yield ".".join(str(key) for _, key in here), here
+    if nested:
+        for key, inner in enumerate(value) if isinstance(value, list) else value.items():
+            if type(inner) in nested:
+                yield from _find(inner, (*path, (value, key)))
 
 
 def _entry(path: _Path) -> _Entry | None:
@@ -191,17 +267,7 @@ def _entry(path: _Path) -> _Entry | None:
     container, key = path[-1]
     value = container[key]
     try:
-        record = Record.from_tensor(value.to_local() if isinstance(value, DTensor) else value)
+        record = Record.from_tensor(local(value))
     except RNGStateError:
         return None
-    return _Entry(path, value, record.row)
-
-
-def _warn_of_ignored(saved: Mapping[str, Any], asked_for: Collection[str]) -> None:
-    """Name the RNG entries of the checkpoint for which the state dict has no place."""
-    ignored = [key for key in record_keys(saved) if key not in asked_for]
-    if ignored:
-        warn(
-            f"the checkpoint has RNG state at {', '.join(ignored)}, for which this job has no "
-            "StatefulRNG under that key: ignored",
-        )
+    return _Entry(path, value, record)

@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
+import threading
 import time
-import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NoReturn, SupportsIndex, overload
 
 import torch
+import torch.distributed as dist
 from torch.distributed.checkpoint import StorageReader, StorageWriter
 from torch.distributed.device_mesh import DeviceMesh
 
 from nemo_rng_dcp import standalone
 from nemo_rng_dcp.automodel import RNGState, is_automodel_state, packed_states
 from nemo_rng_dcp.errors import RNGStateError, warn
-from nemo_rng_dcp.first_forward import rewind_at_first_forward
+from nemo_rng_dcp.first_forward import FirstForward
 from nemo_rng_dcp.generators import DeviceWatch, GeneratorSet, States, own_device
-from nemo_rng_dcp.ranks import drifted, gather_fingerprints, global_rank, world_size
-from nemo_rng_dcp.record import KEY, Record, Stream, fingerprint
+from nemo_rng_dcp.grids import Grid, own_key
+from nemo_rng_dcp.ranks import (
+    Peer,
+    drifted,
+    fingerprints_by_row,
+    gather_peers,
+    global_rank,
+    world_size,
+)
+from nemo_rng_dcp.recompute import ContextFn, recompute_of
+from nemo_rng_dcp.record import Record, Stream, fingerprint
 from nemo_rng_dcp.resume import Job, Loaded, resume
+from nemo_rng_dcp.row_0 import has_its_generators
 from nemo_rng_dcp.seeding import check_ranked, check_seed, seed_all
-from nemo_rng_dcp.table import NOT_SAVED, Rows
+from nemo_rng_dcp.table import Rows
+from nemo_rng_dcp.unread import load_is_asking, marked, was_read
 
 
 class StatefulRNG:
@@ -42,8 +54,11 @@ class StatefulRNG:
     tells the rank.
 
     It owns this process's streams, so it cannot be copied or pickled: hand its
-    :meth:`state_dict` on instead. Threads may use it at the same time: each state taken or restored
-    is whole. Draws of other threads are not synchronised.
+    :meth:`state_dict` on instead. Threads and signal handlers may use it at any time: each state
+    taken or restored is whole. Draws of other threads are not synchronised.
+
+    The global streams are those of the ``ScopedRNG`` in which it was constructed, if any. Inside a
+    further one it acts on the streams that come back at that one's end, and warns.
 
     Args:
         seed: An integer (NumPy's too, ``bool`` not), ``0 <= seed`` and ``seed + row < 2**32``; the
@@ -57,7 +72,8 @@ class StatefulRNG:
             by name; the same names and kinds on every rank. Accepted are ``torch.Generator`` on any
             device, ``numpy.random.Generator`` over any bit generator that NumPy ships,
             ``numpy.random.RandomState``, ``random.Random``, and objects with the methods of
-            ``generators.GeneratorAdapter``. They are not seeded here, and restored in place:
+            ``generators.GeneratorAdapter``. For an owner that exchanges its generator, a function
+            that returns the one in use. They are not seeded here, and restored in place:
             whoever holds one sees the restored stream. On a new row they start a new stream.
         shared_generators: The same for generators that are alike on all ranks, such as a sampler's
             shuffle. On a new row they continue as saved.
@@ -111,18 +127,21 @@ class StatefulRNG:
             shared_generators,
             global_generators=global_generators,
         )
+        self._recompute = recompute_of(self._generators)
         if mesh is not None and not isinstance(mesh, DeviceMesh):
             raise TypeError(f"mesh is {mesh!r}, expected a DeviceMesh or None")
         self.mesh = mesh
+        self._grid = None if mesh is None else Grid.of(mesh)
         self._seeded_row = self._row_number()
         row_seed = check_seed(seed, self._seeded_row if ranked else 0)
         self.seed = int(seed)
+        self._thread = threading.get_ident()
         self._resizes = 0
-        # The tables that state_dict() handed out and that are still in use, by their time.
-        self._handed_out: weakref.WeakValueDictionary[int, torch.Tensor] = (
-            weakref.WeakValueDictionary()
-        )
         self._loaded_states: States | None = None
+        self._is_rewound = True  # nothing was loaded, or rewind() was called since
+        self._first_forward = FirstForward(
+            lambda: self._rewind_is_due() and self._generators.parked_at is None, self.rewind
+        )
         self.loaded: Loaded | None = None
         """What the last load restored, with its rows, world size and time; ``None``: nothing."""
         if global_generators:
@@ -142,11 +161,15 @@ class StatefulRNG:
         Returns:
             ``{"rng_streams": table}``: int64, shape ``(rows * length,)``, a DTensor sharded on dim
             0 of which each rank has its row (a plain tensor without a process group). The record is
-            described in ``record.py``.
+            described in ``record.py``. Where ``mesh`` is no part of a mesh with rank 0, the lowest
+            rank of the whole mesh is in the key: ``rng_streams@4``.
 
         Warns:
-            RNGStateWarning: Another accelerator device is current than this object's; or other code
-                gave it another stream, as torch's DTensor does. The message has the remedy.
+            RNGStateWarning: Another accelerator device is current than this object's; other code
+                gave it another stream, as torch's DTensor does; a ``ScopedRNG`` has others now;
+                nobody else holds a registered generator; or a rewind that
+                :meth:`rewind_at_first_forward` was asked for did not happen since the load. The
+                message has the remedy.
 
         Raises:
             RNGStateError: A generator cannot be stored, such as NumPy's global one if it does not
@@ -157,6 +180,11 @@ class StatefulRNG:
         rows = self._rows()
         self._watch.warn_if_another_is_current()
         self._watch.warn_if_reseeded(rows.row)
+        is_for_a_load = load_is_asking()
+        if not is_for_a_load:
+            self._warn_in_a_scope("the record holds")
+            self._warn_of_exchanged_generators()
+            self._warn_of_a_missed_rewind()
         slots = self._generators.slots
         record = Record(
             row=rows.row,
@@ -167,14 +195,15 @@ class StatefulRNG:
             resizes=self._resizes,
             taken_at=time.time_ns(),
             mesh=rows.mesh_sizes,
+            parts=rows.parts,
             streams={
                 name: Stream(slots[name].kind, slots[name].shared, state)
                 for name, state in self._packed().items()
             },
         )
-        table = rows.table(record.to_tensor())
-        self._handed_out[record.taken_at] = table
-        return {KEY: table}
+        if is_for_a_load:
+            record = marked(record)
+        return {rows.key: rows.table(record.to_tensor())}
 
     def load_state_dict(self, state_dict: Mapping[str, Any] | RNGState) -> None:
         """Put every stream of this rank back to where ``state_dict`` has it; all or nothing.
@@ -203,50 +232,82 @@ class StatefulRNG:
                 f"the state is a {type(state_dict).__name__}, expected a mapping or an RNGState"
             )
         rows = self._rows()
-        if KEY not in state_dict:
+        key = own_key(rows.key, [name for name in state_dict if isinstance(name, str)])
+        if key is None:
             raise RNGStateError(
-                f"{KEY}: the state has no such entry, only {sorted(map(str, state_dict))}; it is "
-                "no state of a StatefulRNG"
+                f"{rows.key}: the state has no such entry, only {sorted(map(str, state_dict))}; it "
+                "is no state of a StatefulRNG, or of one on another grid of ranks"
             )
-        table = state_dict[KEY]
-        record = None if table is NOT_SAVED else rows.own_record(table)
-        if record is None or self._is_untouched(record, table):
-            warn(
-                f"rank {global_rank()}: the load restored no random stream: the checkpoint holds "
-                f"no {KEY} for row {rows.row}, or this is what state_dict() has just returned.",
-            )
-            self.loaded = self._loaded_states = None
+        record = rows.own_record(state_dict[key])
+        if not was_read(record):
+            self._note_that_nothing_was_loaded(rows)
             return
         outcome = resume(record, self._job(rows))
         self._watch.warn_if_another_is_current()
-        if outcome.remarks and rows.row == 0:
+        remarks = outcome.remarks
+        if rows.row != 0:
+            # Row 0 speaks for all, but knows its own generators only. Where as many were saved as
+            # there are, nothing tells that the job changed and not this rank.
+            changed = len(record.streams) != len(self._generators.slots)
+            row_0_says_it = changed and has_its_generators(state_dict[key])
+            remarks = () if row_0_says_it else outcome.of_generators
+        if remarks:
             # Before the restore: where warnings are errors, nothing may have moved by then.
-            warn("RNG state: " + ". ".join(outcome.remarks))
+            row = f", row {rows.row}" if rows.row else ""
+            warn(f"RNG state{row}: {'. '.join(remarks)}")
         self._restore(self._generators.unpack(outcome.states), outcome.seeds)
-        self.loaded, self._resizes = outcome.loaded, outcome.resizes
+        self.loaded, self._resizes, self._is_rewound = outcome.loaded, outcome.resizes, False
 
     def save(
         self,
         path: standalone.CheckpointId = None,
         *,
         storage_writer: StorageWriter | None = None,
+        state: Mapping[str, torch.Tensor] | None = None,
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
         """Write the record by itself, for frameworks that own the checkpoint; moves no stream.
 
-        Every rank of the default process group must call it: it is a ``dcp.save`` of this entry
-        alone, to a folder of its own.
+        Every rank of the process group must call it, with the same path: it is a ``dcp.save`` of
+        this entry alone, to a folder of its own. It harms nothing that is there: a record of the
+        same generators is replaced, once the new one is whole, and everything else is refused.
+
+        A framework that saves asynchronously tells of it later, on another thread, where the
+        streams have gone on. Take the state with the framework's save, and write it then::
+
+            captured = rng.state_dict()
+            group = dist.new_group(backend="gloo")  # once: async_save uses the default one
+            rng.save(path, state=captured, process_group=group)
 
         Args:
-            path: A folder, or what else DCP takes as ``checkpoint_id``. A record saved there
-                before is replaced.
-            storage_writer: DCP's writer for another storage; ``path`` may then be left out.
+            path: A folder, or what else DCP takes as ``checkpoint_id``.
+            storage_writer: DCP's writer for another storage; ``path`` may then be left out. One
+                that names its files itself, such as ``HuggingFaceStorageWriter``, takes an empty
+                folder alone. The storage of one that is no ``FileSystemWriter`` cannot be asked:
+                give it a new place.
+            state: What :meth:`state_dict` gave at the moment that is meant; ``None``: now.
+            process_group: The ranks that call it, all that have rows among them; ``None``: the
+                default process group. Beside a running ``dcp.async_save`` a group of its own, as
+                two saves on one would mix their messages.
+
+        Warns:
+            RNGStateWarning: It runs on another thread than the construction, without ``state``.
 
         Raises:
-            RNGStateError: On every rank: one of them has no record, as for :meth:`state_dict`; the
-                folder holds a checkpoint of other things, which would be lost; or the storage
-                failed. If that was while records were written, an earlier one is gone as well.
+            RNGStateError: On every rank: one of them has no record, as for :meth:`state_dict`;
+                ranks name different paths; the folder holds anything else, or another save runs in
+                it; the storage failed; or not all ranks called within the group's time-out. An
+                earlier record is still there.
+            ValueError: This rank is not in ``process_group``.
         """
-        standalone.save(self.state_dict, path, storage_writer)
+        if state is None and threading.get_ident() != self._thread:
+            warn(
+                "rng.save() runs on another thread than the one that constructed the StatefulRNG, "
+                "so the record may be of a later moment than the checkpoint: take captured = "
+                "rng.state_dict() with the checkpoint, and rng.save(path, state=captured) here"
+            )
+        take = self.state_dict if state is None else lambda: state
+        standalone.save(take, path, storage_writer, process_group)
 
     def load(
         self,
@@ -254,25 +315,45 @@ class StatefulRNG:
         *,
         storage_reader: StorageReader | None = None,
         key: str | None = None,
+        process_group: dist.ProcessGroup | None = None,
+        missing_ok: bool = False,
     ) -> None:
         """Restore the streams from any DCP checkpoint with a record in it, on any world size.
 
         The record is found by its name, alone or beside a model, and nothing else is read. Every
-        rank of the default process group must call it: it is a ``dcp.load``. The rules and the
-        warnings are those of ``RNGLoadPlanner`` and :meth:`load_state_dict`.
+        rank of the process group must call it: it is a ``dcp.load``. The rules and the warnings are
+        those of ``RNGLoadPlanner`` and :meth:`load_state_dict`.
 
         Args:
-            path: A folder, or what else DCP takes as ``checkpoint_id``.
+            path: A folder, or what else DCP takes as ``checkpoint_id``. Without a record in it, the
+                one folder in it that has a record.
             storage_reader: DCP's reader for another storage; ``path`` may then be left out.
             key: Which record, if the checkpoint holds several; the error that says so lists them.
+            process_group: The ranks that call it; ``None``: the default process group.
+            missing_ok: Go on with the streams as they are, with a warning and ``loaded`` ``None``,
+                if there is no checkpoint or none with a record: for checkpoints from before the
+                job had a StatefulRNG. A save that was interrupted is an error all the same.
 
         Raises:
             RNGStateError: As for :meth:`load_state_dict`; or, on every rank, the checkpoint holds
-                no record or several, one of the ranks has no row, or the storage failed. No stream
+                no record or several, one of the ranks has no row, ranks read different checkpoints,
+                the storage failed, or not all ranks called within the group's time-out. No stream
                 of this rank has moved.
+            ValueError: This rank is not in ``process_group``.
         """
-        loaded = standalone.load(lambda: self._rows().row, path, storage_reader, key)
-        self.load_state_dict(loaded)
+        loaded = standalone.load(
+            self._rows,
+            self._generators.slots,
+            path,
+            storage_reader,
+            key,
+            process_group,
+            missing_ok,
+        )
+        if loaded is None:
+            self._note_that_nothing_was_loaded(self._rows())
+        else:
+            self.load_state_dict(loaded)
 
     def rewind(self) -> None:
         """Put every stream back to where the last load left it; does not communicate.
@@ -287,79 +368,129 @@ class StatefulRNG:
         if self._loaded_states is None:
             raise RuntimeError("rewind() goes back to the last load, and nothing was loaded yet")
         self._restore(self._loaded_states)
+        self._is_rewound = True
 
-    def rewind_at_first_forward(self, model: torch.nn.Module | Sequence[torch.nn.Module]) -> None:
-        """Rewind once, before the first forward after a load; does not communicate.
+    def rewind_at_first_forward(
+        self,
+        model: torch.nn.Module | Sequence[torch.nn.Module],
+        *,
+        when: Callable[[torch.nn.Module], bool] | None = None,
+    ) -> None:
+        """Rewind once, before the first training forward after a load; does not communicate.
+
+        A training forward is one with ``model.training``, with gradients enabled, and outside of
+        any ``ScopedRNG``: a validation that comes before it does not count, whatever it draws.
 
         For training loops that are another's, and draw between the load and the first step, such
         as by a fresh ``iter(dataloader)``. It may be called before or after the load, and does
-        nothing while nothing was loaded. Call it again for another load.
+        nothing while nothing was loaded or if :meth:`rewind` was called since. Call it again for
+        another load. Where a step never calls the forward of ``model`` (``training_step``,
+        ``generate``), no rewind happens: the next save says so (``RNGStateWarning``), and none will
+        for this load.
 
-        Wrong where the loop itself draws for a step before its forward: random augmentation with
-        ``num_workers=0``, noise or time steps of a diffusion model. The rewind would repeat these
-        numbers. There, call :meth:`rewind` once the data iterator exists. Wrong also after a
-        checkpoint from the end of an epoch, if the iterator of the next one draws from the global
-        streams: it drew in the uninterrupted run too, so there nothing is to be rewound.
+        Wrong where the loop itself draws for a step before its training forward: random
+        augmentation with ``num_workers=0``, noise or time steps of a diffusion model, the rollout
+        of a reinforcement-learning step. The rewind would repeat these numbers. There, call
+        :meth:`rewind` once the data iterator exists. Wrong also after a checkpoint from the end of
+        an epoch, if the iterator of the next one draws from the global streams: it drew in the
+        uninterrupted run too, so there nothing is to be rewound.
 
         Args:
             model: The module that the training step calls, such as an FSDP2, DDP or compiled one,
                 or a list of such parts, as pipeline schedules have them: the one that runs first
-                rewinds. If the step itself is a compiled function, call this before its first run:
-                torch does not notice later that a module in it has got a hook.
+                rewinds, of several calls too. If the step itself is a compiled function, call this
+                before its first run: torch does not notice later that a module in it has got a
+                hook.
+            when: Says instead whether the forward that a module is about to run counts, such as
+                ``lambda module: True`` where a step begins with a forward in evaluation and no
+                validation comes before.
 
         Raises:
             TypeError: ``model`` is neither a module with a forward nor a sequence of them.
             RuntimeError: In that forward: it runs inside an activation checkpoint. Checkpoints
                 inside the model are fine.
         """
-        rewind_at_first_forward(model, lambda: self.loaded is not None, self.rewind)
+        self._first_forward.wait_for(model, when)
+
+    @property
+    def recompute(self) -> ContextFn:
+        """For activation checkpointing: a recomputation draws what its forward drew.
+
+        ``checkpoint(block, x, use_reentrant=False, context_fn=rng.recompute)``, with the function
+        of ``torch.utils.checkpoint``. Every generator of this object then draws the same in the
+        recomputation, and is afterwards where it would be without checkpointing; torch alone sees
+        to its default generators only. ``preserve_rng_state=False`` may be set beside it.
+
+        Does not communicate. Exceptions pass, with the streams put back. Draws of other threads
+        during a recomputation are undone with it. Where ``torch.compile`` traces the checkpoint
+        itself, torch has the draws in its graph, and nothing is done here.
+
+        To combine it with another ``context_fn``, such as one of
+        ``create_selective_checkpoint_contexts``: ``functools.partial(rng.recompute, context_fn)``.
+
+        Raises:
+            RNGStateError: In the forward or the backward: as for :meth:`state_dict`, or a generator
+                does not take its state back.
+        """
+        return self._recompute
 
     @overload
-    def fingerprint(self, gather: Literal[False] = False) -> dict[str, str]: ...
+    def fingerprint(
+        self, gather: Literal[False] = False, *, process_group: dist.ProcessGroup | None = None
+    ) -> dict[str, str]: ...
     @overload
-    def fingerprint(self, gather: Literal[True]) -> list[dict[str, str]]: ...
-    def fingerprint(self, gather: bool = False) -> dict[str, str] | list[dict[str, str]]:
+    def fingerprint(
+        self, gather: Literal[True], *, process_group: dist.ProcessGroup | None = None
+    ) -> list[dict[str, str]]: ...
+    def fingerprint(
+        self, gather: bool = False, *, process_group: dist.ProcessGroup | None = None
+    ) -> dict[str, str] | list[dict[str, str]]:
         """Return 12 hexadecimal digits for each stream, by generator; moves no stream.
 
         Two streams with the same digits draw the same numbers from here on. ``nemo-rng-dcp
         inspect`` shows the same digits for a checkpoint.
 
         Args:
-            gather: Return the streams of all rows. Then it is a collective: every rank of the
-                default process group must call it, with the same generators. It costs one
-                all-gather of 8 bytes per generator and rank.
+            gather: Return the streams of all rows. Then it is a collective: every rank of the group
+                must call it, with generators of the same names. It gathers about 40 bytes per
+                generator and rank.
+            process_group: The ranks that call it with ``gather``; ``None``: all of the default
+                process group.
 
         Returns:
             This rank's streams, without communication; with ``gather``, on every rank alike, a
-            list by row. Of ranks that share a row, the lowest one speaks (see
-            :meth:`verify_shared`).
+            list by row of this rank's grid (see :meth:`state_dict`). Of ranks that share a row,
+            the lowest one speaks (see :meth:`verify_shared`).
 
         Raises:
-            RNGStateError: As for :meth:`state_dict`.
-            RuntimeError: With ``gather``, as for :meth:`state_dict`.
+            RNGStateError: As for :meth:`state_dict`. With ``gather``, on every rank: one of them
+                cannot tell its streams, or has other generators than another rank of its grid. On
+                those that called it: others did not, within the group's time-out.
+            ValueError: This rank is not in ``process_group``.
         """
-        own = {name: fingerprint(state) for name, state in self._packed().items()}
-        return gather_fingerprints(self._rows().row, own) if gather else own
+        if gather:
+            return fingerprints_by_row(gather_peers(self._peer, process_group), self._rows().key)
+        return {name: fingerprint(state) for name, state in self._packed().items()}
 
-    def verify_shared(self) -> None:
+    def verify_shared(self, *, process_group: dist.ProcessGroup | None = None) -> None:
         """Make sure that ranks which should have one stream are in the same state.
 
         These are the ranks that share a row, and all ranks for ``shared_generators`` and, unless
-        ``ranked``, for the global generators. Moves no stream. A collective: every rank of the
-        default process group must call it, with the same generators. It costs one all-gather of 8
-        bytes per generator and rank. A checkpoint holds a shared row once, so peers that drifted
-        apart come back as one of them; call this before a save, or when debugging.
+        ``ranked``, for the global generators; on several grids (see :meth:`state_dict`), those of
+        each by themselves. Moves no stream. A collective: every rank of the group must call it,
+        with generators of the same names. It gathers about 40 bytes per generator and rank. A
+        checkpoint holds a shared row once, so peers that drifted apart come back as one of them;
+        call this before a save, or when debugging.
+
+        Args:
+            process_group: The ranks that call it; ``None``: all of the default process group.
 
         Raises:
             RNGStateError: Ranks differ; on every rank, naming the ranks and the generators. Also
-                as for :meth:`state_dict`, on the rank concerned.
+                as for :meth:`fingerprint` with ``gather``.
+            ValueError: This rank is not in ``process_group``.
         """
-        shared = {
-            name
-            for name, slot in self._generators.slots.items()
-            if slot.shared or (slot.is_global and not self.ranked)
-        }
-        messages = drifted(self._rows().row, self.fingerprint(), shared)
+        messages = drifted(gather_peers(self._peer, process_group))
         if messages:
             raise RNGStateError(
                 "; ".join(messages) + ". A draw happened on some of them only, or the mesh given "
@@ -373,6 +504,36 @@ class StatefulRNG:
             "it to dcp.save at the top level of the dict: DCP pickles what lies deeper."
         )
 
+    def _rewind_is_due(self) -> bool:
+        """Return whether a load put streams back that nobody has rewound to since."""
+        return self._loaded_states is not None and not self._is_rewound
+
+    def _warn_of_a_missed_rewind(self) -> None:
+        names = self._first_forward.names
+        if not names or not self._rewind_is_due():
+            return
+        assert self._loaded_states is not None
+        if self._packed() == self._generators.pack(self._loaded_states):
+            return  # a save right after the load: the rewind may still come
+        warn(
+            f"rank {global_rank()}: this save comes before the rewind that "
+            f"rewind_at_first_forward() was asked for: since the load, no forward of "
+            f"{' or '.join(names)} has run in training mode, with gradients enabled and outside of "
+            "a ScopedRNG (or when= has counted none). Whatever drew since the load has moved the "
+            "streams, the resume is not exact, and no rewind follows now. Give it the module whose "
+            "forward the step calls, or call rewind() right before the first step"
+        )
+        self._first_forward.release()
+
+    def _note_that_nothing_was_loaded(self, rows: Rows) -> None:
+        self.loaded = self._loaded_states = None
+        warn(
+            f"rank {global_rank()}: the load restored no random stream: the checkpoint holds "
+            f"no RNG state ({rows.key}) for row {rows.row}. The streams stay where they are, and a "
+            "job that was just seeded draws its first numbers again: resume once with another "
+            "seed, as docs/elastic.md shows under 'A checkpoint without RNG state'"
+        )
+
     def _load_automodel_state(self, state: Any) -> None:
         """Restore the global streams, which are all that NeMo Automodel's state knows."""
         if not self._generators.has_global:
@@ -383,36 +544,60 @@ class StatefulRNG:
         states = self._generators.unpack(packed_states(state, self.device))
         self._watch.warn_if_another_is_current()
         self._restore(states)
-        self.loaded = Loaded()
+        self.loaded, self._is_rewound = Loaded(), False
 
     def _restore(self, states: States, seeds: Mapping[str, int] | None = None) -> None:
+        self._warn_in_a_scope("what is loaded or rewound are")
         self._loaded_states = self._generators.restore(states, seeds)
         self._watch.note_seeds()
+
+    def _warn_in_a_scope(self, what: str) -> None:
+        place = self._generators.parked_at
+        if place is not None:
+            warn(
+                f"inside the ScopedRNG entered at {place}: {what} the streams that come back when "
+                "it ends, not the scope's own"
+            )
+
+    def _warn_of_exchanged_generators(self) -> None:
+        for name in self._generators.exchanged():
+            warn(
+                f"{name}: nothing but this StatefulRNG holds the registered generator any more, so "
+                "nothing draws from it. If its owner has another one now (copy.deepcopy, "
+                "unpickling, a reset), that one is not stored: register a function that returns "
+                f"the one in use, such as {name}=lambda: sampler.generator"
+            )
 
     def _packed(self) -> dict[str, bytes]:
         return self._generators.pack(self._generators.take())
 
     def _job(self, rows: Rows) -> Job:
-        return Job(rows.row, rows.count, rows.mesh_sizes, self.ranked, self._generators.slots)
+        return Job(
+            rows.row,
+            rows.count,
+            rows.mesh_sizes,
+            self.ranked,
+            self._generators.slots,
+            parts=rows.parts,
+            seed=self.seed,
+        )
 
-    def _is_untouched(self, record: Record, table: torch.Tensor) -> bool:
-        """Return whether DCP left in a table what :meth:`state_dict` had put there.
-
-        The table of an earlier moment may be given back on purpose, and is then restored. While no
-        stream has moved, there is nothing to restore either way.
-        """
-        if self._handed_out.get(record.taken_at) is not table:
-            return False
-        saved = {name: stream.state for name, stream in record.streams.items()}
-        return saved == self._packed()
+    def _peer(self) -> Peer:
+        rows = self._rows()
+        shared = {
+            name
+            for name, slot in self._generators.slots.items()
+            if slot.shared or (slot.is_global and not self.ranked)
+        }
+        return Peer(global_rank(), rows.key, rows.row, self.fingerprint(), shared)
 
     def _row_number(self) -> int:
         """Return the row that this process must own, with or without a process group."""
-        return global_rank() if self.mesh is None else Rows.current(self.mesh).row
+        return global_rank() if self.mesh is None else Rows.current(self.mesh, self._grid).row
 
     def _rows(self) -> Rows:
         """Return the rows, after making sure that they give this process the streams it has."""
-        rows, own_row = Rows.current(self.mesh), self._row_number()
+        rows, own_row = Rows.current(self.mesh, self._grid), self._row_number()
         if self.ranked and self._generators.has_global and self._seeded_row != own_row:
             raise RuntimeError(
                 f"this StatefulRNG was seeded for row {self._seeded_row}, but the process has row "

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from nemo_rng_dcp.cli.reading.checkpoint import Checkpoint
 from nemo_rng_dcp.cli.reading.index import Stored
-from nemo_rng_dcp.record import KEY
+from nemo_rng_dcp.grids import is_name
 
 MEGATRON_SHARD = "rng_state/shard_"
 """How Megatron's keys begin. The numbers in them are coordinates, and no ranks."""
@@ -44,7 +44,7 @@ class ForeignKey(NamedTuple):
 
 def find_keys(checkpoint: Checkpoint) -> list[ForeignKey]:
     """Return the keys of RNG state that no ``StatefulRNG`` stored, in their order."""
-    keys = {k: stored for k, stored in checkpoint.keys.items() if k.rpartition(".")[2] != KEY}
+    keys = {k: stored for k, stored in checkpoint.keys.items() if not is_name(k.rpartition(".")[2])}
     beside = _sets_of_generators(keys)
     return [
         ForeignKey(key, *_split(key))
