@@ -35,7 +35,7 @@ def title(key: str, count: int, record: Record | None) -> list[str]:
         f"{record.seed}, {ranked}{resized}"
     )
     where = f"coordinate of {mesh_text(record.mesh)}" if record.mesh else "rank"
-    lines.append(f"  one row per {where}")
+    lines += paragraph(f"  one row per {where}", 4)
     shared = [name for name, stream in record.streams.items() if stream.shared]
     if shared:
         lines += paragraph(f"  alike on all ranks: {', '.join(shared)}", 4)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 from nemo_rng_dcp.generators import Slot, is_reserved
@@ -11,10 +11,13 @@ from nemo_rng_dcp.record import Mesh, Record, Stream
 from nemo_rng_dcp.resume import Job
 from nemo_rng_dcp.table import row_major
 
+OF_ONE_ENTRY = ("along", "ranked", "generators", "shared")
+"""Options of ``explain`` that one ``StatefulRNG`` is given."""
+
 
 @dataclass(frozen=True)
 class Options:
-    """The job that resumes.
+    """The job that resumes, as its ``StatefulRNG`` for one entry is made.
 
     Attributes:
         ranks: The ranks that have each row, see :func:`rows_of_ranks`.
@@ -32,25 +35,48 @@ class Options:
 
     def job(self, row: int, record: Record) -> Job:
         """Return the job as one of its rows sees it, which loads ``record``."""
-        names = record.streams if self.generators is None else self.generators
         slots = {}
-        for name in names:
+        for name in self._parts(record):
             stream = record.streams.get(name, Stream("", False, b""))
-            shared = stream.shared if self.shared is None else name in self.shared
+            shared = stream.shared if self.shared is None else name.split(".")[0] in self.shared
             slots[name] = Slot(stream.kind, shared, is_reserved(name))
         ranked = record.ranked if self.ranked is None else self.ranked
         return Job(row, len(self.ranks), self.mesh, ranked, slots)
 
+    def length(self, record: Record) -> int:
+        """Return how many numbers the job's own record has, if it has the generators of one."""
+        slots = self.job(0, record).slots
+        streams = {
+            name: s._replace(shared=slots[name].shared) for name, s in record.streams.items()
+        }
+        return len(replace(record, mesh=self.mesh, streams=streams).to_tensor())
+
+    def _parts(self, record: Record) -> list[str]:
+        """Return the names of the job's streams; with a NumPy generator goes its seed sequence."""
+        if self.generators is None:
+            return list(record.streams)
+        return [
+            part
+            for name in self.generators
+            for part in (name, f"{name}.seed_seq")
+            if part == name or part in record.streams
+        ]
+
 
 def rows_of_ranks(
-    world_size: int, mesh: Mapping[str, int] | None, along: Sequence[str] | None
+    world_size: int,
+    mesh: Mapping[str, int] | None,
+    along: Sequence[str] | None,
+    saved: Mesh | None = None,
 ) -> tuple[dict[int, tuple[int, ...]], Mesh | None]:
     """Return the ranks that have each row, as ``StatefulRNG(mesh=mesh[along])`` gives them out.
 
     Args:
         world_size: Ranks of the job, >= 1.
         mesh: Sizes by name of the dimension, as for ``init_device_mesh``; ``None``: one row a rank.
-        along: The dimensions along which streams differ; ``None``: all.
+        along: The dimensions along which streams differ; ``None``: as saved, or all dimensions if
+            the mesh does not have those.
+        saved: The mesh along which they differed when saved; ``None``: all ranks.
 
     Returns:
         The ranks by row, and the mesh as a record stores it.
@@ -65,10 +91,14 @@ def rows_of_ranks(
     if prod(mesh.values()) != world_size:
         text = " x ".join(map(str, mesh.values()))
         raise ValueError(f"a mesh of {text} has {prod(mesh.values())} ranks, not {world_size}")
-    unknown = [name for name in along or () if name not in mesh]
-    if unknown:
-        raise ValueError(f"the mesh has no dimension {unknown[0]!r}, only {', '.join(mesh)}")
-    names = [name for name in mesh if along is None or name in along]
+    if along is None and saved is None:
+        return {rank: (rank,) for rank in range(world_size)}, None
+    known = set(along if along is not None else dict(saved or ()))
+    if along is None and not known <= mesh.keys():
+        known = set(mesh)
+    if unknown := known - mesh.keys():
+        raise ValueError(f"the mesh has no dimension {min(unknown)!r}, only {', '.join(mesh)}")
+    names = [name for name in mesh if name in known]
     if along is not None and names != list(along):
         expected = f"torch takes each dimension once and in the mesh's order, {','.join(names)}"
         raise ValueError(f"--along {','.join(along)}: {expected}")

@@ -3,6 +3,7 @@
 import os
 import random
 import re
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -195,6 +196,74 @@ def test_a_job_that_cannot_exist_is_refused(
     path = save(records(1), tmp_path)
     code, text = ask(capsys, "explain", path, "--world-size", 4, *bad)
     assert (code, reason in text) == (2, True), text
+
+
+@pytest.mark.parametrize("size", range(1, 9))
+def test_a_generator_moves_to_the_shared_ones_with_plain_dcp_load(
+    size: int, tmp_path: Path, capsys: Capture
+) -> None:
+    """Its flag was a byte shorter then, and so for one length of a name in eight the record."""
+    name = "g" * size
+    rng = StatefulRNG(seed=1, generators={name: random.Random(1)})
+    dcp.save({"rng": rng}, checkpoint_id=tmp_path)
+    words = ["explain", tmp_path, "--world-size", 1, "--shared", name]
+    assert not ask_json(capsys, *words)["entries"][0]["needs_planner"]
+    shared = StatefulRNG(seed=1, shared_generators={name: random.Random(2)})
+    dcp.load({"rng": shared}, checkpoint_id=tmp_path)
+    assert shared.fingerprint() == rng.fingerprint()
+
+
+def test_records_of_another_length_need_the_planner(tmp_path: Path, capsys: Capture) -> None:
+    long = tuple((f"dimension_{number}_of_many", 1) for number in range(9))
+    path = save(records(2, mesh=(*long, ("dp", 2))), tmp_path)
+    words = ["explain", path, "--world-size", 2, "--mesh"]
+    mesh = ",".join(f"{name}={size}" for name, size in (*long, ("dp", 2)))
+    assert "with plain dcp.load" in ask(capsys, *words, mesh)[1]
+    text = ask(capsys, *words, "dp=2")[1]
+    assert "On 2 ranks, 2 rows, with planner=RNGLoadPlanner()" in text
+
+
+def save_three(path: Path) -> None:
+    """Save streams of three kinds, as the page on trackers does."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    row = Rows.current(mesh["tp"]).row
+    extra = {"mine": random.Random(row)}
+    state = {
+        "a": StatefulRNG(seed=1, ranked=True, mesh=mesh["dp"]),
+        "b": StatefulRNG(seed=1, mesh=mesh["tp"], generators=extra, global_generators=False),
+        "c": StatefulRNG(seed=1, ranked=True, global_generators=False, shared_generators=extra),
+    }
+    dcp.save(state, checkpoint_id=path)
+
+
+def test_entries_of_several_meshes_are_explained_along_their_own(
+    tmp_path: Path, capsys: Capture
+) -> None:
+    job(4, save_three, tmp_path)
+    words = ["explain", tmp_path, "--world-size", 4, *MESH]
+    for entry in ask_json(capsys, *words)["entries"]:
+        rows = 4 if entry["key"] == "c" else 2
+        assert (entry["rows"], entry["needs_planner"], entry["remarks"]) == (rows, False, [])
+        assert {fate["fate"] for fate in entry["fates"]} == {"continued"}
+    for option in (["--along", "dp"], ["--generators", "python"], ["--shared", ""], ["--ranked"]):
+        code, text = ask(capsys, *words, *option)
+        reason = f"{option[0]} is about one entry, and the checkpoint has a, b, c: give --entry too"
+        assert (code, reason in text) == (2, True)
+    (entry,) = ask_json(capsys, *words, "--entry", "b", "--along", "dp,tp")["entries"]
+    assert (entry["key"], entry["rows"], entry["rows_saved"]) == ("b", 4, 2)
+    code, text = ask(capsys, *words, "--entry", "d")
+    assert (code, "--entry d: the checkpoint has only a, b, c" in text) == (2, True)
+
+
+def test_a_large_job_is_explained_soon(tmp_path: Path, capsys: Capture) -> None:
+    """A fingerprint was made of each row that is not listed, and each saved row read 16 times."""
+    path = save(records(1024), tmp_path)
+    started = time.process_time()
+    code, text = ask(capsys, "explain", path, "--world-size", 16384)
+    assert time.process_time() - started < 4
+    assert (code, "rows 1024-16383: forked, from row r % 1024" in text) == (0, True)
+    _, listed = ask(capsys, "explain", path, "--world-size", 16384, "--rows", "16383")
+    assert re.search(r"16383 16383 forked, from 1023 \w{12} ", listed)
 
 
 def test_torch_has_no_such_meshes() -> None:

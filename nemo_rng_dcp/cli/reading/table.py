@@ -25,6 +25,7 @@ class Table:
     Attributes:
         key: Where the ``StatefulRNG`` was in what was saved: "rng" for "rng.rng_streams", "" at
             the top level.
+        length: Numbers of each record.
         count: Rows, by what the checkpoint says. Nothing here is as long as it says.
         placed: The numbers of the rows that it has a place for, in their order.
         missing: How many of the ``count`` rows have none.
@@ -40,11 +41,13 @@ class Table:
         first = next(iter(chunks), Chunk((0,), (size,)))
         if len(chunks) <= 1 and first.sizes == (size,):
             # One row, or a whole table that one process wrote.
-            self._places.update(enumerate(self._records(first)))
+            records = self._records(first)
+            self.length = len(records[0])
+            self._places.update(enumerate(records))
             self._readers = dict.fromkeys(self._places, chunks.get(first, set()))
             self.count = len(self._places)
         else:
-            length = max([1, *first.sizes])
+            self.length = length = max([1, *first.sizes])
             self.count = max(1, size // length)
             for chunk, readers in chunks.items():
                 row, rest = divmod(chunk.offsets[0], length) if len(chunk.offsets) == 1 else (0, 1)
