@@ -19,7 +19,8 @@ from torch.distributed.checkpoint.metadata import (
 
 from nemo_rng_dcp import row_0
 from nemo_rng_dcp.errors import RNGStateError, warn
-from nemo_rng_dcp.grids import beside, is_name, own_key, refuse_one_for_two, warn_if_moved
+from nemo_rng_dcp.grids import refuse_one_for_two, warn_if_moved
+from nemo_rng_dcp.keys import beside, is_name, own_key
 from nemo_rng_dcp.ranks import world_size
 from nemo_rng_dcp.record import Record
 from nemo_rng_dcp.table import local, read_of_row, record_keys, with_record

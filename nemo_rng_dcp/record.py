@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from nemo_rng_dcp.errors import RNGStateError
+from nemo_rng_dcp.keys import KEY as KEY
 from nemo_rng_dcp.versions import (
     HASH_SEED,
     UNSEEDED,
@@ -26,9 +27,6 @@ from nemo_rng_dcp.versions import (
     version_number,
     version_text,
 )
-
-KEY = "rng_streams"
-"""The key under which records are stored, and by which they are found."""
 
 LAYOUT_VERSION = 1
 

@@ -29,7 +29,8 @@ from torch.distributed.tensor import DTensor
 
 from nemo_rng_dcp import row_0
 from nemo_rng_dcp.errors import RNGStateError
-from nemo_rng_dcp.grids import own_key, path_of, refuse_one_for_two, renamed, warn_if_moved
+from nemo_rng_dcp.grids import refuse_one_for_two, warn_if_moved
+from nemo_rng_dcp.keys import own_key, path_of, renamed
 from nemo_rng_dcp.places import OF_ANOTHER_WRITER, MissingRecordError, Place, Source, first_line
 from nemo_rng_dcp.record import KEY, Record
 from nemo_rng_dcp.table import Rows, local, read_of_row, record_keys, records_in

@@ -17,7 +17,8 @@ from nemo_rng_dcp.automodel import RNGState, is_automodel_state, packed_states
 from nemo_rng_dcp.errors import RNGStateError, warn
 from nemo_rng_dcp.first_forward import FirstForward
 from nemo_rng_dcp.generators import DeviceWatch, GeneratorSet, States, own_device
-from nemo_rng_dcp.grids import Grid, own_key
+from nemo_rng_dcp.grids import Grid
+from nemo_rng_dcp.keys import own_key
 from nemo_rng_dcp.ranks import (
     Peer,
     drifted,
@@ -246,9 +247,11 @@ class StatefulRNG:
         self._watch.warn_if_another_is_current()
         remarks = outcome.remarks
         if rows.row != 0:
-            # Row 0 speaks for all, but knows its own generators only. Where as many were saved as
-            # there are, nothing tells that the job changed and not this rank.
-            changed = len(record.streams) != len(self._generators.slots)
+            # Row 0 speaks for all, but knows its own generators only. It has these: where others
+            # were saved in kind, whose records have another length, it misses them as well.
+            changed = sorted(s.kind for s in record.streams.values()) != sorted(
+                slot.kind for slot in self._generators.slots.values()
+            )
             row_0_says_it = changed and has_its_generators(state_dict[key])
             remarks = () if row_0_says_it else outcome.of_generators
         if remarks:

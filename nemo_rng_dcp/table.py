@@ -19,7 +19,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from nemo_rng_dcp.errors import RNGStateError
-from nemo_rng_dcp.grids import Grid, is_name, names_of
+from nemo_rng_dcp.grids import Grid, names_of
+from nemo_rng_dcp.keys import is_name
 from nemo_rng_dcp.ranks import world_size
 from nemo_rng_dcp.record import KEY, LENGTH, ROWS, Mesh, Record, words_of
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from nemo_rng_dcp.cli.reading.checkpoint import Checkpoint
 from nemo_rng_dcp.cli.reading.index import Stored
-from nemo_rng_dcp.grids import is_name
+from nemo_rng_dcp.keys import is_name
 
 MEGATRON_SHARD = "rng_state/shard_"
 """How Megatron's keys begin. The numbers in them are coordinates, and no ranks."""
