@@ -23,7 +23,17 @@ from nemo_rng_dcp.grids import refuse_one_for_two, warn_if_moved
 from nemo_rng_dcp.keys import beside, is_name, own_key
 from nemo_rng_dcp.ranks import world_size
 from nemo_rng_dcp.record import Record
-from nemo_rng_dcp.table import local, read_of_row, record_keys, with_record
+from nemo_rng_dcp.table import (
+    Wanted,
+    buffer_for,
+    joined,
+    local,
+    place_in,
+    reads_of_rows,
+    record_keys,
+    records_in,
+    with_records,
+)
 from nemo_rng_dcp.unread import marked
 
 _Path = tuple[tuple[Any, Any], ...]
@@ -42,14 +52,18 @@ class _Entry:
 
     Attributes:
         path: The containers that it is nested in, from the outside in, each with the key in it.
-        value: The live table; once it is planned, one with room for the record that is read
-            instead, or with a mark if there is none.
-        record: What the live table holds.
+        value: The live table; once it is planned, one with room for the records that are read
+            instead, or with marks if there are none.
+        records: What this process has of the live table.
+        wanted: Which rows these are.
+        reads: What is read instead.
     """
 
     path: _Path
     value: torch.Tensor
-    record: Record
+    records: list[Record]
+    wanted: Wanted
+    reads: list[ReadItem] = dataclasses.field(default_factory=list)
 
     @property
     def is_below_a_list(self) -> bool:
@@ -76,7 +90,8 @@ class _Entry:
 class RNGLoadPlanner(LoadPlanner):
     """Loads RNG records onto any number of rows; everything else as another planner does.
 
-    Each rank reads one saved row of every RNG entry, whatever generators it holds:
+    Each rank reads one saved row of every RNG entry, or those of its logical ranks, whatever
+    generators they hold:
 
     - As many rows or fewer than were saved: row r reads row r. The others are dropped.
     - More rows: a row that was saved is read by its own rank, bit for bit. A new row r reads row
@@ -90,9 +105,10 @@ class RNGLoadPlanner(LoadPlanner):
 
     DCP calls it in this order:
 
-    1. :meth:`set_up_planner`, on every rank: finds the RNG entries and chooses the row that is
-       read for each. The other planner is set up with everything else.
-    2. :meth:`create_local_plan`, on every rank: the other planner's reads, then one per RNG entry.
+    1. :meth:`set_up_planner`, on every rank: finds the RNG entries and chooses the rows that
+       are read for each. The other planner is set up with everything else.
+    2. :meth:`create_local_plan`, on every rank: the other planner's reads, then ours for
+       the RNG entries.
     3. :meth:`create_global_plan`, on the coordinator alone: the other planner's.
     4. :meth:`finish_plan`, on every rank: the other planner's.
     5. :meth:`resolve_tensor` and :meth:`commit_tensor`, or :meth:`load_bytes`, on every rank for
@@ -152,12 +168,11 @@ class RNGLoadPlanner(LoadPlanner):
         self._entries: dict[str, _Entry]
         self._entries = {key: entry for key, entry in entries.items() if entry is not None}
         found = {key: own_key(key, saved) for key in self._entries}
-        self._reads = []
         for key, source in found.items():
             if source is not None:
-                row = self._entries[key].record.row
-                self._reads.append(read_of_row(source, row, saved[source], key))
-                warn_if_moved(key, source, row, saved)
+                entry = self._entries[key]
+                entry.reads = reads_of_rows(source, entry.wanted, saved[source], key)
+                warn_if_moved(key, source, entry.wanted.own[0], saved)
         ours = {*found, *found.values()}
         others = {key: stored for key, stored in saved.items() if key not in ours}
         placeholders: dict[str, Any] = {
@@ -175,16 +190,19 @@ class RNGLoadPlanner(LoadPlanner):
         # The default planner may flatten the state dict a second time here.
         with self._taken_out():
             plan = self.planner.create_local_plan()
-            lengths = {read.dest_index.fqn: read.lengths for read in self._reads}
-            for key, entry in self._entries.items():
-                # The record comes as it was saved: StatefulRNG is given it instead of the live one.
-                # Either is a table still, since a state dict that is kept may be saved again.
-                record = marked(entry.record).to_tensor()
-                if key in lengths:
-                    record = torch.zeros(lengths[key], dtype=torch.int64, device="cpu")
-                entry.value = with_record(entry.value, record)
-        plan = dataclasses.replace(plan, items=[*plan.items, *self._reads])
-        names = {(key, e.record.row): e.record.streams for key, e in self._entries.items()}
+            for entry in self._entries.values():
+                # Records come as they were saved: StatefulRNG is given them instead of its own.
+                # They are a table still, since a state dict that is kept may be saved again.
+                records = buffer_for(entry.reads)
+                if not entry.reads:
+                    records = joined([marked(record).to_tensor() for record in entry.records])
+                entry.value = with_records(entry.value, records)
+        reads = [read for entry in self._entries.values() for read in entry.reads]
+        plan = dataclasses.replace(plan, items=[*plan.items, *reads])
+        names = {
+            (key, entry.wanted.own[0]): entry.records[0].streams
+            for key, entry in self._entries.items()
+        }
         return row_0.tell(plan, names)
 
     def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
@@ -203,7 +221,9 @@ class RNGLoadPlanner(LoadPlanner):
         return row_0.spread(global_plan, self.planner.create_global_plan)
 
     def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
-        entries = {key: (entry.value, entry.record.streams) for key, entry in self._entries.items()}
+        entries = {
+            key: (entry.value, entry.records[0].streams) for key, entry in self._entries.items()
+        }
         return self.planner.finish_plan(row_0.hear(central_plan, entries))
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
@@ -214,7 +234,9 @@ class RNGLoadPlanner(LoadPlanner):
 
     def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
         entry = self._entries.get(read_item.dest_index.fqn)
-        return self.planner.resolve_tensor(read_item) if entry is None else local(entry.value)
+        if entry is None:
+            return self.planner.resolve_tensor(read_item)
+        return place_in(local(entry.value), read_item)
 
     def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
         if read_item.dest_index.fqn not in self._entries:
@@ -268,7 +290,7 @@ def _entry(path: _Path) -> _Entry | None:
     container, key = path[-1]
     value = container[key]
     try:
-        record = Record.from_tensor(local(value))
+        records = [Record.from_tensor(tensor) for tensor in records_in(local(value))]
     except RNGStateError:
         return None
-    return _Entry(path, value, record)
+    return _Entry(path, value, records, Wanted.of(value))
