@@ -85,6 +85,7 @@ def _explain(command: argparse.ArgumentParser) -> None:
     job.add_argument("--world-size", type=_positive, required=True, help="its number of ranks")
     job.add_argument("--mesh", type=_mesh, help="such as dp=4,tp=2 (left out: one row per rank)")
     job.add_argument("--along", type=_names, help="where its streams differ, such as dp")
+    job.add_argument("--logical-ranks", type=_positive, help="as StatefulRNG has it")
     job.add_argument(
         "--ranked", action=argparse.BooleanOptionalAction, help="as StatefulRNG has it"
     )

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from nemo_rng_dcp.cli.heading import name_of, title
-from nemo_rng_dcp.cli.job import OF_ONE_ENTRY, Options, rows_of_ranks
+from nemo_rng_dcp.cli.job import OF_ONE_ENTRY, Options, rows_of_ranks, shared_out
 from nemo_rng_dcp.cli.reading.opening import open_tables
 from nemo_rng_dcp.cli.reading.table import Table
 from nemo_rng_dcp.cli.streams import packed_after_seed, refusals
@@ -117,7 +117,11 @@ class Resumed:
         self._record = next(good, None)
         saved = self._record.mesh if self._record else None
         ranks, mesh = rows_of_ranks(options.world_size, options.mesh, options.along, saved)
-        self._job = Options(ranks, mesh, options.ranked, options.generators, options.shared)
+        logical = options.logical_ranks is not None
+        if logical:
+            ranks = shared_out(ranks, options.logical_ranks)
+        ranked = logical or options.ranked
+        self._job = Options(ranks, mesh, ranked, options.generators, options.shared, logical)
         self.key, self.rows_saved, self.rows = table.key, table.count, len(ranks)
         self.remarks: tuple[str, ...] = ()
         self.refusals: dict[int, str] = {}
@@ -170,6 +174,19 @@ class Resumed:
         self.refusals[source] = reason
         return Fate(row, ranks, REFUSED, source)
 
+    def _plays(self) -> str:
+        rows: dict[int, list[int]] = {}
+        for row, ranks in self._job.ranks.items():
+            for rank in ranks:
+                rows.setdefault(rank, []).append(row)
+        texts = [
+            f"rank {rank} plays {spans(own).replace('-', ' to ')}" for rank, own in rows.items()
+        ]
+        listed = [*texts[:4], *["..."] * (len(texts) > 4)]
+        if all(fate.fate == CONTINUED for fate in self.fates):
+            listed.append("every stream continues")
+        return ", ".join(listed)
+
     def to_json(self, rows: Sequence[range] | None) -> dict[str, Any]:
         """Return what ``--json`` prints; of the fates only those of ``rows``."""
         names = ("key", "rows_saved", "rows", "needs_planner", "remarks", "refusals")
@@ -179,10 +196,12 @@ class Resumed:
     def lines(self, rows: Sequence[range] | None) -> list[str]:
         """Return the text for a person; of the fates only those of ``rows``."""
         lines = title(self.key, self.rows_saved, self._record)
-        world_size = sum(len(fate.ranks) for fate in self.fates)
+        world_size = len({rank for fate in self.fates for rank in fate.ranks})
         how = "planner=RNGLoadPlanner()" if self.needs_planner else "plain dcp.load"
         size = f"{plural(world_size, 'rank')}, {plural(self.rows, 'row')}"
         lines += paragraph(f"On {size}, with {how}:")
+        if self._job.logical:
+            lines += paragraph(self._plays())
         fates = [fate for fate in self.fates if within(fate.row, rows)]
         if rows is None and len(fates) > MANY:
             lines += _summary(fates, self.rows_saved)

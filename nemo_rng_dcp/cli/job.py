@@ -11,7 +11,7 @@ from nemo_rng_dcp.record import Mesh, Record, Stream
 from nemo_rng_dcp.resume import Job
 from nemo_rng_dcp.table import row_major
 
-OF_ONE_ENTRY = ("along", "ranked", "generators", "shared")
+OF_ONE_ENTRY = ("along", "logical_ranks", "ranked", "generators", "shared")
 """Options of ``explain`` that one ``StatefulRNG`` is given."""
 
 
@@ -25,6 +25,7 @@ class Options:
         ranked: What it gives ``StatefulRNG``; ``None``: what the saved one was given.
         generators: What it has; ``None``: what was saved.
         shared: Which of them are alike on all ranks; ``None``: those that were when saved.
+        logical: Whether a row is a logical rank.
     """
 
     ranks: Mapping[int, tuple[int, ...]]
@@ -32,6 +33,7 @@ class Options:
     ranked: bool | None = None
     generators: Sequence[str] | None = None
     shared: Sequence[str] | None = None
+    logical: bool = False
 
     def job(self, row: int, record: Record) -> Job:
         """Return the job as one of its rows sees it, which loads ``record``."""
@@ -41,7 +43,7 @@ class Options:
             shared = stream.shared if self.shared is None else name.split(".")[0] in self.shared
             slots[name] = Slot(stream.kind, shared, is_reserved(name))
         ranked = record.ranked if self.ranked is None else self.ranked
-        return Job(row, len(self.ranks), self.mesh, ranked, slots)
+        return Job(row, len(self.ranks), self.mesh, ranked, slots, logical=self.logical)
 
     def length(self, record: Record) -> int:
         """Return how many numbers the job's own record has, if it has the generators of one."""
@@ -61,6 +63,20 @@ class Options:
             for part in (name, f"{name}.seed_seq")
             if part == name or part in record.streams
         ]
+
+
+def shared_out(
+    ranks: Mapping[int, tuple[int, ...]], logical_ranks: int
+) -> dict[int, tuple[int, ...]]:
+    """Return the ranks that play each logical rank, by those that would have each row.
+
+    Raises:
+        ValueError: They cannot play equally many.
+    """
+    each, rest = divmod(logical_ranks, len(ranks))
+    if rest:
+        raise ValueError(f"--logical-ranks {logical_ranks} is no multiple of {len(ranks)} rows")
+    return {row: ranks[row // each] for row in range(logical_ranks)}
 
 
 def rows_of_ranks(

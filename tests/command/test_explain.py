@@ -258,6 +258,49 @@ def test_entries_of_several_meshes_are_explained_along_their_own(
     assert (code, "--entry d: the checkpoint has only a, b, c" in text) == (2, True)
 
 
+def save_logical(path: Path, logical_ranks: int | None = 8) -> None:
+    rng = StatefulRNG(42, ranked=True, logical_ranks=logical_ranks)
+    for rank in rng.ranks:
+        with rng.as_rank(rank):
+            draw(rank + 1)
+    dcp.save({"rng": rng}, checkpoint_id=path)
+
+
+def load_logical(path: Path) -> dict[int, dict[str, str]]:
+    rng = StatefulRNG(42, ranked=True, logical_ranks=8)
+    assert warned(lambda: dcp.load({"rng": rng}, checkpoint_id=path)) == []
+    found = {}
+    for rank in rng.ranks:
+        with rng.as_rank(rank):
+            found[rank] = rng.fingerprint()
+    return found
+
+
+@pytest.mark.parametrize("saved_by", [8, 4, 1])
+def test_logical_ranks_are_explained_as_they_are_loaded(
+    saved_by: int, tmp_path: Path, capsys: Capture
+) -> None:
+    job(saved_by, save_logical, tmp_path)
+    words = ["explain", tmp_path, "--world-size", 2]
+    assert "8 rows were saved and 2 are loaded: rows 2 to 7 are dropped" in ask(capsys, *words)[1]
+    words += ["--logical-ranks", 8]
+    code, text = ask(capsys, *words)
+    assert (code, "On 2 ranks, 8 rows, with plain dcp.load" in text) == (0, True)
+    assert "rank 0 plays 0 to 3, rank 1 plays 4 to 7, every stream continues" in text
+    (entry,) = ask_json(capsys, *words)["entries"]
+    foretold = {fate["row"]: fate["fingerprints"] for fate in entry["fates"]}
+    first, second = job(2, load_logical, tmp_path)
+    assert {**first, **second} == foretold
+    assert [fate["ranks"] for fate in entry["fates"]] == [[0]] * 4 + [[1]] * 4
+    words = ["explain", tmp_path, "--world-size", 4, "--logical-ranks"]
+    assert "every stream continues" not in ask(capsys, *words, 16)[1]
+    code, text = ask(capsys, *words, 6)
+    assert (code, "--logical-ranks 6 is no multiple of 4 rows" in text) == (2, True)
+    mesh = ["--mesh", "dp=2,tp=2", "--along", "dp"]
+    text = ask(capsys, *words, 8, *mesh)[1]
+    assert "rank 0 plays 0 to 3, rank 1 plays 0 to 3, rank 2 plays 4 to 7" in text
+
+
 def test_a_large_job_is_explained_soon(tmp_path: Path, capsys: Capture) -> None:
     """A fingerprint was made of each row that is not listed, and each saved row read 16 times."""
     path = save(records(1024), tmp_path)
