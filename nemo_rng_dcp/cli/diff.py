@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,9 +20,9 @@ from nemo_rng_dcp.record import Record, fingerprint
 class Diff:
     """How the streams of two checkpoints, A and B, differ; see ``main.Report``."""
 
-    def __init__(self, a: str, b: str) -> None:
-        self._names = {"a": a, "b": b}
-        self.comparisons = compare(open_tables(a), open_tables(b))
+    def __init__(self, options: argparse.Namespace) -> None:
+        self._names = {"a": options.a, "b": options.b}
+        self.comparisons = compare(open_tables(options.a), open_tables(options.b))
         self.failed = any(comparison.differences for comparison in self.comparisons)
         damaged = sum((comparison.damaged for comparison in self.comparisons), Counter())
         reasons = [f"{plural(damaged[side], 'row')} of {side}" for side in "AB" if damaged[side]]

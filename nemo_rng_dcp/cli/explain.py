@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from nemo_rng_dcp.cli.heading import name_of, title
-from nemo_rng_dcp.cli.job import OF_ONE_ENTRY, Options, rows_of_ranks, shared_out
+from nemo_rng_dcp.cli.job import OF_ONE_ENTRY, Resuming
 from nemo_rng_dcp.cli.reading.opening import open_tables
 from nemo_rng_dcp.cli.reading.table import Table
 from nemo_rng_dcp.cli.streams import packed_after_seed, refusals
@@ -25,16 +25,15 @@ class Explanation:
     """What becomes of each RNG entry; see ``main.Report``.
 
     Args:
-        where: The checkpoint.
-        options: The job that resumes, as ``arguments`` describes it.
+        options: The checkpoint and the job that resumes, as ``arguments`` describes them.
 
     Raises:
         ValueError: The job cannot exist.
     """
 
-    def __init__(self, where: str, options: argparse.Namespace) -> None:
-        self._where = where
-        tables = {table.key: table for table in open_tables(where)}
+    def __init__(self, options: argparse.Namespace) -> None:
+        self._where = options.checkpoint
+        tables = {table.key: table for table in open_tables(self._where)}
         names = ", ".join(map(name_of, tables))
         if options.entry is not None:
             if options.entry not in tables:
@@ -42,20 +41,18 @@ class Explanation:
             tables = {options.entry: tables[options.entry]}
         given = [name for name in OF_ONE_ENTRY if getattr(options, name) is not None]
         if len(tables) > 1 and given:
-            raise ValueError(
-                f"--{given[0]} is about one entry, and the checkpoint has {names}: give --entry too"
-            )
+            option = f"--{given[0].replace('_', '-')}"
+            why = f"is about one entry, and the checkpoint has {names}: give --entry too"
+            raise ValueError(f"{option} {why}")
         self.entries = [Resumed(table, options) for table in tables.values()]
         saved = dict.fromkeys(name for entry in self.entries for name in entry.generators)
         known = options.generators or [name for name in saved if "." not in name]
         for name in options.shared or ():
+            why = f"only {', '.join(known)}. --generators names all that it has"
             if is_reserved(name):
-                raise ValueError(
-                    f"--shared {name}: it is a global generator, which is never shared"
-                )
+                raise ValueError(f"--shared {name}: it is a global generator, and never shared")
             if known and name not in known:
-                only = f"only {', '.join(known)}. --generators names all that it has"
-                raise ValueError(f"--shared {name}: the job has no such generator, {only}")
+                raise ValueError(f"--shared {name}: the job has no such generator, {why}")
         self.failed = any(entry.refusals for entry in self.entries)
         self.trouble = ""
 
@@ -115,14 +112,8 @@ class Resumed:
     def __init__(self, table: Table, options: argparse.Namespace) -> None:
         good = (found for row in table.placed if isinstance(found := table.read(row), Record))
         self._record = next(good, None)
-        saved = self._record.mesh if self._record else None
-        ranks, mesh = rows_of_ranks(options.world_size, options.mesh, options.along, saved)
-        logical = options.logical_ranks is not None
-        if logical:
-            ranks = shared_out(ranks, options.logical_ranks)
-        ranked = logical or options.ranked
-        self._job = Options(ranks, mesh, ranked, options.generators, options.shared, logical)
-        self.key, self.rows_saved, self.rows = table.key, table.count, len(ranks)
+        self._job = Resuming(options, self._record)
+        self.key, self.rows_saved, self.rows = table.key, table.count, len(self._job.ranks)
         self.remarks: tuple[str, ...] = ()
         self.refusals: dict[int, str] = {}
         self.generators = dict.fromkeys(self._record.streams if self._record else ())
@@ -134,45 +125,33 @@ class Resumed:
         self.fates = [fate for source in sources for fate in self._fates(table, source)]
         self.fates.sort(key=lambda fate: fate.row)
         self.fates += [Fate(row, (), DROPPED, row) for row in dropped]
-        self.needs_planner = self.rows != self.rows_saved or self._is_longer(table)
-
-    def _is_longer(self, table: Table) -> bool:
-        """Return whether the job's records have another length than those that were saved."""
-        record = self._record
-        if record is None:
-            return False
-        if self._job.job(0, record).slots.keys() != record.streams.keys():
-            return True
-        return self._job.length(record) != table.length
+        length = self._job.length(self._record) if self._record else table.length
+        self.needs_planner = (self.rows, length) != (self.rows_saved, table.length)
 
     def _fates(self, table: Table, source: int) -> Iterator[Fate]:
         """Return what becomes of the rows that are made from a saved one."""
         record = table.read(source)
         refused = {} if isinstance(record, str) else refusals(record)
         for row in range(source, self.rows, self.rows_saved):
-            ranks = self._job.ranks[row]
+            ranks, reason = tuple(self._job.ranks[row]), ""
             if isinstance(record, str):
-                yield self._refused(row, ranks, source, record)
-                continue
-            if hidden := table.hidden_from(source, ranks):
+                reason = record
+            elif hidden := table.hidden_from(source, ranks):
                 why = "it was saved with use_collectives=False, for the rank of its number alone"
                 reason = f"not found by rank {hidden[0]}: {why}"
-                yield self._refused(row, ranks, source, reason)
-                continue
-            outcome = resume(record, self._job.job(row, record))
-            if taken := [name for name in refused if name in outcome.states]:
-                reason = f"not taken by its generator ({taken[0]}: {refused[taken[0]]})"
-                yield self._refused(row, ranks, source, reason)
+            else:
+                outcome = resume(record, self._job.of_row(row, record))
+                if taken := [name for name in refused if name in outcome.states]:
+                    reason = f"not taken by its generator ({taken[0]}: {refused[taken[0]]})"
+            if reason or isinstance(record, str):
+                self.refusals[source] = reason
+                yield Fate(row, ranks, REFUSED, source)
                 continue
             self.remarks = self.remarks or outcome.remarks
             fate = CONTINUED if source == row else FORKED if outcome.seeds else COPIED
             listed = within(row, self._listed)
             fingerprints = _fingerprints(record, outcome) if listed else {}
             yield Fate(row, ranks, fate, source, tuple(outcome.seeds), fingerprints)
-
-    def _refused(self, row: int, ranks: tuple[int, ...], source: int, reason: str) -> Fate:
-        self.refusals[source] = reason
-        return Fate(row, ranks, REFUSED, source)
 
     def _plays(self) -> str:
         rows: dict[int, list[int]] = {}

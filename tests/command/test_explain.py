@@ -190,7 +190,7 @@ MESH = ["--mesh", "dp=2,tp=2"]
         ([*MESH, "--along", "dp,dp"], "once and in the mesh's order, dp"),
         (["--shared", "noize"], "no such generator, only python, numpy, torch. --generators names"),
         (["--generators", "python,noise", "--shared", "noize"], "only python, noise."),
-        (["--shared", "cuda"], "--shared cuda: it is a global generator, which is never shared"),
+        (["--shared", "cuda"], "--shared cuda: it is a global generator, and never shared"),
     ],
 )
 def test_a_job_that_cannot_exist_is_refused(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import warnings
 from collections.abc import Sequence
@@ -30,7 +31,8 @@ class Import:
 
     failed, trouble = False, ""
 
-    def __init__(self, folder: str, out: str) -> None:
+    def __init__(self, options: argparse.Namespace) -> None:
+        folder, out = options.folder, options.out
         if not folder or "://" in folder:
             raise RNGStateError(f"found {folder!r}, expected a folder of this machine's")
         self._job, self._out = read_states(Path(folder)), out

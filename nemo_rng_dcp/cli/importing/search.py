@@ -29,8 +29,8 @@ _Found = TypeVar("_Found", Files, JobStates)
 def read_states(where: Path) -> JobStates:
     """Return the states of a job's ranks from a folder, one below it, or Composer's file.
 
-    Files that a framework writes for its ranks are taken first, then rank-named keys of a DCP
-    checkpoint.
+    Files that a known framework writes for its ranks are taken first, then rank-named keys of a DCP
+    checkpoint, then other files with a rank in their names.
 
     Raises:
         RNGStateError: There are none, or those of several checkpoints; or they cannot be read.
@@ -44,13 +44,15 @@ def read_states(where: Path) -> JobStates:
         with suppress(OSError):  # a folder of somebody else's
             folders.append(folder.inner(name))
     found = [files for inside in folders for files in find_files(inside)]
-    if found := [files for files in found if files.naming is not OTHER] or found:
-        return read_files(_only_one(where, found))
+    if known := [files for files in found if files.naming is not OTHER]:
+        return read_files(_only_one(where, known))
     below, error = checkpoints_below(folder)
     checkpoints = [*filter(None, [checkpoint_in(folder)]), *below]
     jobs = [job for checkpoint in checkpoints if (job := read_keys(checkpoint))]
     if jobs:
         return _only_one(where, jobs)
+    if found:
+        return read_files(_only_one(where, found))
     if error is not None:
         raise error
     notes = [note for inside in folders for note in not_read(inside)]
