@@ -255,6 +255,9 @@ def _contents(
         for name, kind, size, shared in streams
     ]
     listed, text = (json.dumps(value, separators=(",", ":")) for value in (generators, mesh))
+    # As long as false, so that a generator may move to shared_generators= and back. In a name
+    # this text has backslashes.
+    listed = listed.replace('"shared":true', '"shared":true ')
     # With room to spare, so that a job on another mesh, or with another hash seed, has records of
     # the same length: plain dcp.load takes no other.
     room = -(-len(text) // _ROOM) * _ROOM

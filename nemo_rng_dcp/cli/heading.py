@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import prod
+
 from nemo_rng_dcp.cli.terminal import paragraph, plural
 from nemo_rng_dcp.record import Record, mesh_text
 from nemo_rng_dcp.versions import UNSEEDED
@@ -35,8 +37,10 @@ def title(key: str, count: int, record: Record | None) -> list[str]:
         f"{name}: {plural(count, 'row')} of {plural(record.world_size, 'rank')}, {seed}, "
         f"{ranked}{resized}"
     )
-    where = f"coordinate of {mesh_text(record.mesh)}" if record.mesh else "rank"
-    lines.append(f"  one row per {where}")
+    coordinates = prod(dict(record.mesh).values()) if record.mesh else record.world_size
+    along = f"coordinate of {mesh_text(record.mesh)}" if record.mesh else "rank"
+    where = along if record.rows == coordinates else "logical rank"
+    lines += paragraph(f"  one row per {where}", 4)
     shared = [name for name, stream in record.streams.items() if stream.shared]
     if shared:
         lines += paragraph(f"  alike on all ranks: {', '.join(shared)}", 4)

@@ -19,7 +19,7 @@ from tests.support.records import RECORD, altered
 def test_layout_1_byte_by_byte() -> None:
     contents = (
         b'{"generators":[{"name":"python","kind":"python","bytes":5,"shared":false},'
-        b'{"name":"order","kind":"x","bytes":8,"shared":true}],'
+        b'{"name":"order","kind":"x","bytes":8,"shared":true }],'
         b'"mesh":[["dp",4],["pp",2]]' + 109 * b" " + b"}"
     )
     padding = bytes(-len(contents) % 8)
