@@ -10,7 +10,7 @@ from nemo_rng_dcp.cli.reading.checkpoint import Checkpoint
 from nemo_rng_dcp.cli.reading.index import Chunk
 from nemo_rng_dcp.errors import RNGStateError
 from nemo_rng_dcp.keys import path_of
-from nemo_rng_dcp.record import KEY, Record
+from nemo_rng_dcp.record import KEY, ROWS, Record
 from nemo_rng_dcp.table import records_in
 
 
@@ -35,6 +35,7 @@ class Table:
         self._checkpoint = checkpoint
         self._places: dict[int, Chunk | torch.Tensor | str] = {}
         self._readers: dict[int, set[int | None]] = {}
+        self._rows_of_a_chunk = 1
         (size,) = checkpoint.keys[key].size
         chunks = checkpoint.chunks(key)
         first = next(iter(chunks), Chunk((0,), (size,)))
@@ -45,12 +46,17 @@ class Table:
             self.count = len(self._places)
         else:
             length = max([1, *first.sizes])
-            self.count = max(1, size // length)
+            self._rows_of_a_chunk = self._rows_in(first, max(1, size // length))
+            self.count = max(1, size // length) * self._rows_of_a_chunk
             for chunk, readers in chunks.items():
-                row, rest = divmod(chunk.offsets[0], length) if len(chunk.offsets) == 1 else (0, 1)
+                place, rest = (
+                    divmod(chunk.offsets[0], length) if len(chunk.offsets) == 1 else (0, 1)
+                )
                 whole = chunk.sizes == (length,) and not rest
-                self._places[row] = chunk if whole else "damaged: it has no chunk of its own"
-                self._readers[row] = readers
+                for row in range(self._rows_of_a_chunk):
+                    row += place * self._rows_of_a_chunk
+                    self._places[row] = chunk if whole else "damaged: it has no chunk of its own"
+                    self._readers[row] = readers
         self.placed = sorted(self._places)
         self.missing = self.count - sum(row < self.count for row in self.placed)
 
@@ -65,6 +71,9 @@ class Table:
             return place
         try:
             numbers = self._checkpoint.numbers(place) if isinstance(place, Chunk) else place
+            if isinstance(place, Chunk) and self._rows_of_a_chunk > 1:
+                within = row % self._rows_of_a_chunk
+                numbers = torch.chunk(numbers, self._rows_of_a_chunk)[within]
             record = Record.from_tensor(numbers)
         except RNGStateError as error:
             return f"damaged: {str(error).removeprefix(f'{KEY}: ')}"
@@ -84,6 +93,13 @@ class Table:
         """Return those of some ranks that do not find a row, though it is there."""
         readers = self._readers.get(row, set())
         return [] if None in readers else [rank for rank in ranks if rank not in readers]
+
+    def _rows_in(self, chunk: Chunk, chunks: int) -> int:
+        """Return how many rows a chunk holds: several where a process played logical ranks."""
+        records = self._records(chunk)
+        first = records[0]
+        is_known = isinstance(first, torch.Tensor) and len(first) > ROWS
+        return len(records) if is_known and int(first[ROWS]) == len(records) * chunks else 1
 
     def _records(self, chunk: Chunk) -> list[torch.Tensor] | list[str]:
         try:
