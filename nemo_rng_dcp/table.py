@@ -135,14 +135,16 @@ class Rows:
         """
         tensors = records_in(local(table))
         heads = [words_of(tensor)[: ROWS + 1].tolist() for tensor in tensors if len(tensors) > 1]
-        by_row = {head[ROW]: tensor for head, tensor in zip(heads, tensors, strict=False)}
+        places = {head[ROW]: place for place, head in reversed([*enumerate(heads)])}
         own: dict[int, Record] = {}
         for row in self.own:
             # Where a head is damaged, the place in the tensor tells which record it is.
-            tensor = tensors[source_row(row, len(tensors))]
-            if heads and heads[0][ROWS] > 0:
-                tensor = by_row.get(source_row(row, heads[0][ROWS]), tensor)
-            record = own[row] = Record.from_tensor(tensor)
+            place = source_row(row, len(tensors))
+            if heads:
+                source = source_row(row, max(heads[0][ROWS], 1))
+                if heads[place][ROW] != source:
+                    place = places.get(source, place)
+            record = own[row] = Record.from_tensor(tensors[place])
             source = source_row(row, record.rows)
             if record.row != source:
                 raise RNGStateError(

@@ -254,9 +254,14 @@ def assert_refused_or_taken(
 def read(content: bytes, row: int) -> tuple[list[int], dict[str, tuple[str, bytes]]]:
     """Return the head and the states of what was taken, read without the library."""
     head = list(struct.unpack_from("<14q", content))
-    if 0 < 8 * head[2] < len(content) == 8 * head[2] * head[4]:  # records one after the other
-        number = row % (len(content) // (8 * head[2]))
-        content = content[8 * head[2] * number : 8 * head[2] * (number + 1)]
+    size = 8 * head[2]
+    if 32 < size < len(content) and len(content) % size == 0:  # records one after the other
+        parts = [content[at : at + size] for at in range(0, len(content), size)]
+        rows = [int.from_bytes(part[24:32], "little", signed=True) for part in parts]
+        place, source = row % len(parts), row % max(head[4], 1)
+        if rows[place] != source and source in rows:
+            place = rows.index(source)
+        content = parts[place]
         head = list(struct.unpack_from("<14q", content))
     assert head[0] == 1
     assert content == sealed(content), "taken, and yet its check word does not fit"
