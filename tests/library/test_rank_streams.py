@@ -3,9 +3,11 @@
 import gc
 import random
 import signal
+import sys
 import threading
 import tracemalloc
 from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -332,6 +334,31 @@ def test_a_signal_handler_sees_whole_states_of_all_ranks() -> None:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+    assert all(found)
+
+
+def test_at_any_line_of_a_switch_and_a_restore_the_states_are_of_one_moment() -> None:
+    """As a signal handler sees them."""
+    streams = seeded()
+    saved, expected, found = streams.take(), packed(streams), []
+
+    def trace(frame: FrameType, event: str, _: object) -> Any:
+        if "nemo_rng_dcp" not in frame.f_code.co_filename:
+            return None
+        if event == "line":
+            sys.settrace(None)
+            found.append(packed(streams) == expected)
+            sys.settrace(trace)
+        return trace
+
+    others = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        with streams.as_rank(6):
+            streams.restore(saved)
+    finally:
+        sys.settrace(others)
+    assert len(found) > 100
     assert all(found)
 
 
