@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from nemo_rng_dcp.automodel import RNGState as RNGState
     from nemo_rng_dcp.errors import RNGStateError as RNGStateError
     from nemo_rng_dcp.errors import RNGStateWarning as RNGStateWarning
+    from nemo_rng_dcp.loader import ResumableLoader as ResumableLoader
     from nemo_rng_dcp.planner import RNGLoadPlanner as RNGLoadPlanner
     from nemo_rng_dcp.scoped import ScopedRNG as ScopedRNG
     from nemo_rng_dcp.seeding import derive_seed as derive_seed
@@ -22,6 +23,7 @@ _MODULES = {
     "RNGState": "automodel",
     "RNGStateError": "errors",
     "RNGStateWarning": "errors",
+    "ResumableLoader": "loader",
     "ScopedRNG": "scoped",
     "StatefulRNG": "stateful",
     "derive_seed": "seeding",

@@ -123,6 +123,12 @@ class StatefulRNG:
             weakref.WeakValueDictionary()
         )
         self._loaded_states: States | None = None
+        # What loaders keep here: how many were made, which are going to rewind, whether that was
+        # done since the last load, and the streams of the job while a loader's are in place.
+        self._loaders = 0
+        self._waiting: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._is_rewound = True
+        self._set_aside: States | None = None
         self.loaded: Loaded | None = None
         """What the last load restored, with its rows, world size and time; ``None``: nothing."""
         if global_generators:
@@ -169,7 +175,7 @@ class StatefulRNG:
             mesh=rows.mesh_sizes,
             streams={
                 name: Stream(slots[name].kind, slots[name].shared, state)
-                for name, state in self._packed().items()
+                for name, state in self._generators.pack(self._states_of_job()).items()
             },
         )
         table = rows.table(record.to_tensor())
@@ -223,7 +229,7 @@ class StatefulRNG:
             # Before the restore: where warnings are errors, nothing may have moved by then.
             warn("RNG state: " + ". ".join(outcome.remarks))
         self._restore(self._generators.unpack(outcome.states), outcome.seeds)
-        self.loaded, self._resizes = outcome.loaded, outcome.resizes
+        self.loaded, self._resizes, self._is_rewound = outcome.loaded, outcome.resizes, False
 
     def save(
         self,
@@ -383,11 +389,25 @@ class StatefulRNG:
         states = self._generators.unpack(packed_states(state, self.device))
         self._watch.warn_if_another_is_current()
         self._restore(states)
-        self.loaded = Loaded()
+        self.loaded, self._is_rewound = Loaded(), False
 
     def _restore(self, states: States, seeds: Mapping[str, int] | None = None) -> None:
-        self._loaded_states = self._generators.restore(states, seeds)
+        self._generators.restore(states, seeds)
+        self._loaded_states = self._generators.take()
         self._watch.note_seeds()
+
+    def _rewind_once(self) -> None:
+        """Rewind, unless a loader did since the last load."""
+        if self._loaded_states is not None and not self._is_rewound:
+            self.rewind()
+            self._is_rewound = True
+
+    def _states_of_job(self) -> States:
+        """Return the streams that a checkpoint holds, also while a loader is about to rewind."""
+        if self._waiting and not self._is_rewound and self._loaded_states is not None:
+            return self._loaded_states
+        set_aside = self._set_aside or {}
+        return {name: set_aside.get(name, state) for name, state in self._generators.take().items()}
 
     def _packed(self) -> dict[str, bytes]:
         return self._generators.pack(self._generators.take())

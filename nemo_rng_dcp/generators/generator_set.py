@@ -59,6 +59,7 @@ class GeneratorSet:
         slots: By name.
         device: As given.
         has_global: Whether the process's global generators are in the set.
+        registered: Those that were given, by name.
 
     Raises:
         ValueError, TypeError: As for :func:`registered_generators`.
@@ -72,8 +73,10 @@ class GeneratorSet:
         *,
         global_generators: bool = True,
     ) -> None:
+        generators = {} if generators is None else generators
         shared = {} if shared is None else shared
-        registered = registered_generators({} if generators is None else generators, shared, device)
+        registered = registered_generators(generators, shared, device)
+        self.registered: dict[str, Any] = {**generators, **shared}
         of_process = generators_of_process(device) if global_generators else {}
         self.device, self.has_global = device, global_generators
         self._adapters = {**of_process, **registered}
@@ -135,6 +138,16 @@ class GeneratorSet:
             except BaseException:
                 self.put_back(before)
                 raise
+
+    def start(self, seeds: Mapping[str, int]) -> None:
+        """Start streams from seeds; whoever calls it has the states from before.
+
+        Args:
+            seeds: By name, ``0 <= seed < 2**64``.
+        """
+        with _LOCK:
+            for name, seed in seeds.items():
+                self._adapters[name].seed(seed)
 
     def put_back(self, states: Mapping[str, Any]) -> None:
         """Write states that :meth:`take` gave earlier; one that fails does not stop the others.

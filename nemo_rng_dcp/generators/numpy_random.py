@@ -46,6 +46,10 @@ class NumPyAdapter:
         return state
 
     def set(self, state: dict[str, Any] | tuple[Any, ...]) -> None:
+        if isinstance(state, dict):
+            # NumPy takes the words one by one, from a list three times as fast as from an array.
+            inner = state["state"]
+            state = {**state, "state": {**inner, "key": inner["key"].tolist()}}
         self._generator.set_state(state)
 
     def pack(self, state: dict[str, Any]) -> bytes:

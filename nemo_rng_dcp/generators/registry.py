@@ -54,14 +54,7 @@ def registered_generators(
         TypeError: An argument is no mapping, or an object is of another kind.
     """
     adapters: dict[str, GeneratorAdapter] = {}
-    owners: dict[int, str] = {
-        id(random.random.__self__): "python",  # type: ignore[attr-defined]
-        id(torch.default_generator): "torch",
-        id(np.random.get_bit_generator()): "numpy",  # type: ignore[attr-defined]
-    }
-    of_device = None if device is None else default_generator(device)
-    if of_device is not None:
-        owners[id(of_device)] = of_device.device.type
+    owners = sources_of_process(device)
     for argument, given in (("generators", generators), ("shared_generators", shared)):
         if not isinstance(given, Mapping):
             raise TypeError(
@@ -75,8 +68,7 @@ def registered_generators(
                 )
             if name in adapters:
                 raise ValueError(f"{name} is in generators and in shared_generators: choose one")
-            # Two of NumPy's generators over one bit generator are two handles of one stream.
-            source = id(getattr(generator, "_bit_generator", generator))
+            source = source_of(generator)
             if source in owners:
                 raise ValueError(
                     f"{name} is the same generator as {owners[source]}: register each stream once"
@@ -85,6 +77,25 @@ def registered_generators(
             adapters[name] = _adapter(name, generator)
             _check_that_it_can_be_stored(name, adapters[name])
     return adapters
+
+
+def source_of(generator: Any) -> int:
+    """Return what two handles of one stream have in common, while one of them lives."""
+    # As two of NumPy's generators over one bit generator are.
+    return id(getattr(generator, "_bit_generator", generator))
+
+
+def sources_of_process(device: torch.device | None) -> dict[int, str]:
+    """Return what :func:`source_of` gives for the global generators, with their names."""
+    sources: dict[int, str] = {
+        id(random.random.__self__): "python",  # type: ignore[attr-defined]
+        id(torch.default_generator): "torch",
+        id(np.random.get_bit_generator()): "numpy",  # type: ignore[attr-defined]
+    }
+    of_device = None if device is None else default_generator(device)
+    if of_device is not None:
+        sources[id(of_device)] = of_device.device.type
+    return sources
 
 
 def is_reserved(name: str) -> bool:

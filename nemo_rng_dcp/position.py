@@ -1,0 +1,118 @@
+"""The entry of a loader in the checkpoint: a position, one row of numbers per row of the job."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from nemo_rng_dcp.errors import RNGStateError
+from nemo_rng_dcp.table import source_row
+
+POSITION_KEY = "loader_position"
+"""The key of the entry in what ``ResumableLoader.state_dict()`` returns."""
+
+POSITION_LAYOUT = 1
+
+UNKNOWN = -1
+"""Stands for what a loader does not tell, such as the length of a stream."""
+
+
+class Position(NamedTuple):
+    """Where a loader of one row is. All are int64 in the checkpoint, in this order.
+
+    Attributes:
+        layout: Of these numbers; 1.
+        row: The row that the loader belongs to.
+        rows: Rows of the job.
+        saved_at: When ``state_dict()`` was called, in nanoseconds since 1970.
+        seed: Of the loader, from which the streams of each pass are made.
+        order: What tells the rows apart whose samplers have generators of their own.
+        epoch: Completed passes.
+        begun_again: How often this pass was begun anew.
+        batches: Handed out in this pass.
+        fetched: ``batches``, and those for which the loader raised instead.
+        length: ``len(loader)``.
+        size: Samples of the dataset.
+        batch_size: Samples of a batch.
+        workers: Worker processes.
+    """
+
+    layout: int
+    row: int
+    rows: int
+    saved_at: int
+    seed: int
+    order: int
+    epoch: int
+    begun_again: int
+    batches: int
+    fetched: int
+    length: int
+    size: int
+    batch_size: int
+    workers: int
+
+    @property
+    def is_within_a_pass(self) -> bool:
+        return self.fetched > 0
+
+
+def positions_in(table: torch.Tensor, rows: list[int]) -> list[Position]:
+    """Return the positions in a table that are loaded into these rows of the job.
+
+    Args:
+        table: What DCP read, the rows of this process or all of them.
+        rows: The rows of this process.
+
+    Raises:
+        RNGStateError: It holds no positions, or those of other rows.
+    """
+    numbers = table.to_local() if isinstance(table, DTensor) else table
+    width = len(Position._fields)
+    if numbers.dtype != torch.int64 or numbers.numel() == 0 or numbers.numel() % width:
+        raise RNGStateError(
+            f"{POSITION_KEY}: found {numbers.dtype} {tuple(numbers.shape)}, expected torch.int64 "
+            f"(rows * {width},). No ResumableLoader of this version wrote that."
+        )
+    found = [Position(*row) for row in numbers.view(-1, width).tolist()]
+    for position in found:
+        if position.layout != POSITION_LAYOUT or not 0 <= position.row < position.rows:
+            raise RNGStateError(
+                f"{POSITION_KEY}: found layout {position.layout}, row {position.row} of "
+                f"{position.rows}, expected layout {POSITION_LAYOUT}. A newer nemo_rng_dcp wrote "
+                "it, or it was altered."
+            )
+    by_row = {position.row: position for position in found}
+    wanted = [source_row(row, found[0].rows) for row in rows]
+    absent = [row for row in wanted if row not in by_row]
+    if absent:
+        raise RNGStateError(
+            f"{POSITION_KEY}: rows {rows} were given the positions of rows {sorted(by_row)}, "
+            f"expected {wanted}. Save on all ranks with dcp.save, and load with dcp.load."
+        )
+    return [by_row[row] for row in wanted]
+
+
+def mismatch(saved: Position, now: Position) -> str | None:
+    """Return why batch k of this loader would not be the saved one's, if so."""
+    names = {"batch_size": "batch size", "size": "dataset's size", "length": "length"}
+    names["rows"] = "number of rows"
+    for field, name in names.items():
+        then, here = getattr(saved, field), getattr(now, field)
+        if then != here:
+            return f"{name} {_known(then)}, and this loader has {_known(here)}"
+    return None
+
+
+def told(number: Any) -> int:
+    """Return a number that a loader tells, :data:`UNKNOWN` if it does not or cannot."""
+    try:
+        return int(number())
+    except (AttributeError, NotImplementedError, TypeError):
+        return UNKNOWN
+
+
+def _known(number: int) -> str:
+    return "none" if number == UNKNOWN else str(number)
