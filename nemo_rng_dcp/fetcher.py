@@ -6,11 +6,11 @@ import copy
 import itertools
 import random
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from nemo_rng_dcp.errors import RNGStateError
 from nemo_rng_dcp.generators import GeneratorSet, source_of, sources_of_process
@@ -41,26 +41,23 @@ class Fetcher:
 
     def __init__(self, loader: Any, rng: StatefulRNG) -> None:
         self._loader, self._rng = loader, rng
-        samplers = list(_parts("loader", loader, ("sampler", "batch_sampler")))
-        data = [
-            *_parts("dataset", getattr(loader, "dataset", None), ("dataset",)),
-            *_parts("collate_fn", getattr(loader, "collate_fn", None), ()),
-        ]
-        self._with_epoch = [part for _, part in samplers + data if hasattr(part, "set_epoch")]
+        parts = list(_parts(loader))
+        self._with_epoch = [p.value for p in parts if hasattr(p.value, "set_epoch")]
         known = rng._generators.registered
         names = {source_of(generator): name for name, generator in known.items()}
         own: dict[str, Any] = {}
-        self._of_samplers, self._of_data = set[str](), set[str]()
-        for parts, drawn in ((samplers, self._of_samplers), (data, self._of_data)):
-            for name, generator in _generators_of(parts):
+        self._of_samplers = set[str]()
+        for part in parts:
+            for attribute, generator in part.generators():
                 source = source_of(generator)
                 if source in sources_of_process(None):
                     continue
                 if source not in names:
-                    names[source] = name
-                    own[name] = generator
-                if parts is samplers or names[source] in own:
-                    drawn.add(names[source])
+                    names[source] = f"_{part.name}_{attribute}"
+                    own[names[source]] = generator
+                if not part.is_data:
+                    self._of_samplers.add(names[source])
+        self._own = own.keys()
         slots = rng._generators.slots
         shared = {name: known[name] for name in known if slots[name].shared}
         others = {name: known[name] for name in known if name not in shared}
@@ -131,7 +128,7 @@ class Fetcher:
             elif name in self._of_samplers:
                 owners[name] = (position.order,)
             else:
-                owners[name] = of_rank if slot.is_global or name in self._of_data else of_row
+                owners[name] = of_rank if slot.is_global or name in self._own else of_row
         return owners
 
     def _start(self, number: int) -> None:
@@ -205,27 +202,44 @@ def _with_indices(
     return twin
 
 
-def _parts(name: str, part: Any, attributes: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
-    """Yield an object and those in the named attributes of it and of these, with their names."""
-    seen: list[Any] = []
-    waiting = [(name, part)]
-    while waiting:
-        name, part = waiting.pop(0)
-        if part is None or any(part is other for other in seen):
-            continue
-        seen.append(part)
-        yield name, part
-        inside = getattr(part, "__dict__", {})
-        waiting += [(f"{name}_{a}", inside[a]) for a in attributes if a in inside]
+class _Part(NamedTuple):
+    """An object that a loader's batches come from.
 
+    Attributes:
+        name: The attributes that lead to it.
+        value: The object.
+        is_data: Whether it makes samples or batches, and not their order.
+    """
 
-def _generators_of(parts: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
-    kinds = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
-    for name, part in parts:
-        for attribute, value in getattr(part, "__dict__", {}).items():
+    name: str
+    value: Any
+    is_data: bool
+
+    def generators(self) -> Iterator[tuple[str, Any]]:
+        kinds = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+        for attribute, value in getattr(self.value, "__dict__", {}).items():
             # SystemRandom is a Random without a state.
             if isinstance(value, kinds) and not isinstance(value, random.SystemRandom):
-                yield f"{name}_{attribute}", value
+                yield attribute, value
+
+
+def _parts(loader: Any) -> Iterator[_Part]:
+    """Yield a loader, and the loaders, samplers, datasets and ``collate_fn`` inside of it."""
+    seen: list[Any] = []
+    waiting = [_Part("loader", loader, False)]
+    while waiting:
+        part = waiting.pop(0)
+        if any(part.value is other for other in seen):
+            continue
+        seen.append(part.value)
+        yield part
+        for attribute, value in getattr(part.value, "__dict__", {}).items():
+            is_data = attribute == "collate_fn" or isinstance(value, Dataset)
+            # A sampler or a dataset may be of any class.
+            by_name = attribute in ("sampler", "batch_sampler", "dataset") and value is not None
+            if is_data or by_name or isinstance(value, (DataLoader, Sampler)):
+                is_data = part.is_data or is_data or attribute == "dataset"
+                waiting.append(_Part(f"{part.name}_{attribute}", value, is_data))
 
 
 def _ended(number: int, skip: int) -> RNGStateError:

@@ -14,11 +14,10 @@ from nemo_rng_dcp.fetcher import Fetcher
 from nemo_rng_dcp.position import (
     POSITION_KEY,
     POSITION_LAYOUT,
-    UNKNOWN,
     Position,
+    figures_of,
     mismatch,
     positions_in,
-    told,
 )
 from nemo_rng_dcp.seeding import derive_seed, is_integer
 from nemo_rng_dcp.stateful import StatefulRNG
@@ -79,6 +78,8 @@ class ResumableLoader:
     ) -> None:
         if not isinstance(rng, StatefulRNG):
             raise TypeError(f"rng is a {type(rng).__name__}, expected a StatefulRNG")
+        if isinstance(loader, Mapping):
+            raise TypeError(f"loader is a {type(loader).__name__}, expected one loader")
         _check(loader)
         if batches_per_epoch is not None and not is_integer(batches_per_epoch):
             raise TypeError(f"batches_per_epoch is {batches_per_epoch!r}, expected an integer")
@@ -86,8 +87,9 @@ class ResumableLoader:
             raise ValueError(f"batches_per_epoch is {batches_per_epoch}, expected at least 1")
         self.loader, self._rng = loader, rng
         self._limit = batches_per_epoch
-        self._fetcher = Fetcher(loader, rng)
-        self._order = self._fetcher.order
+        self._loaders = list(loader.values()) if isinstance(loader, Mapping) else [loader]
+        self._fetchers = [Fetcher(loader, rng) for loader in self._loaders]
+        self._orders = [fetcher.order for fetcher in self._fetchers]
         rng._loaders += 1
         self._seed = derive_seed(rng.seed, "loader", rng._loaders, bits=63)
         self._epoch = self._begun_again = self._batches = self._fetched = 0
@@ -156,7 +158,7 @@ class ResumableLoader:
         return self._current
 
     def __len__(self) -> int:
-        length = len(self.loader)
+        length = min(map(len, self._loaders))
         return length if self._limit is None else min(length, self._limit)
 
     def __getattr__(self, name: str) -> Any:
@@ -175,9 +177,9 @@ class ResumableLoader:
         Raises:
             RuntimeError: As for ``StatefulRNG.state_dict()``.
         """
-        rows, position = self._rng._rows(), self._position()
-        table = rows.table(torch.tensor(position))
-        self._handed_out = table, position.saved_at
+        positions = self._positions()
+        table = self._rng._rows().table(torch.tensor(positions).flatten())
+        self._handed_out = table, positions[0].saved_at
         return {POSITION_KEY: table}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -200,7 +202,7 @@ class ResumableLoader:
         """
         if not isinstance(state_dict, Mapping) or POSITION_KEY not in state_dict:
             raise RNGStateError(f"{POSITION_KEY}: the state is none of a ResumableLoader")
-        table, now = state_dict[POSITION_KEY], self._position()
+        table, own = state_dict[POSITION_KEY], self._positions()
         if table is NOT_SAVED or self._is_untouched(table):
             self._is_loaded = True
             warn(
@@ -209,53 +211,61 @@ class ResumableLoader:
                 "it: move the loader with set_epoch(), and add it to what is saved."
             )
             return
-        (saved,) = positions_in(table, [now.row])
-        if saved.is_within_a_pass:
-            reason = mismatch(saved, now)
-            if reason is not None:
-                raise RNGStateError(
-                    f"the loader was saved behind batch {saved.fetched} of epoch {saved.epoch} "
-                    f"with {reason}: its next batch would be other samples. Resume with what it "
-                    "was saved with, or load without the loader and call set_epoch(), which begins "
-                    "an epoch anew."
-                )
-            if saved.workers != now.workers:
-                warn(
-                    f"the loader was saved in the middle of an epoch with {saved.workers} workers "
-                    f"and goes on with {now.workers}: the order is the same, but what they draw "
-                    "for a sample differs."
-                )
-        self._seed = saved.seed
-        if saved.row == now.row:
-            self._order = saved.order  # a new row has an order of its own
+        saved = positions_in(table, [position.row for position in own])
+        self._check_that_it_goes_on(saved, own)
+        at = saved[0]
+        self._seed = at.seed
+        for number, (then, now) in enumerate(zip(saved, own, strict=True)):
+            if then.row == now.row:
+                self._orders[number] = then.order  # a new row has an order of its own
         self._loads += 1
         self._is_loaded = True
-        self._move(saved.epoch, saved.batches, saved.fetched, saved.begun_again)
+        self._move(at.epoch, at.batches, at.fetched, at.begun_again)
 
-    def _position(self) -> Position:
-        rows, loader = self._rng._rows(), self.loader
-        return Position(
-            layout=POSITION_LAYOUT,
-            row=rows.row,
-            rows=rows.count,
-            saved_at=time.time_ns(),
-            seed=self._seed,
-            order=self._order,
-            epoch=self._epoch,
-            begun_again=self._begun_again,
-            batches=self._batches,
-            fetched=self._fetched,
-            length=told(lambda: len(loader)),
-            size=told(lambda: len(loader.dataset)),
-            batch_size=told(lambda: loader.batch_size),
-            workers=getattr(loader, "num_workers", UNKNOWN),
-        )
+    def _check_that_it_goes_on(self, saved: list[Position], own: list[Position]) -> None:
+        at = saved[0]
+        if not at.is_within_a_pass:
+            return
+        for then, now in zip(saved, own, strict=True):
+            reason = mismatch(then, now)
+            if reason is not None:
+                raise RNGStateError(
+                    f"the loader was saved behind batch {at.fetched} of epoch {at.epoch} with "
+                    f"{reason}: its next batch would be other samples. Resume with what it was "
+                    "saved with, or load without the loader and call set_epoch(), which begins an "
+                    "epoch anew."
+                )
+        if at.workers != own[0].workers:
+            warn(
+                f"the loader was saved in the middle of an epoch with {at.workers} workers and "
+                f"goes on with {own[0].workers}: the order is the same, but what they draw for a "
+                "sample differs."
+            )
+
+    def _positions(self) -> list[Position]:
+        rows, now = self._rng._rows(), time.time_ns()
+        return [
+            Position(
+                layout=POSITION_LAYOUT,
+                row=row,
+                rows=rows.count,
+                saved_at=now,
+                seed=self._seed,
+                order=order,
+                epoch=self._epoch,
+                begun_again=self._begun_again,
+                batches=self._batches,
+                fetched=self._fetched,
+                **figures_of(loader),
+            )
+            for row, order, loader in zip([rows.row], self._orders, self._loaders, strict=True)
+        ]
 
     def _is_untouched(self, table: torch.Tensor) -> bool:
         """Return whether DCP left in a table what :meth:`state_dict` had put there."""
         if self._handed_out is None or self._handed_out[0] is not table:
             return False
-        (found,) = positions_in(table, [self._rng._rows().row])
+        (found, *_) = positions_in(table, [self._rng._rows().row])
         return found.saved_at == self._handed_out[1]
 
     def _move(self, epoch: int, batches: int = 0, fetched: int = 0, begun_again: int = 0) -> None:
@@ -264,8 +274,9 @@ class ResumableLoader:
         # A save while this loader is going to rewind has to store what was loaded.
         waiting = self._rng._waiting
         (waiting.add if self._is_loaded and fetched else waiting.discard)(self)
-        self._fetcher.end()
-        self._fetcher.set_epoch(epoch)
+        for fetcher in self._fetchers:
+            fetcher.end()
+            fetcher.set_epoch(epoch)
 
     def _begin(self) -> None:
         """Begin the pass that an iterator is about to go through, or go on in the middle of it."""
@@ -274,7 +285,8 @@ class ResumableLoader:
             self._say_left(f"epoch {self._epoch} begins anew, in another order")
             self._begun_again += 1
             self._batches = self._fetched = 0
-        self._fetcher.begin(self._position())
+        for fetcher, position in zip(self._fetchers, self._positions(), strict=True):
+            fetcher.begin(position)
         if goes_on:
             self._rng._rewind_once()
         self._is_loaded = False
@@ -283,16 +295,21 @@ class ResumableLoader:
     def _next(self) -> Any:
         if self._batches == self._limit:
             raise StopIteration
-        try:
-            batch = self._fetcher.fetch(self._fetched + 1)
-        except StopIteration:
-            raise
-        except Exception:
-            self._fetched += 1  # the loader's next batch is another one
-            raise
-        self._fetched += 1
+        number, batches, error = self._fetched + 1, [], None
+        for fetcher in self._fetchers:
+            try:
+                batches.append(fetcher.fetch(number))
+            except StopIteration:
+                raise
+            except Exception as raised:
+                error = error or raised
+        self._fetched = number  # also if it failed: the loader's next batch is another one
+        if error is not None:
+            raise error
         self._batches += 1
-        return batch
+        if isinstance(self.loader, Mapping):
+            return dict(zip(self.loader, batches, strict=True))
+        return batches[0]
 
     def _say_left(self, then: str) -> None:
         if not self._said_left:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -106,11 +107,20 @@ def mismatch(saved: Position, now: Position) -> str | None:
     return None
 
 
-def told(number: Any) -> int:
-    """Return a number that a loader tells, :data:`UNKNOWN` if it does not or cannot."""
+def figures_of(loader: Any) -> dict[str, int]:
+    """Return what a loader tells of itself, by the names of :class:`Position`."""
+    return {
+        "length": _told(lambda: len(loader)),
+        "size": _told(lambda: len(loader.dataset)),
+        "batch_size": _told(lambda: loader.batch_size),
+        "workers": _told(lambda: loader.num_workers),
+    }
+
+
+def _told(figure: Callable[[], Any]) -> int:
     try:
-        return int(number())
-    except (AttributeError, NotImplementedError, TypeError):
+        return int(figure())
+    except Exception:  # a save must not fail because a dataset's length is unknown
         return UNKNOWN
 
 

@@ -1,7 +1,7 @@
 """A training run over a ``ResumableLoader``, which is interrupted anywhere and compared."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -147,7 +147,9 @@ ORDERS = (
 )
 
 
-def loader_of(order: str, workers: int, places: str, generators: dict[str, Any], **more: Any) -> Any:
+def loader_of(
+    order: str, workers: int, places: str, generators: dict[str, Any], **more: Any
+) -> Any:
     """Return a loader whose order comes from somewhere, and whose batches draw somewhere."""
     dataset: Any = Drawing("sample" in places)
     options: dict[str, Any] = {
@@ -198,28 +200,46 @@ class Case:
     places: str = "sample, collate"
 
 
+Point = tuple[int, Any]
+"""When to save: in an epoch, behind a batch, or at its ``"end"``; ``(0, 0)`` is before the loop."""
+
+
 class Run:
     """A process of the training, new or resumed.
+
+    Args:
+        case: The loader.
+        seed: A resumed process has another one, which must not matter.
+        loader: What is wrapped instead.
+        validates: Whether the model is validated inside each epoch, which draws.
+        batches_per_epoch: As for ``ResumableLoader``.
 
     Attributes:
         steps: What was trained.
     """
 
-    def __init__(self, case: Case, seed: int = 42, loader: Any = None, **options: Any) -> None:
-        self.generators = {
-            "order": torch.Generator().manual_seed(1),
-            "noise": np.random.default_rng(2),
-        }
-        order = {"order": self.generators["order"]}
+    def __init__(
+        self,
+        case: Case,
+        seed: int = 42,
+        *,
+        loader: Any = None,
+        validates: bool = False,
+        batches_per_epoch: int | None = None,
+    ) -> None:
+        self.case, self.validates = case, validates
+        order = {"order": torch.Generator().manual_seed(1)}
+        noise = {"noise": np.random.default_rng(2)}
+        shared = case.order == "shared"
         self.rng = StatefulRNG(
             seed,
             ranked=True,
-            generators={"noise": self.generators["noise"]} | (order if case.order != "shared" else {}),
-            shared_generators=order if case.order == "shared" else {},
+            generators=noise if shared else {**noise, **order},
+            shared_generators=order if shared else {},
         )
-        self.uses_order = case.order == "model"
+        self.generators: dict[str, Any] = {**noise, **order}
         inner = loader or loader_of(case.order, case.workers, case.places, self.generators)
-        self.loader = ResumableLoader(inner, self.rng, **options)
+        self.loader = ResumableLoader(inner, self.rng, batches_per_epoch=batches_per_epoch)
         self.steps: list[Step] = []
 
     @property
@@ -229,38 +249,65 @@ class Run:
     def save(self, folder: Path) -> None:
         dcp.save(self.state, checkpoint_id=folder)
 
-    def load(self, folder: Path, disturb: bool = True) -> "Run":
+    def load(self, folder: Path) -> "Run":
         dcp.load(self.state, checkpoint_id=folder)
-        if disturb:
-            # What draws between the load and the step: another loader, a validation, anything.
-            draw(3)
-            self.draw()
-            list(DataLoader(Drawing(), shuffle=True))
+        return self
+
+    def disturb(self) -> "Run":
+        """Draw what a resumed job may draw before its first step."""
+        self.draw()
+        list(DataLoader(Drawing(), shuffle=True))
         return self
 
     def draw(self) -> list[float]:
         """Draw as the model does."""
         numbers = [*draw(), self.generators["noise"].random()]
-        if self.uses_order:
+        if self.case.order == "model":
             numbers.append(torch.rand((), generator=self.generators["order"]).item())
         return numbers
 
-    def train(self, saves: dict[Any, Path] | None = None, until: Any = None) -> "Run":
-        """Train to the end, or until a point, and save at some points.
-
-        Points are ``(epoch, batch)`` and ``(epoch, "end")``.
-        """
+    def train(self, saves: Mapping[Point, Path] | None = None, until: Point | None = None) -> "Run":
+        """Train to the end or until a point, and save at some points."""
+        saves = {} if saves is None else saves
         for epoch in self.loader.epochs(EPOCHS):
             self.draw()
             for batch in self.loader:
                 self.steps.append((epoch, self.loader.batches, batch, self.draw()))
-                if self.reached((epoch, self.loader.batches), saves) == until:
+                if self.validates:
+                    list(DataLoader(Drawing(), shuffle=True))
+                if self._reached((epoch, self.loader.batches), saves, until):
                     return self
-            if self.reached((epoch, "end"), saves) == until:
+            if self._reached((epoch, "end"), saves, until):
                 return self
         return self
 
-    def reached(self, point: Any, saves: dict[Any, Path] | None) -> Any:
-        if saves and point in saves:
+    def _reached(self, point: Point, saves: Mapping[Point, Path], until: Point | None) -> bool:
+        if point in saves:
             self.save(saves[point])
-        return point
+        return point == until
+
+
+def behind(steps: list[Step], point: Point) -> list[Step]:
+    """Return the steps that come after a point."""
+    last = (point[0], float("inf") if point[1] == "end" else point[1])
+    return [step for step in steps if step[:2] > last]
+
+
+def check_resumes(case: Case, folder: Path, points: list[Point], **options: Any) -> None:
+    """Resume a run from each of the points, and compare it with the one that was not interrupted.
+
+    Compared are the batches, what the model drew for each, and where every stream is at the end.
+    """
+    expected = Run(case, **options).train()
+    last = max(batch for epoch, batch, *_ in expected.steps if epoch == 0)
+    points = [(epoch, last if batch == "last" else batch) for epoch, batch in points]
+    saves = {point: folder / f"{point[0]}-{point[1]}" for point in points}
+    saving = Run(case, **options)
+    saving.save(folder / "0-0")
+    saving.train(saves)
+    assert saving.steps == expected.steps, "a save moved something"
+    for point in points:
+        resumed = Run(case, seed=1000, **options).load(folder / f"{point[0]}-{point[1]}")
+        resumed.disturb().train()
+        assert resumed.steps == behind(expected.steps, point), f"resumed at {point}: {case}"
+        assert resumed.rng.fingerprint() == expected.rng.fingerprint(), f"at {point}: {case}"
