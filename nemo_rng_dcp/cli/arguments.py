@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
-from typing import Any
+from inspect import cleandoc
 
 from nemo_rng_dcp.versions import __version__
 
@@ -21,98 +20,86 @@ def parser() -> argparse.ArgumentParser:
     )
     whole.add_argument("--version", action="version", version=f"nemo-rng-dcp {__version__}")
     commands = whole.add_subparsers(required=True, dest="command", metavar="COMMAND")
+    for describe in (_inspect, _diff, _explain, _import):
+        # The docstring is what --help prints: what the command prints, then the rest.
+        text, _, epilog = cleandoc(describe.__doc__ or "").partition("\n\n")
+        command = commands.add_parser(
+            describe.__name__.strip("_"),
+            help=text.removeprefix("Print ").removesuffix("."),
+            description=text,
+            epilog=epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        describe(command)
+        command.add_argument("--rows", type=_rows, help="list only these rows, such as 12,40-44")
+        command.add_argument("--json", action="store_true", help="see docs/command.md")
+    return whole
 
-    inspect = _command(
-        commands,
-        "inspect",
-        "the streams in a checkpoint, and what is wrong with them",
-        "0 as expected, 1 findings, 2 the checkpoint cannot be read",
-        ["nemo-rng-dcp inspect runs/step-1000", "nemo-rng-dcp inspect runs/step-1000 --rows 0-7"],
-    )
-    inspect.add_argument("checkpoint", help=_WHERE)
-    inspect.add_argument(
+
+def _inspect(command: argparse.ArgumentParser) -> None:
+    """Print the streams in a checkpoint, and what is wrong with them.
+
+    examples:
+      nemo-rng-dcp inspect runs/step-1000
+      nemo-rng-dcp inspect runs/step-1000 --rows 0-7
+
+    exit code: 0 as expected, 1 findings, 2 the checkpoint cannot be read
+    """
+    command.add_argument("checkpoint", help=_WHERE)
+    command.add_argument(
         "--fail-on",
         choices=["damage", "lost", "suspicious"],
         default="lost",
         help="exit with 1 for findings of this severity or a worse one (default: lost)",
     )
 
-    diff = _command(
-        commands,
-        "diff",
-        "the streams that differ between two checkpoints",
-        "0 the same, 1 different, 2 a checkpoint cannot be read",
-        [
-            "nemo-rng-dcp diff run-a/step-1000 run-b/step-1000",
-            "nemo-rng-dcp diff run-a/step-1000 run-b/step-1000 --rows 3 --json",
-        ],
-    )
-    diff.add_argument("a", help=_WHERE)
-    diff.add_argument("b", help="another one's")
 
-    explain = _command(
-        commands,
-        "explain",
-        "what a resume would do to each stream",
-        "0 it loads, 1 a load would raise, 2 the checkpoint cannot be read",
-        [
-            "nemo-rng-dcp explain runs/step-1000 --world-size 8",
-            "nemo-rng-dcp explain runs/step-1000 --world-size 8 --mesh dp=4,tp=2 --along dp",
-        ],
-    )
-    explain.add_argument("checkpoint", help=_WHERE)
-    explain.add_argument("--world-size", type=_positive, required=True, metavar="N")
-    explain.add_argument("--mesh", type=_mesh, help="the resumed job's mesh, such as dp=4,tp=2")
-    explain.add_argument(
-        "--along",
-        type=_names,
-        metavar="DIMS",
-        help="the mesh's dimensions along which streams differ, such as dp (default: all)",
-    )
-    explain.add_argument(
-        "--ranked",
-        action=argparse.BooleanOptionalAction,
-        help="the resumed job's StatefulRNG(ranked=...) (default: as it was saved)",
-    )
-    explain.add_argument(
-        "--generators",
-        type=_names,
-        metavar="NAMES",
-        help="all that the resumed job has, such as python,numpy,torch,cuda (default: as saved)",
-    )
-    explain.add_argument(
-        "--shared",
-        type=_names_or_none,
-        metavar="NAMES",
-        help="which of them are its shared_generators, '' for none (default: as saved)",
-    )
+def _diff(command: argparse.ArgumentParser) -> None:
+    """Print the streams that differ between two checkpoints.
 
-    import_ = _command(
-        commands,
-        "import",
-        "the streams that a framework stored by rank, and write them as a checkpoint of records",
-        "0 written, 2 they cannot be read or the checkpoint not written",
-        ["nemo-rng-dcp import runs/checkpoint-1000 runs/checkpoint-1000-rng"],
-    )
-    import_.add_argument("folder", help="a framework's checkpoint; of Composer's, the file")
-    import_.add_argument("out", help="the folder or URL to write to")
-    return whole
+    examples:
+      nemo-rng-dcp diff run-a/step-1000 run-b/step-1000
+      nemo-rng-dcp diff run-a/step-1000 run-b/step-1000 --rows 3 --json
+
+    exit code: 0 the same, 1 different, 2 a checkpoint cannot be read
+    """
+    command.add_argument("a", help=_WHERE)
+    command.add_argument("b", help="another one's")
 
 
-def _command(
-    commands: Any, name: str, help_: str, exit_codes: str, examples: Sequence[str]
-) -> argparse.ArgumentParser:
-    lines = "\n".join(f"  {example}" for example in examples)
-    command: argparse.ArgumentParser = commands.add_parser(
-        name,
-        help=help_,
-        description=f"Print {help_}.",
-        epilog=f"examples:\n{lines}\n\nexit code: {exit_codes}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+def _explain(command: argparse.ArgumentParser) -> None:
+    """Print what a resume would do to each stream.
+
+    examples:
+      nemo-rng-dcp explain runs/step-1000 --world-size 8
+      nemo-rng-dcp explain runs/step-1000 --world-size 8 --mesh dp=4,tp=2 --along dp
+
+    exit code: 0 it loads, 1 a load would raise, 2 the checkpoint cannot be read
+    """
+    command.add_argument("checkpoint", help=_WHERE)
+    job = command.add_argument_group("the job that resumes", "What is left out is as it was saved.")
+    job.add_argument("--world-size", type=_positive, required=True, help="its number of ranks")
+    job.add_argument("--mesh", type=_mesh, help="such as dp=4,tp=2 (left out: one row per rank)")
+    job.add_argument(
+        "--along", type=_names, help="where streams differ, such as dp (left out: all)"
     )
-    command.add_argument("--rows", type=_rows, help="list only these rows, such as 12,40-44")
-    command.add_argument("--json", action="store_true", help="for machines, see docs/command.md")
-    return command
+    job.add_argument(
+        "--ranked", action=argparse.BooleanOptionalAction, help="as StatefulRNG has it"
+    )
+    job.add_argument("--generators", type=_names, help="all, such as python,numpy,torch,noise")
+    job.add_argument("--shared", type=_names_or_none, help="its shared_generators, '' for none")
+
+
+def _import(command: argparse.ArgumentParser) -> None:
+    """Print the streams that a framework stored by rank, and write them as a checkpoint of records.
+
+    examples:
+      nemo-rng-dcp import runs/checkpoint-1000 runs/checkpoint-1000-rng
+
+    exit code: 0 written, 2 they cannot be read or the checkpoint not written
+    """
+    command.add_argument("folder", help="a framework's checkpoint; of Composer's, the file")
+    command.add_argument("out", help="the new folder or URL to write to")
 
 
 def _positive(text: str) -> int:

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from nemo_rng_dcp.cli.checkpoint.table import Table
 from nemo_rng_dcp.cli.heading import title
-from nemo_rng_dcp.cli.job import Options
-from nemo_rng_dcp.cli.terminal import (
-    MANY,
-    Style,
-    paragraph,
-    plural,
-    short_spans,
-    spans,
-    table,
-    within,
-)
-from nemo_rng_dcp.cli.trial_generators import packed_after_seed, refusals
+from nemo_rng_dcp.cli.job import Options, rows_of_ranks
+from nemo_rng_dcp.cli.reading.opening import open_tables
+from nemo_rng_dcp.cli.reading.table import Table
+from nemo_rng_dcp.cli.streams import packed_after_seed, refusals
+from nemo_rng_dcp.cli.terminal import MANY, aligned, numbered, paragraph, plural, spans, within
 from nemo_rng_dcp.generators import is_reserved
 from nemo_rng_dcp.record import Record, fingerprint
 from nemo_rng_dcp.resume import Resume, resume
@@ -27,7 +20,43 @@ from nemo_rng_dcp.table import source_row
 
 CONTINUED, COPIED, FORKED = "continued", "copied", "forked"
 DROPPED, REFUSED = "dropped", "refused"
-_COLOURS = {CONTINUED: "green", COPIED: "yellow", FORKED: "yellow", REFUSED: "red"}
+
+
+class Explanation:
+    """What becomes of each RNG entry; see ``main.Report``.
+
+    Args:
+        where: The checkpoint.
+        options: The job that resumes, as ``arguments`` describes it.
+
+    Raises:
+        ValueError: The job cannot exist.
+    """
+
+    def __init__(self, where: str, options: argparse.Namespace) -> None:
+        ranks, mesh = rows_of_ranks(options.world_size, options.mesh, options.along)
+        job = Options(ranks, mesh, options.ranked, options.generators, options.shared)
+        self._where = where
+        self.entries = [Resumed(table, job) for table in open_tables(where)]
+        saved = dict.fromkeys(name for entry in self.entries for name in entry.generators)
+        known = job.generators or list(saved)
+        for name in job.shared or ():
+            if is_reserved(name):
+                raise ValueError(
+                    f"--shared {name}: it is a global generator, which is never shared"
+                )
+            if known and name not in known:
+                only = f"only {', '.join(known)}. --generators names all that it has"
+                raise ValueError(f"--shared {name}: the job has no such generator, {only}")
+        self.failed = any(entry.refusals for entry in self.entries)
+        self.trouble = ""
+
+    def to_json(self, rows: Sequence[range] | None) -> dict[str, Any]:
+        entries = [entry.to_json(rows) for entry in self.entries]
+        return {"checkpoint": self._where, "entries": entries}
+
+    def lines(self, rows: Sequence[range] | None) -> list[str]:
+        return [line for entry in self.entries for line in entry.lines(rows)]
 
 
 @dataclass(frozen=True)
@@ -41,39 +70,23 @@ class Fate:
             ``forked`` (some start anew); ``dropped``; or ``refused`` where a load raises.
         source: The saved row that it is made from.
         forked: The generators that start a new stream.
-        digests: By generator what ``StatefulRNG.fingerprint()`` will say after the load; "?" for a
-            new stream of a generator that this machine cannot make.
+        fingerprints: By generator what ``StatefulRNG.fingerprint()`` will say after the load; "?"
+            for a new stream of a generator that this machine cannot make.
     """
 
     row: int
     ranks: tuple[int, ...]
     fate: str
     source: int
-    forked: tuple[str, ...]
-    digests: Mapping[str, str]
+    forked: tuple[str, ...] = ()
+    fingerprints: Mapping[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        made = self.fate in (FORKED, COPIED)
+        return f"{self.fate}, from {self.source}" if made else self.fate
 
 
-def explanations_of(tables: Sequence[Table], options: Options) -> list[Explanation]:
-    """Return what becomes of each RNG entry.
-
-    Raises:
-        ValueError: A shared generator is one that the job cannot have.
-    """
-    explanations = [Explanation(table, options) for table in tables]
-    saved = list(dict.fromkeys(name for each in explanations for name in each.generators))
-    known = saved if options.generators is None else options.generators
-    for name in options.shared or ():
-        if is_reserved(name):
-            raise ValueError(f"--shared {name}: it is a global generator, which is never shared")
-        if known and name not in known:
-            raise ValueError(
-                f"--shared {name}: the job has no such generator, only {', '.join(known)}. "
-                "--generators names all that it has"
-            )
-    return explanations
-
-
-class Explanation:
+class Resumed:
     """What becomes of one RNG entry.
 
     Args:
@@ -81,7 +94,7 @@ class Explanation:
         options: The job that resumes.
 
     Attributes:
-        path: The dotted path of the entry.
+        key: The key of the entry.
         rows_saved: Rows in the checkpoint, by what it says.
         rows: Rows of the resumed job.
         fates: One for each row of the resumed job, then one for each row that is dropped.
@@ -92,104 +105,83 @@ class Explanation:
     """
 
     def __init__(self, table: Table, options: Options) -> None:
-        self.path, self.rows_saved, self.rows = table.path, table.count, len(options.ranks)
+        self.key, self.rows_saved, self.rows = table.key, table.count, len(options.ranks)
         self.remarks: tuple[str, ...] = ()
         self.refusals: dict[int, str] = {}
         self.needs_planner = self.rows != self.rows_saved
         self.generators: dict[str, None] = {}
         self._record: Record | None = None
-        self.fates = [
-            self._fate(table, options, row, those) for row, those in options.ranks.items()
-        ]
-        self.fates += [
-            Fate(row, (), DROPPED, row, (), {}) for row in table.placed if row >= self.rows
-        ]
+        jobs = options.ranks.items()
+        self.fates = [self._fate(table, options, row, ranks) for row, ranks in jobs]
+        self.fates += [Fate(row, (), DROPPED, row) for row in table.placed if row >= self.rows]
 
     def _fate(self, table: Table, options: Options, row: int, ranks: tuple[int, ...]) -> Fate:
         source = source_row(row, table.count)
         record = table.read(source)
         if isinstance(record, str):
-            self.refusals[source] = record
-            return Fate(row, ranks, REFUSED, source, (), {})
+            return self._refused(row, ranks, source, record)
         self._record = self._record or record
         self.generators |= dict.fromkeys(record.streams)
         if hidden := table.hidden_from(source, ranks):
-            self.refusals[source] = (
-                f"not found by rank {hidden[0]}: it was saved with use_collectives=False, so each "
-                "rank finds only what the rank of its number saved"
-            )
-            return Fate(row, ranks, REFUSED, source, (), {})
+            why = "it was saved with use_collectives=False, for the rank of its number alone"
+            return self._refused(row, ranks, source, f"not found by rank {hidden[0]}: {why}")
         job = options.job(row, record)
         outcome = resume(record, job)
-        loaded = outcome.states.keys()
-        refused = [f"{name}: {why}" for name, why in refusals(record).items() if name in loaded]
-        if refused:
-            self.refusals[source] = f"not taken by its generator ({refused[0]})"
-            return Fate(row, ranks, REFUSED, source, (), {})
+        for name, why in refusals(record).items():
+            if name in outcome.states:
+                reason = f"not taken by its generator ({name}: {why})"
+                return self._refused(row, ranks, source, reason)
         self.remarks = self.remarks or outcome.remarks
         self.needs_planner |= job.slots.keys() != record.streams.keys()
-        new = COPIED if not outcome.seeds else FORKED
-        fate = CONTINUED if source == row else new
-        return Fate(row, ranks, fate, source, tuple(outcome.seeds), _digests(record, outcome))
+        fate = CONTINUED if source == row else FORKED if outcome.seeds else COPIED
+        return Fate(row, ranks, fate, source, tuple(outcome.seeds), _fingerprints(record, outcome))
+
+    def _refused(self, row: int, ranks: tuple[int, ...], source: int, reason: str) -> Fate:
+        self.refusals[source] = reason
+        return Fate(row, ranks, REFUSED, source)
 
     def to_json(self, rows: Sequence[range] | None) -> dict[str, Any]:
         """Return what ``--json`` prints; of the fates only those of ``rows``."""
-        return {
-            "path": self.path,
-            "rows_saved": self.rows_saved,
-            "rows": self.rows,
-            "needs_planner": self.needs_planner,
-            "remarks": self.remarks,
-            "fates": [asdict(fate) for fate in self.fates if within(fate.row, rows)],
-            "refusals": self.refusals,
-        }
+        names = ("key", "rows_saved", "rows", "needs_planner", "remarks", "refusals")
+        fates = [asdict(fate) for fate in self.fates if within(fate.row, rows)]
+        return {**{name: getattr(self, name) for name in names}, "fates": fates}
 
-    def lines(self, rows: Sequence[range] | None, style: Style) -> list[str]:
+    def lines(self, rows: Sequence[range] | None) -> list[str]:
         """Return the text for a person; of the fates only those of ``rows``."""
-        lines = title(self.path, self.rows_saved, self._record, style)
+        lines = title(self.key, self.rows_saved, self._record)
         world_size = sum(len(fate.ranks) for fate in self.fates)
         how = "planner=RNGLoadPlanner()" if self.needs_planner else "plain dcp.load"
-        lines += paragraph(
-            f"On {plural(world_size, 'rank')}, {plural(self.rows, 'row')}, with {how}:", 2
-        )
+        size = f"{plural(world_size, 'rank')}, {plural(self.rows, 'row')}"
+        lines += paragraph(f"On {size}, with {how}:")
         fates = [fate for fate in self.fates if within(fate.row, rows)]
         if rows is None and len(fates) > MANY:
             lines += _summary(fates, self.rows_saved)
         else:
-            names = list(dict.fromkeys(name for fate in fates for name in fate.digests))
-            cells = [
-                [
-                    str(fate.row),
-                    spans(fate.ranks) or "-",
-                    _fate_text(fate),
-                    *(fate.digests.get(name, "-") for name in names),
-                ]
-                for fate in fates
-            ]
-            lines += table(["row", "ranks", "streams", *names], cells, style)
+            names = list(dict.fromkeys(name for fate in fates for name in fate.fingerprints))
+            cells = []
+            for fate in fates:
+                fingerprints = [fate.fingerprints.get(name, "-") for name in names]
+                cells.append([str(fate.row), spans(fate.ranks) or "-", str(fate), *fingerprints])
+            lines += aligned(["row", "ranks", "streams", *names], cells)
         for remark in self.remarks:
-            lines += paragraph(f"note: {remark}", 2)
+            lines += paragraph(f"note: {remark}")
         for reason in dict.fromkeys(self.refusals.values()):
-            those = sorted(row for row, its in self.refusals.items() if its == reason)
-            row, are = ("row", "is") if len(those) == 1 else ("rows", "are")
-            text = f"refused: a load raises, for saved {row} {short_spans(those)} {are} {reason}"
-            lines += [style(line, "red") for line in paragraph(text, 2)]
+            refused = sorted(row for row, found in self.refusals.items() if found == reason)
+            are = "is" if len(refused) == 1 else "are"
+            text = f"refused: a load raises, for saved {numbered('row', refused)} {are} {reason}"
+            lines += paragraph(text)
         return lines
 
 
-def _digests(record: Record, outcome: Resume) -> dict[str, str]:
-    digests = {}
+def _fingerprints(record: Record, outcome: Resume) -> dict[str, str]:
+    fingerprints = {}
     for name, stream in record.streams.items():
         if name in outcome.seeds:
             state = packed_after_seed(stream.kind, outcome.seeds[name])
-            digests[name] = "?" if state is None else fingerprint(state)
+            fingerprints[name] = "?" if state is None else fingerprint(state)
         elif name in outcome.states:
-            digests[name] = fingerprint(stream.state)
-    return digests
-
-
-def _fate_text(fate: Fate) -> str:
-    return f"{fate.fate}, from {fate.source}" if fate.fate in (FORKED, COPIED) else fate.fate
+            fingerprints[name] = fingerprint(stream.state)
+    return fingerprints
 
 
 def _summary(fates: Sequence[Fate], rows_saved: int) -> list[str]:
@@ -198,8 +190,8 @@ def _summary(fates: Sequence[Fate], rows_saved: int) -> list[str]:
     for fate in fates:
         groups.setdefault((fate.fate, fate.source == fate.row), []).append(fate)
     lines = []
-    for (name, its_own), alike in groups.items():
-        rows = f"row{'s' * (len(alike) > 1)} {short_spans([fate.row for fate in alike])}"
+    for (name, own), alike in groups.items():
+        rows = numbered("row", [fate.row for fate in alike])
         source = f"r % {rows_saved}" if len(alike) > 1 else str(alike[0].source)
-        lines.append(f"  {rows}: {name}{'' if its_own else f', from row {source}'}")
+        lines.append(f"  {rows}: {name}{'' if own else f', from row {source}'}")
     return lines

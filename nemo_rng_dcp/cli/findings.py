@@ -4,21 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
 
-from nemo_rng_dcp.cli.checkpoint.checkpoint import Checkpoint, is_record
-from nemo_rng_dcp.cli.checkpoint.table import Table
-from nemo_rng_dcp.cli.trial_generators import packed_after_seed, refusals
+from nemo_rng_dcp.cli.heading import job_of
+from nemo_rng_dcp.cli.reading.checkpoint import Checkpoint
+from nemo_rng_dcp.cli.reading.table import Table
+from nemo_rng_dcp.cli.streams import fingerprints, packed_after_seed, refusals
 from nemo_rng_dcp.generators import is_reserved
-from nemo_rng_dcp.record import KEY, Record, Stream, fingerprint, mesh_text
-from nemo_rng_dcp.versions import version_text
+from nemo_rng_dcp.record import KEY, Record
 
 DAMAGE, LOST, SUSPICIOUS = "damage", "lost", "suspicious"
 SEVERITIES = (DAMAGE, LOST, SUSPICIOUS)
 """From the worst: a load raises or mixes jobs; streams are in no checkpoint; it may be meant so."""
-
-_OF_THE_JOB = ("world_size", "seed", "ranked", "resizes", "mesh")
-_OF_THE_MACHINE = ("python_version", "numpy_version", "torch_version", "library_version")
 
 
 @dataclass(frozen=True)
@@ -27,17 +23,17 @@ class Finding:
 
     Attributes:
         severity: One of :data:`SEVERITIES`.
-        path: The RNG entry, "" at the top level of the checkpoint.
+        text: What was found.
+        key: The RNG entry, "" at the top level of the checkpoint.
         generator: Empty where it is about all of them.
         rows: Empty where it is about all of them.
-        text: What was found.
     """
 
     severity: str
-    path: str
-    generator: str
-    rows: tuple[int, ...]
     text: str
+    key: str = ""
+    generator: str = ""
+    rows: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -46,12 +42,12 @@ class Row:
 
     Attributes:
         record: The record, with empty states.
-        digests: By generator: 12 digits, as of ``StatefulRNG.fingerprint()``.
+        fingerprints: By generator: 12 digits, as of ``StatefulRNG.fingerprint()``.
         at_seed: The generators that are where the job's seed puts them.
     """
 
     record: Record
-    digests: dict[str, str]
+    fingerprints: dict[str, str]
     at_seed: frozenset[str]
 
 
@@ -60,13 +56,13 @@ class Entry:
     """The good rows of a table and what was found out about it.
 
     Attributes:
-        path: The dotted path of the entry, "" at the top level of the checkpoint.
+        key: The key of the entry, "" at the top level of the checkpoint.
         count: Rows, by what the checkpoint says.
         rows: The good ones, by number.
         findings: What was found.
     """
 
-    path: str
+    key: str
     count: int
     rows: dict[int, Row] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
@@ -74,30 +70,35 @@ class Entry:
     @property
     def generators(self) -> list[str]:
         """The generators that at least one row has, in their order."""
-        return list(dict.fromkeys(name for row in self.rows.values() for name in row.digests))
+        return list(dict.fromkeys(name for row in self.rows.values() for name in row.fingerprints))
+
+    def fingerprints(self, name: str) -> dict[int, str]:
+        """Return a generator's fingerprints, by row."""
+        rows = self.rows.items()
+        return {n: row.fingerprints[name] for n, row in rows if name in row.fingerprints}
 
 
 def examine(table: Table) -> Entry:
     """Check every row of a table as a load would, and compare the rows with each other."""
-    entry = Entry(table.path, table.count)
+    entry = Entry(table.key, table.count)
     damage: dict[tuple[str, str], list[int]] = {}
     for number in table.placed:
         record = table.read(number)
         if isinstance(record, str):
-            damage.setdefault(("", record), []).append(number)
-            continue
-        refused = refusals(record)
-        for name, reason in refused.items():
-            text = f"a load refuses it, though its check word fits: {reason}"
+            reasons = {"": record}
+        else:
+            why = "a load refuses it, though its check word fits"
+            reasons = {name: f"{why}: {reason}" for name, reason in refusals(record).items()}
+            if not reasons:
+                entry.rows[number] = _row(record)
+        for name, text in reasons.items():
             damage.setdefault((name, text), []).append(number)
-        if not refused:
-            entry.rows[number] = _row(record)
     for (name, text), rows in damage.items():
-        entry.findings.append(Finding(DAMAGE, entry.path, name, tuple(rows), text))
+        entry.findings.append(Finding(DAMAGE, text, entry.key, name, tuple(rows)))
     if table.missing:
         first = next((n for n, row in enumerate(table.placed) if n != row), len(table.placed))
         text = f"{table.missing} of {table.count} rows are missing, the first is {first}"
-        entry.findings.append(Finding(DAMAGE, entry.path, "", (), text))
+        entry.findings.append(Finding(DAMAGE, text, entry.key))
     entry.findings += [*_disagreements(entry), *_alike(entry), *_at_their_seed(entry)]
     return entry
 
@@ -105,24 +106,23 @@ def examine(table: Table) -> Entry:
 def misfits(checkpoint: Checkpoint) -> Iterator[Finding]:
     """Find what has a record's name and cannot be one."""
     for key, stored in sorted(checkpoint.keys.items()):
-        path, _, name = key.rpartition(".")
-        if name == KEY and not is_record(key, stored):
-            its = "a pickle" if stored.dtype is None else f"{stored.dtype} {list(stored.size)}"
-            text = f"{KEY} is {its}, expected int64 of one dimension: a load finds no record in it"
-            yield Finding(DAMAGE, path, "", (), text)
+        prefix, _, name = key.rpartition(".")
+        if name == KEY and not stored.is_record(key):
+            text = f"{KEY} is {stored}, expected int64 of one dimension"
+            yield Finding(DAMAGE, f"{text}: a load finds no record in it", prefix)
 
 
 def _row(record: Record) -> Row:
-    states = {name: stream.state for name, stream in record.streams.items()}
     seed = record.seed + (record.row if record.ranked else 0)
-    at_seed = frozenset(
+    # Other seeds than these are not what every generator takes.
+    streams = record.streams.items() if 0 <= seed < 2**32 else ()
+    at_seed = [
         name
-        for name, kind in (("python", "python"), ("numpy", "numpy"), ("torch", "torch.cpu"))
-        if name in states and 0 <= seed < 2**32 and states[name] == packed_after_seed(kind, seed)
-    )
-    emptied = {name: Stream(its.kind, its.shared, b"") for name, its in record.streams.items()}
-    digests = {name: fingerprint(state) for name, state in states.items()}
-    return Row(replace(record, streams=emptied), digests, at_seed)
+        for name, stream in streams
+        if is_reserved(name) and stream.state == packed_after_seed(stream.kind, seed)
+    ]
+    emptied = {name: stream._replace(state=b"") for name, stream in record.streams.items()}
+    return Row(replace(record, streams=emptied), fingerprints(record), frozenset(at_seed))
 
 
 def _disagreements(entry: Entry) -> Iterator[Finding]:
@@ -130,46 +130,45 @@ def _disagreements(entry: Entry) -> Iterator[Finding]:
     if not entry.rows:
         return
     number, first = next(iter(entry.rows.items()))
-    for severity, names in ((DAMAGE, _OF_THE_JOB), (SUSPICIOUS, _OF_THE_MACHINE)):
-        for name in names:
-            expected = getattr(first.record, name)
-            rows = tuple(n for n, r in entry.rows.items() if getattr(r.record, name) != expected)
-            if rows:
-                said = _said(name, expected)
-                text = f"another {name.replace('_', ' ')} than row {number}'s {said}"
-                yield Finding(severity, entry.path, "", rows, text)
-    rows = tuple(n for n, r in entry.rows.items() if r.digests.keys() != first.digests.keys())
+    claims = {n: _claims(row.record) for n, row in entry.rows.items()}
+    for (severity, name), expected in claims[number].items():
+        rows = tuple(n for n, found in claims.items() if found[severity, name] != expected)
+        if rows:
+            text = f"another {name} than row {number}'s {expected}"
+            yield Finding(severity, text, entry.key, "", rows)
+    names = first.fingerprints
+    rows = tuple(n for n, row in entry.rows.items() if row.fingerprints.keys() != names.keys())
     if rows:
-        text = f"other generators than row {number}'s {', '.join(first.digests)}"
-        yield Finding(SUSPICIOUS, entry.path, "", rows, text)
+        text = f"other generators than row {number}'s {', '.join(names)}"
+        yield Finding(SUSPICIOUS, text, entry.key, "", rows)
 
 
-def _said(name: str, value: Any) -> str:
-    """Return a field of a record as a person reads it."""
-    if name == "mesh":
-        return mesh_text(value)
-    return version_text(value) if name in _OF_THE_MACHINE else str(value)
+def _claims(record: Record) -> dict[tuple[str, str], str]:
+    """Return what all rows should say alike, by how bad it is if they do not, and by its name."""
+    return {
+        **{(DAMAGE, name): text for name, text in job_of(record).items()},
+        **{(SUSPICIOUS, f"{name} version"): text for name, text in record.versions().items()},
+    }
 
 
 def _alike(entry: Entry) -> Iterator[Finding]:
     """Find rows that hold one stream where each should have its own, and the other way round."""
     for name in entry.generators:
-        rows = {n: row for n, row in entry.rows.items() if name in row.digests}
         holders: dict[str, list[int]] = {}
-        for number, row in rows.items():
-            holders.setdefault(row.digests[name], []).append(number)
-        first = next(iter(rows.values())).record
+        for number, digits in entry.fingerprints(name).items():
+            holders.setdefault(digits, []).append(number)
+        first = entry.rows[next(iter(holders.values()))[0]].record
         if first.streams[name].shared:
+            most = max(holders.values(), key=len)
             if len(holders) > 1:
-                most = max(holders.values(), key=len)
-                others = tuple(number for number in rows if number not in set(most))
+                others = sorted(n for rows in holders.values() if rows is not most for n in rows)
                 text = f"shared, but these rows have another stream than row {most[0]}"
-                yield Finding(SUSPICIOUS, entry.path, name, others, text)
+                yield Finding(SUSPICIOUS, text, entry.key, name, tuple(others))
             continue
-        for digits, alike in holders.items():
-            if len(alike) > 1 and (first.ranked or not is_reserved(name)):
+        for digits, rows in holders.items():
+            if len(rows) > 1 and (first.ranked or not is_reserved(name)):
                 text = f"these rows have one stream ({digits}), and each should have its own"
-                yield Finding(SUSPICIOUS, entry.path, name, tuple(alike), text)
+                yield Finding(SUSPICIOUS, text, entry.key, name, tuple(rows))
 
 
 def _at_their_seed(entry: Entry) -> Iterator[Finding]:
@@ -178,4 +177,4 @@ def _at_their_seed(entry: Entry) -> Iterator[Finding]:
         rows = tuple(number for number, row in entry.rows.items() if name in row.at_seed)
         if rows:
             text = "still at its seed: nothing was drawn from it, or it was seeded again"
-            yield Finding(SUSPICIOUS, entry.path, name, rows, text)
+            yield Finding(SUSPICIOUS, text, entry.key, name, rows)

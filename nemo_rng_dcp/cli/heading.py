@@ -2,34 +2,44 @@
 
 from __future__ import annotations
 
-from nemo_rng_dcp.cli.terminal import Style, paragraph, plural
+from nemo_rng_dcp.cli.terminal import paragraph, plural
 from nemo_rng_dcp.record import Record, mesh_text
 from nemo_rng_dcp.versions import UNSEEDED
 
 
-def name_of(path: str) -> str:
-    """Return what an entry is called: its dotted path, or that it has none."""
-    return path or "(top level)"
+def name_of(key: str) -> str:
+    """Return what an entry is called: its key, or that it has none."""
+    return key or "(top level)"
 
 
-def title(path: str, count: int, record: Record | None, style: Style) -> list[str]:
+def job_of(record: Record) -> dict[str, str]:
+    """Return what a record says of the job that saved it, by name, as a person reads it."""
+    return {
+        "world size": str(record.world_size),
+        "seed": str(record.seed),
+        "ranked": str(record.ranked),
+        "resizes": str(record.resizes),
+        "mesh": mesh_text(record.mesh),
+    }
+
+
+def title(key: str, count: int, record: Record | None) -> list[str]:
     """Return how many rows an entry has and who saved it, by one of its records."""
-    name = style(name_of(path), "bold")
+    name = name_of(key)
     if record is None:
         return [f"{name}: {plural(count, 'row')}, none of them good"]
     ranked = "ranked" if record.ranked else "not ranked"
     resized = f", resized {plural(record.resizes, 'time')}" if record.resizes else ""
-    saved_by = ", ".join(f"{name} {version}" for name, version in record.versions().items())
-    if record.hash_seed != UNSEEDED:
-        saved_by += f", PYTHONHASHSEED {record.hash_seed}"
     lines = paragraph(
         f"{name}: {plural(count, 'row')} of {plural(record.world_size, 'rank')}, seed "
-        f"{record.seed}, {ranked}{resized}",
-        2,
+        f"{record.seed}, {ranked}{resized}"
     )
     where = f"coordinate of {mesh_text(record.mesh)}" if record.mesh else "rank"
     lines.append(f"  one row per {where}")
     shared = [name for name, stream in record.streams.items() if stream.shared]
     if shared:
         lines += paragraph(f"  alike on all ranks: {', '.join(shared)}", 4)
+    saved_by = ", ".join(f"{name} {version}" for name, version in record.versions().items())
+    if record.hash_seed != UNSEEDED:
+        saved_by += f", PYTHONHASHSEED {record.hash_seed}"
     return [*lines, *paragraph(f"  saved by {saved_by}", 4)]

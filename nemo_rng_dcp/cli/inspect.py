@@ -7,28 +7,25 @@ from dataclasses import asdict
 from datetime import datetime, timezone
 from typing import Any
 
-from nemo_rng_dcp.cli.checkpoint.checkpoint import Checkpoint, ranks_that_wrote
-from nemo_rng_dcp.cli.checkpoint.table import find_tables
-from nemo_rng_dcp.cli.findings import LOST, Entry, Finding, examine, misfits
-from nemo_rng_dcp.cli.frameworks.foreign import ForeignState, find_foreign
+from nemo_rng_dcp.cli import findings
+from nemo_rng_dcp.cli.findings import LOST, Entry, Finding, Row
 from nemo_rng_dcp.cli.heading import name_of, title
-from nemo_rng_dcp.cli.terminal import (
-    MANY,
-    Style,
-    paragraph,
-    plural,
-    short_spans,
-    table,
-    within,
-)
+from nemo_rng_dcp.cli.reading.checkpoint import ranks_that_wrote
+from nemo_rng_dcp.cli.reading.foreign import ForeignState, find_foreign
+from nemo_rng_dcp.cli.reading.opening import open_checkpoint
+from nemo_rng_dcp.cli.reading.table import find_tables
+from nemo_rng_dcp.cli.terminal import MANY, aligned, numbered, paragraph, plural, within
 from nemo_rng_dcp.record import Record
+
+_OF_A_ROW = ("row", "taken_at", "seed", "ranked", "world_size", "resizes", "hash_seed")
 
 
 class Inspection:
-    """What ``inspect`` finds in a checkpoint.
+    """What ``inspect`` finds in a checkpoint; see ``main.Report``.
 
     Args:
-        checkpoint: The checkpoint.
+        where: The checkpoint.
+        fail_on: The least of the severities that make the exit code 1.
 
     Attributes:
         entries: What ``StatefulRNG`` stored.
@@ -37,62 +34,80 @@ class Inspection:
         notes: What is worth knowing.
     """
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, where: str, fail_on: str) -> None:
+        checkpoint = open_checkpoint(where)
         self.where = checkpoint.where
-        self.entries = [examine(each) for each in find_tables(checkpoint)]
+        self.entries = [findings.examine(table) for table in find_tables(checkpoint)]
         self.others = find_foreign(checkpoint)
         self.findings = [finding for entry in self.entries for finding in entry.findings]
-        self.findings += misfits(checkpoint)
+        self.findings += findings.misfits(checkpoint)
         writers = ranks_that_wrote(checkpoint.files)
         self.notes = [note for state in self.others for note in state.notes(writers)]
         if not (self.findings or self.entries or self.others):
             text = "no RNG state in it: a resume restores no stream"
-            self.findings.append(Finding(LOST, "", "", (), text))
+            self.findings.append(Finding(LOST, text))
         elif not self.entries and any(state.lost(writers) for state in self.others):
             text = "no StatefulRNG's record, and other code's RNG state has lost streams: see notes"
-            self.findings.append(Finding(LOST, "", "", (), text))
+            self.findings.append(Finding(LOST, text))
+        failing = findings.SEVERITIES[: findings.SEVERITIES.index(fail_on) + 1]
+        self.failed = any(finding.severity in failing for finding in self.findings)
+        self.trouble = ""
 
     def to_json(self, rows: Sequence[range] | None) -> dict[str, Any]:
-        """Return what ``--json`` prints; of the streams only those of ``rows``."""
         return {
             "checkpoint": self.where,
             "entries": [_entry_json(entry, rows) for entry in self.entries],
             "others": [
-                {"path": state.path, "ranks": sorted(state.ranks), "keys": list(state.contents)}
+                {"prefix": state.prefix, "ranks": sorted(state.ranks), "keys": list(state.contents)}
                 for state in self.others
             ],
             "findings": [asdict(finding) for finding in self.findings],
             "notes": self.notes,
         }
 
-    def lines(self, rows: Sequence[range] | None, style: Style) -> list[str]:
-        """Return the text for a person; of the streams only those of ``rows``."""
-        lines = [line for entry in self.entries for line in _entry_lines(entry, rows, style)]
-        lines += [line for state in self.others for line in _foreign_lines(state, style)]
-        lines += [line for note in self.notes for line in paragraph(f"note: {note}", 2)]
-        lines += [line for found in self.findings for line in _finding_lines(found, style)]
-        return lines if self.findings else [*lines, style("no findings", "green")]
+    def lines(self, rows: Sequence[range] | None) -> list[str]:
+        lines = [line for entry in self.entries for line in _entry_lines(entry, rows)]
+        lines += [line for state in self.others for line in _foreign_lines(state)]
+        lines += [line for note in self.notes for line in paragraph(f"note: {note}")]
+        lines += [line for finding in self.findings for line in _finding_lines(finding)]
+        return lines if self.findings else [*lines, "no findings"]
 
 
-def _entry_lines(entry: Entry, rows: Sequence[range] | None, style: Style) -> list[str]:
+def _entry_json(entry: Entry, rows: Sequence[range] | None) -> dict[str, Any]:
+    streams = [_row_json(row) for number, row in entry.rows.items() if within(number, rows)]
+    whole = {"key": entry.key, "rows": entry.count, "generators": entry.generators}
+    return {**whole, "streams": streams}
+
+
+def _row_json(row: Row) -> dict[str, Any]:
+    record = row.record
+    return {
+        **{name: getattr(record, name) for name in _OF_A_ROW},
+        "mesh": None if record.mesh is None else dict(record.mesh),
+        "versions": record.versions(),
+        "fingerprints": row.fingerprints,
+        "shared": [name for name, stream in record.streams.items() if stream.shared],
+    }
+
+
+def _entry_lines(entry: Entry, rows: Sequence[range] | None) -> list[str]:
     """Return who saved an entry, and a line for each row, all or those in ``rows``."""
     records = [row.record for row in entry.rows.values()]
-    lines = title(entry.path, entry.count, records[0] if records else None, style)
+    lines = title(entry.key, entry.count, records[0] if records else None)
     if records:
         lines.append(f"  taken {_taken(records)}")
     chosen = [number for number in entry.rows if within(number, rows)]
     if rows is None and len(chosen) > MANY:
         for name in entry.generators:
-            found = [row.digests[name] for row in entry.rows.values() if name in row.digests]
-            good = plural(len(found), "good row")
-            lines.append(f"{name:<8} {good}, {len(set(found)):,} different")
+            good = entry.fingerprints(name).values()
+            lines.append(f"{name:<8} {plural(len(good), 'good row')}, {len(set(good)):,} different")
         lines += ["", "The first and the last rows (--rows 12,40-44 shows others):"]
         chosen = chosen[:3] + chosen[-3:]
-    cells = [
-        [str(n), *(entry.rows[n].digests.get(name, "-") for name in entry.generators)]
-        for n in chosen
-    ]
-    return [*lines, *table(["row", *entry.generators], cells, style), ""]
+    names, cells = entry.generators, []
+    for number in chosen:
+        fingerprints = entry.rows[number].fingerprints
+        cells.append([str(number), *(fingerprints.get(name, "-") for name in names)])
+    return [*lines, *aligned(["row", *names], cells), ""]
 
 
 def _taken(records: Sequence[Record]) -> str:
@@ -111,49 +126,19 @@ def _time(nanoseconds: int) -> str:
     return f"{moment:%Y-%m-%d %H:%M:%S} UTC"
 
 
-def _foreign_lines(state: ForeignState, style: Style) -> list[str]:
+def _foreign_lines(state: ForeignState) -> list[str]:
     """Return what other code stored, a line for each key."""
     kind = f"{plural(len(state.ranks), 'rank')} in the keys" if state.ranks else "rank-less keys"
-    lines = paragraph(f"{style(name_of(state.path), 'bold')}: no StatefulRNG's; {kind}", 2)
+    lines = paragraph(f"{name_of(state.prefix)}: no StatefulRNG's; {kind}")
     cells = []
     for name, stored in state.contents.items():
-        what = "a pickle" if stored.dtype is None else f"{stored.dtype} {list(stored.size)}"
         writer = f"written by rank {state.writers[name]}" if name in state.writers else ""
-        cells.append(["", name or "(the key itself)", what, writer])
-    return [*lines, *table(["", "key", "stored as", ""], cells, style), ""]
+        cells.append(["", name or "(the key itself)", str(stored), writer])
+    return [*lines, *aligned(["", "key", "stored as", ""], cells), ""]
 
 
-def _finding_lines(finding: Finding, style: Style) -> list[str]:
-    where = [finding.path] * bool(finding.path) + [finding.generator] * bool(finding.generator)
-    if finding.rows:
-        row = "row" if len(finding.rows) == 1 else "rows"
-        where.append(f"{row} {short_spans(finding.rows)}")
-    text = ": ".join([finding.severity, *([", ".join(where)] if where else []), finding.text])
-    first, *rest = paragraph(text, 2)
-    colour = "yellow" if finding.severity == "suspicious" else "red"
-    return [first.replace(finding.severity, style(finding.severity, colour), 1), *rest]
-
-
-def _entry_json(entry: Entry, rows: Sequence[range] | None) -> dict[str, Any]:
-    return {
-        "path": entry.path,
-        "rows": entry.count,
-        "generators": entry.generators,
-        "streams": [
-            {
-                "row": number,
-                "taken_at": row.record.taken_at,
-                "seed": row.record.seed,
-                "ranked": row.record.ranked,
-                "world_size": row.record.world_size,
-                "resizes": row.record.resizes,
-                "mesh": None if row.record.mesh is None else dict(row.record.mesh),
-                "versions": row.record.versions(),
-                "hash_seed": row.record.hash_seed,
-                "digests": row.digests,
-                "shared": [name for name, its in row.record.streams.items() if its.shared],
-            }
-            for number, row in entry.rows.items()
-            if within(number, rows)
-        ],
-    }
+def _finding_lines(finding: Finding) -> list[str]:
+    rows = numbered("row", finding.rows) if finding.rows else ""
+    where = ", ".join(filter(None, [finding.key, finding.generator, rows]))
+    text = ": ".join(filter(None, [finding.severity, where, finding.text]))
+    return paragraph(text)

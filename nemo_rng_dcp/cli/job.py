@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import prod
 
 from nemo_rng_dcp.generators import Slot, is_reserved
-from nemo_rng_dcp.record import Mesh, Record
+from nemo_rng_dcp.record import Mesh, Record, Stream
 from nemo_rng_dcp.resume import Job
 from nemo_rng_dcp.table import row_major
 
@@ -35,18 +35,11 @@ class Options:
         names = record.streams if self.generators is None else self.generators
         slots = {}
         for name in names:
-            stream = record.streams.get(name)
-            shared = stream is not None and stream.shared
-            if self.shared is not None:
-                shared = name in self.shared
-            slots[name] = Slot("" if stream is None else stream.kind, shared, is_reserved(name))
-        return Job(
-            row=row,
-            rows=len(self.ranks),
-            mesh=self.mesh,
-            ranked=record.ranked if self.ranked is None else self.ranked,
-            slots=slots,
-        )
+            stream = record.streams.get(name, Stream("", False, b""))
+            shared = stream.shared if self.shared is None else name in self.shared
+            slots[name] = Slot(stream.kind, shared, is_reserved(name))
+        ranked = record.ranked if self.ranked is None else self.ranked
+        return Job(row, len(self.ranks), self.mesh, ranked, slots)
 
 
 def rows_of_ranks(
@@ -77,10 +70,8 @@ def rows_of_ranks(
         raise ValueError(f"the mesh has no dimension {unknown[0]!r}, only {', '.join(mesh)}")
     names = [name for name in mesh if along is None or name in along]
     if along is not None and names != list(along):
-        raise ValueError(
-            f"--along {','.join(along)}: torch takes each dimension once and in the mesh's order, "
-            f"{','.join(names)}"
-        )
+        expected = f"torch takes each dimension once and in the mesh's order, {','.join(names)}"
+        raise ValueError(f"--along {','.join(along)}: {expected}")
     ranks: dict[int, list[int]] = {}
     for rank in range(world_size):
         coordinate, rest = {}, rank
@@ -88,5 +79,5 @@ def rows_of_ranks(
             rest, coordinate[name] = divmod(rest, mesh[name])
         row = row_major([coordinate[name] for name in names], [mesh[name] for name in names])
         ranks.setdefault(row, []).append(rank)
-    by_row = {row: tuple(those) for row, those in sorted(ranks.items())}
+    by_row = {row: tuple(found) for row, found in sorted(ranks.items())}
     return by_row, tuple((name, mesh[name]) for name in names)

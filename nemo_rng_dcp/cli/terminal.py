@@ -1,35 +1,17 @@
-"""Text for a terminal of 80 columns, or for a file: colour, tables, spans."""
+"""Text for a terminal of 80 columns, or for a file: columns, paragraphs, spans."""
 
 from __future__ import annotations
 
-import os
 import textwrap
 from collections.abc import Iterable, Sequence
-from typing import TextIO
 
-COLUMNS = 80
+WIDTH = 80
 MANY = 40
 """More rows than these are summarised."""
 
-_CODES = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33"}
 
-
-class Style:
-    """Colours text if the stream is a terminal that shows colours and nobody asked for none."""
-
-    def __init__(self, stream: TextIO) -> None:
-        # https://no-color.org: any value that is not empty.
-        wanted = not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-        self.enabled = wanted and stream.isatty()
-
-    def __call__(self, text: str, *names: str) -> str:
-        if not self.enabled or not names:
-            return text
-        return f"\033[{';'.join(_CODES[name] for name in names)}m{text}\033[0m"
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]], style: Style) -> list[str]:
-    """Return the lines of a table whose first column is a number.
+def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return rows in columns below a header; the first column is a number.
 
     Columns that do not fit 80 characters follow below, beside the first column again.
     """
@@ -37,25 +19,22 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], style: Style) ->
     blocks: list[list[int]] = [[]]
     for column in range(1, len(header)):
         used = widths[0] + sum(2 + widths[other] for other in blocks[-1])
-        if blocks[-1] and used + 2 + widths[column] > COLUMNS:
+        if blocks[-1] and used + 2 + widths[column] > WIDTH:
             blocks.append([])
         blocks[-1].append(column)
     lines = []
     for number, block in enumerate(blocks):
         if number:
             lines.append("")
-        for place, row in enumerate([header, *rows]):
+        for row in [header, *rows]:
             cells = [f"{row[column]:<{widths[column]}}" for column in block]
-            line = "  ".join([f"{row[0]:>{widths[0]}}", *cells]).rstrip()
-            lines.append(style(line, "bold") if place == 0 else line)
+            lines.append("  ".join([f"{row[0]:>{widths[0]}}", *cells]).rstrip())
     return lines
 
 
-def paragraph(text: str, hanging: int = 0) -> list[str]:
+def paragraph(text: str, hanging: int = 2) -> list[str]:
     """Return text in lines of 80 characters, all but the first indented."""
-    return textwrap.wrap(
-        text, COLUMNS, subsequent_indent=" " * hanging, break_on_hyphens=False
-    ) or [""]
+    return textwrap.wrap(text, WIDTH, subsequent_indent=" " * hanging, break_on_hyphens=False)
 
 
 def spans(numbers: Iterable[int]) -> str:
@@ -69,10 +48,12 @@ def spans(numbers: Iterable[int]) -> str:
     return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in found)
 
 
-def short_spans(numbers: Sequence[int]) -> str:
-    """Return :func:`spans`, cut after the first few if there are many."""
+def numbered(noun: str, numbers: Sequence[int]) -> str:
+    """Return "row 3", or "rows 0-2, 5", cut after the first few spans if there are many."""
     parts = spans(numbers).split(", ")
-    return ", ".join(parts if len(parts) <= 6 else [*parts[:5], f"... ({len(numbers)} in all)"])
+    if len(parts) > 6:
+        parts = [*parts[:5], f"... ({len(numbers)} in all)"]
+    return f"{noun}{'' if len(numbers) == 1 else 's'} {', '.join(parts)}"
 
 
 def visible(text: str) -> str:

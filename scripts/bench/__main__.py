@@ -116,11 +116,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "machine": machine(),
             "settings": asdict(settings),
             "calls": called,
-            "checkpoints": [asdict(its) for its in saved],
+            "checkpoints": [asdict(entry) for entry in saved],
             "planning": asdict(planned),
             "imports": imported,
             "inspect": asdict(inspected),
-            "table": [asdict(its) for its in sections],
+            "table": [asdict(entry) for entry in sections],
         }
         options.json.write_text(json.dumps(result, indent=1))
 

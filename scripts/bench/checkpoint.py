@@ -72,7 +72,7 @@ def sections(checkpoints: Sequence[Checkpoint]) -> list[Section]:
         for choose in (min, max)
     )
     return [
-        *(added(its) for its in small),
+        *(added(cost) for cost in small),
         Section(
             f"beside a model of {large[-1].parameters / 1e6:.1f} M parameters, CPU time",
             "without",

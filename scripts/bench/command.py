@@ -93,10 +93,10 @@ def write(folder: Path, rows: int) -> None:
     dist.destroy_process_group()
 
 
-def section(its: Inspection) -> Section:
-    memory = its.memory / 1e6
+def section(inspection: Inspection) -> Section:
+    memory = inspection.memory / 1e6
     rows = [
-        Row("CPU time", text(its.seconds), "", Target.at_most(2, its.seconds, " s")),
+        Row("CPU time", text(inspection.seconds), "", Target.at_most(2, inspection.seconds, " s")),
         Row("memory", f"{memory:.0f} MB", "", Target.at_most(300, memory, " MB")),
     ]
-    return Section(f"nemo-rng-dcp inspect, {its.rows:,} rows", "", rows)
+    return Section(f"nemo-rng-dcp inspect, {inspection.rows:,} rows", "", rows)

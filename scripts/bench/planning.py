@@ -89,8 +89,11 @@ class Scale:
 
         From the records' own plan: the difference of two plans that take seconds is mostly noise.
         """
-        own = {its.ranks: its.save_seconds for its in self.records}
-        return {its.ranks: own[its.ranks] / its.save_seconds for its in self.model_and_records}
+        own = {planning.ranks: planning.save_seconds for planning in self.records}
+        return {
+            planning.ranks: own[planning.ranks] / planning.save_seconds
+            for planning in self.model_and_records
+        }
 
 
 def measure(
@@ -238,7 +241,9 @@ def load_seconds(planner: LoadPlanner, state: dict[str, Any], metadata: Metadata
 
 def exponent(plannings: Iterable[Planning]) -> float:
     """Return the exponent with which the seconds that planning a save takes grow."""
-    sizes, seconds = zip(*((float(its.ranks), its.save_seconds) for its in plannings), strict=True)
+    sizes, seconds = zip(
+        *((float(planning.ranks), planning.save_seconds) for planning in plannings), strict=True
+    )
     return growth(sizes, seconds)
 
 
@@ -247,14 +252,14 @@ def sections(scale: Scale) -> list[Section]:
 
 
 def of_saves(scale: Scale) -> Section:
-    ours = {its.ranks: its for its in scale.records}
+    ours = {planning.ranks: planning for planning in scale.records}
     rows = []
     for named in scale.rank_named:
-        its = ours[named.ranks]
-        times = Target.at_least(200, named.save_seconds / its.save_seconds, "x less")
+        planning = ours[named.ranks]
+        times = Target.at_least(200, named.save_seconds / planning.save_seconds, "x less")
         target = times if named is scale.rank_named[-1] else None
-        cells = text(its.save_seconds), text(named.save_seconds)
-        rows.append(Row(f"{its.ranks:,} ranks", *cells, target))
+        cells = text(planning.save_seconds), text(named.save_seconds)
+        rows.append(Row(f"{planning.ranks:,} ranks", *cells, target))
     first, last = scale.records[0], scale.records[-1]
     # Linear but for DCP's sorting of chunks: n log n has an exponent of 1.1 here.
     power = Target.at_most(1.2, exponent(scale.records))
@@ -270,7 +275,7 @@ def of_saves(scale: Scale) -> Section:
 
 def of_loads(scale: Scale) -> Section:
     ranks, floor = scale.one_number.ranks, scale.one_number.load_plan["default"]
-    ours = next(its.load_plan for its in scale.records if its.ranks == ranks)
+    ours = next(planning.load_plan for planning in scale.records if planning.ranks == ranks)
     rows = [
         Row(title, text(ours[name]), beside, Target.at_most(10, 1e3 * ours[name], " ms"))
         for title, name, beside in (

@@ -201,8 +201,8 @@ def timed(seconds: Seconds, operation: str, way: str, call: Callable[[], object]
     All ranks start together.
     """
     dist.barrier()
-    taken, result = cpu_seconds(call)
-    seconds.setdefault(operation, {}).setdefault(way, []).append(taken)
+    spent, result = cpu_seconds(call)
+    seconds.setdefault(operation, {}).setdefault(way, []).append(spent)
     return result
 
 
@@ -212,7 +212,7 @@ def slowest(seconds: Seconds) -> Seconds:
     dist.all_gather_object(ranks, seconds)
     return {
         operation: {
-            way: list(map(max, *(its[operation][way] for its in [*ranks, ranks[0]])))
+            way: list(map(max, *(rank[operation][way] for rank in [*ranks, ranks[0]])))
             for way in ways
         }
         for operation, ways in seconds.items()

@@ -30,8 +30,8 @@ class Row:
     def cells(self) -> tuple[str, ...]:
         if self.target is None:
             return self.what, self.ours, self.beside, "", "", ""
-        its = self.target
-        return self.what, self.ours, self.beside, its.found, its.limit, its.verdict
+        target = self.target
+        return self.what, self.ours, self.beside, target.found, target.limit, target.verdict
 
 
 @dataclass(frozen=True)

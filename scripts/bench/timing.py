@@ -38,9 +38,9 @@ def interleaved(
     for round_number in range(-1, rounds):
         for name, call in calls.items():
             gc.collect()
-            taken, _ = cpu_seconds(partial(_repeated, call, repeat))
+            spent, _ = cpu_seconds(partial(_repeated, call, repeat))
             if round_number >= 0:
-                seconds[name].append(taken / repeat)
+                seconds[name].append(spent / repeat)
     return seconds
 
 

@@ -66,9 +66,9 @@ def read_streams(folder: Path, generators: Collection[str] = GENERATORS) -> Stre
     command = [sys.executable, "-m", "nemo_rng_dcp", "inspect", "--json", str(folder)]
     shown = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False).stdout
     for found in json.loads(shown)["entries"]:
-        if found["path"] == "rng":
+        if found["key"] == "rng":
             return {
-                row["row"]: {name: row["digests"][name] for name in generators}
+                row["row"]: {name: row["fingerprints"][name] for name in generators}
                 for row in found["streams"]
             }
     raise LookupError(f"{folder} has no streams at 'rng'")
@@ -105,11 +105,11 @@ def fates(resumed: Streams, reference: Streams) -> list[str]:
     found = []
     for row, streams in sorted(resumed.items()):
         others = [*reference.values(), *(resumed[other] for other in resumed if other != row)]
-        taken = {digits for other in others for digits in other.values()}
+        elsewhere = {digits for other in others for digits in other.values()}
         if streams == reference.get(row):
             found.append("continued")
         else:
-            found.append("MIXED UP" if taken & set(streams.values()) else "forked")
+            found.append("MIXED UP" if elsewhere & set(streams.values()) else "forked")
     return found + ["dropped"] * (len(reference) - len(resumed))
 
 

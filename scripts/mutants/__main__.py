@@ -161,8 +161,10 @@ def wait(deadlines: dict[int, float], slow: set[int]) -> tuple[int, int]:
 
 def report(tried: list[Fault], missed: list[Fault]) -> None:
     print("\n| module | planted | noticed |\n|---|---:|---:|")
-    for module in sorted({its.module for its in tried}):
-        count, left = (sum(its.module == module for its in faults) for faults in (tried, missed))
+    for module in sorted({fault.module for fault in tried}):
+        count, left = (
+            sum(fault.module == module for fault in faults) for faults in (tried, missed)
+        )
         print(f"| {module.removeprefix('nemo_rng_dcp.')} | {count} | {count - left} |")
     noticed = len(tried) - len(missed)
     print(f"| all | {len(tried)} | {noticed} ({100 * noticed / max(len(tried), 1):.1f}%) |")

@@ -65,17 +65,19 @@ def plant(module: str) -> Iterator[Fault]:
     source = (ROOT / path).read_text()
     tree, mutations, *ignored = file_mutation.create_mutations(str(path), source)
     mutations = [
-        its
-        for its in mutations
-        if isinstance(its.contained_by_top_level_function, libcst.FunctionDef)
-        and not _is_prose(its)
+        mutation
+        for mutation in mutations
+        if isinstance(mutation.contained_by_top_level_function, libcst.FunctionDef)
+        and not _is_prose(mutation)
     ]
     mutated = file_mutation.combine_mutations_to_source(tree, mutations, *ignored)
     code = mutated.code.replace("from mutmut.mutation.trampoline", "from nemo_rng_dcp.trampoline")
     (FOLDER / path).write_text(code)
     dotted = ".".join(path.with_suffix("").parts)
-    for name, its in zip(mutated.mutant_names, mutations, strict=True):
-        changed: Any = file_mutation.deep_replace(tree, its.original_node, its.mutated_node)
+    for name, mutation in zip(mutated.mutant_names, mutations, strict=True):
+        changed: Any = file_mutation.deep_replace(
+            tree, mutation.original_node, mutation.mutated_node
+        )
         lines = difflib.unified_diff(
             source.splitlines(), changed.code.splitlines(), lineterm="", n=1
         )

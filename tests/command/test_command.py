@@ -2,10 +2,8 @@
 
 import json
 import os
-import pty
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +11,7 @@ import pytest
 import nemo_rng_dcp
 from nemo_rng_dcp.cli.main import main
 from tests.support.command import INSTALLED, Capture, ask, ask_json, run
+from tests.support.launch import python
 from tests.support.records import drawn_streams, records, save
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -23,7 +22,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save(records(2), tmp_path_factory.mktemp("command") / "checkpoint")
 
 
-def test_it_is_installed(checkpoint: Path, tmp_path: Path) -> None:
+def test_the_command_is_installed(checkpoint: Path, tmp_path: Path) -> None:
     done = run("inspect", checkpoint, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.endswith("no findings\n")
@@ -41,13 +40,7 @@ def test_help_and_version_import_neither_torch_nor_numpy(words: list[str]) -> No
         "try: main(sys.argv[1:])\n"
         "finally: print('imported:', {'torch', 'numpy'} & set(sys.modules))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program, *words],
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=True,
-    )
+    done = python("-c", program, *words)
     assert done.stdout.endswith("imported: set()\n")
     if words == ["--version"]:
         assert done.stdout.startswith(f"nemo-rng-dcp {nemo_rng_dcp.__version__}\n")
@@ -56,11 +49,10 @@ def test_help_and_version_import_neither_torch_nor_numpy(words: list[str]) -> No
         assert len(examples) == 2
 
 
-def test_it_runs_as_a_module(checkpoint: Path) -> None:
-    words = [sys.executable, "-m", "nemo_rng_dcp", "inspect", str(checkpoint), "--json"]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=100, check=True)
+def test_the_command_runs_as_a_module(checkpoint: Path) -> None:
+    done = python("-m", "nemo_rng_dcp", "inspect", checkpoint, "--json")
     (entry,) = json.loads(done.stdout)["entries"]
-    assert (entry["path"], entry["rows"], len(entry["streams"])) == ("rng", 2, 2)
+    assert (entry["key"], entry["rows"], len(entry["streams"])) == ("rng", 2, 2)
 
 
 def test_a_reason_is_one_line_on_stderr(tmp_path: Path) -> None:
@@ -68,23 +60,6 @@ def test_a_reason_is_one_line_on_stderr(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.count("\n") == 1
     assert "no .metadata in it, nothing" in done.stderr
-
-
-def test_colour_is_for_terminals(checkpoint: Path) -> None:
-    """On a real terminal, and not on one whose owner has set NO_COLOR."""
-
-    def shown(**variables: str) -> str:
-        ours, theirs = pty.openpty()
-        environment = {"TERM": "xterm", **os.environ, **variables}
-        words = [INSTALLED, "inspect", str(checkpoint)]
-        subprocess.run(words, stdout=theirs, env=environment, timeout=100, check=True)
-        text = os.read(ours, 2**16).decode()
-        os.close(ours)
-        os.close(theirs)
-        return text
-
-    assert "\033[" in shown(NO_COLOR="")
-    assert "\033[" not in shown(NO_COLOR="1")
 
 
 @pytest.mark.parametrize(
@@ -149,19 +124,48 @@ def test_a_reader_that_leaves_early_is_no_error(checkpoint: Path) -> None:
 # How it is put together.
 
 CLI = Path(main.__code__.co_filename).parent
+FLOORS = [
+    {"terminal"},
+    {"streams", "reading", "heading"},
+    {"findings", "job"},
+    {"inspect", "diff", "explain", "importing"},
+    {"arguments", "main"},
+]
+"""The modules and folders of the command, from the ground."""
 
 
-def imports_within_cli(folder: str) -> set[str]:
-    """Return which modules and folders of the command a folder of it imports, by their names."""
+def imports_within_cli(place: str) -> set[str]:
+    """Return which modules and folders of the command one of them imports, by their names."""
     found = set()
-    for file in (CLI / folder).glob("*.py"):
-        found |= set(re.findall(r"^from nemo_rng_dcp\.cli\.(\w+)", file.read_text(), re.MULTILINE))
-    return found
+    for file in [CLI / f"{place}.py", *(CLI / place).glob("*.py")]:
+        if file.exists():
+            pattern = r"^ *from nemo_rng_dcp\.cli\.(\w+)"
+            found |= set(re.findall(pattern, file.read_text(), re.MULTILINE))
+    return found - {place}
 
 
-def test_the_folders_of_the_command_import_only_downward() -> None:
-    assert imports_within_cli("checkpoint") == {"checkpoint"}
-    assert imports_within_cli("frameworks") == {"checkpoint", "frameworks", "terminal"}
+def test_the_command_imports_only_downward() -> None:
+    below: set[str] = set()
+    for floor in FLOORS:
+        for place in sorted(floor - {"main"}):
+            assert imports_within_cli(place) <= below, place
+        below |= floor
+    here = {*CLI.glob("*.py"), *(file.parent for file in CLI.glob("*/__init__.py"))}
+    assert below == {path.stem for path in here} - {"__init__"}
+    assert imports_within_cli("reading") == {"terminal"}
+    assert imports_within_cli("importing") == {"reading", "streams", "terminal"}
+
+
+def test_import_has_one_door() -> None:
+    """So that it could leave: nothing but ``main`` knows of it."""
+    users = {
+        str(file.relative_to(CLI))
+        for file in CLI.rglob("*.py")
+        if "cli.importing" in file.read_text() and file.parent.name != "importing"
+    }
+    assert users == {"main.py"}
+    (line,) = re.findall(r"from nemo_rng_dcp\.cli\.importing.*", (CLI / "main.py").read_text())
+    assert line == "from nemo_rng_dcp.cli.importing.command import Import"
 
 
 # What --json prints is described.
@@ -169,7 +173,7 @@ def test_the_folders_of_the_command_import_only_downward() -> None:
 
 def keys_in(content: object) -> set[str]:
     if isinstance(content, list):
-        return {key for each in content for key in keys_in(each)}
+        return {key for item in content for key in keys_in(item)}
     if not isinstance(content, dict):
         return set()
     return content.keys() | keys_in([*content.values()])
@@ -196,12 +200,28 @@ def test_every_field_of_the_json_is_documented(
 # Errors that nobody foresaw, and a stderr that cannot be written.
 
 
-def test_an_error_that_nobody_foresaw_is_no_finding(tmp_path: Path) -> None:
-    """A traceback ends with exit code 1, which means findings."""
-    (tmp_path / ".metadata").touch()
-    os.truncate(tmp_path / ".metadata", 2**43)  # more than any memory, and no byte on the disk
+def test_a_file_larger_than_memory_is_named(tmp_path: Path) -> None:
+    file = tmp_path / ".metadata"
+    file.touch()
+    os.truncate(file, 2**43)  # more than any memory, and no byte on the disk
     done = run("inspect", tmp_path)
-    assert (done.returncode, done.stderr) == (2, "nemo-rng-dcp: MemoryError\n")
+    assert (done.returncode, done.stderr) == (2, f"nemo-rng-dcp: {file}: MemoryError\n")
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [(LookupError("7"), "LookupError: 7"), (MemoryError(), "MemoryError"), (OSError(), "OSError")],
+)
+def test_an_error_that_nobody_foresaw_is_no_finding(
+    error: Exception, reason: str, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A traceback ends with exit code 1, which means findings."""
+
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("nemo_rng_dcp.cli.inspect.Inspection", fail)
+    assert ask(capsys, "inspect", "anywhere") == (2, f"nemo-rng-dcp: {reason}")
 
 
 def test_ctrl_c_ends_with_130(checkpoint: Path) -> None:
@@ -215,8 +235,7 @@ def test_ctrl_c_ends_with_130(checkpoint: Path) -> None:
         "sys.argv[1] = Path(sys.argv[1])\n"
         "sys.exit(main(['inspect', sys.argv[1]]))"
     )
-    words = [sys.executable, "-c", program, str(checkpoint)]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=100, check=False)
+    done = python("-c", program, checkpoint)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 

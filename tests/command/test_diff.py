@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
 from nemo_rng_dcp import StatefulRNG
-from nemo_rng_dcp.cli.distance import distance
+from nemo_rng_dcp.cli.streams import distance
 from nemo_rng_dcp.generators import GeneratorAdapter
 from nemo_rng_dcp.generators.numpy_random import NumPyAdapter, NumPyGeneratorAdapter
 from nemo_rng_dcp.generators.python_random import PythonAdapter
@@ -37,9 +37,9 @@ def test_streams_that_differ_are_listed(tmp_path: Path, capsys: Capture) -> None
     code, text = ask(capsys, "diff", a, b)
     assert code == 1
     assert "rng: 1 of 50 rows differ: python in 1, numpy in 1, torch in 1" in text
-    assert "the first: rank 7 python: another stream, or far off" in text
+    assert "the first: row 7 python: another stream, or far off" in text
     (entry,) = ask_json(capsys, "diff", a, b)["entries"]
-    assert [(its["row"], its["generator"]) for its in entry["differences"]] == [
+    assert [(stream["row"], stream["generator"]) for stream in entry["differences"]] == [
         (7, "python"),
         (7, "numpy"),
         (7, "torch"),
@@ -55,9 +55,9 @@ def test_other_jobs_and_other_entries(tmp_path: Path, capsys: Capture) -> None:
     assert (code, "rng: seed 42 in A, 9 in B" in text) == (1, True)
     assert "rng: rows 50 in A, 3 in B" in text
     assert "47 of 50 rows differ" in text
-    assert "the first: rank 3 python: only in A" in text
+    assert "the first: row 3 python: only in A" in text
     _, text = ask(capsys, "diff", fewer, a)
-    assert "the first: rank 3 python: only in B" in text
+    assert "the first: row 3 python: only in B" in text
     assert ask(capsys, "diff", a, tmp_path)[0] == 2
 
 
@@ -66,7 +66,7 @@ def test_single_entries_are_compared_whatever_their_paths(tmp_path: Path, capsys
     b = save(records(3), tmp_path / "b", "")
     assert ask(capsys, "diff", a, b) == (
         0,
-        "rng: path rng in A, (top level) in B rng: 3 rows compared, no stream differs",
+        "rng: key rng in A, (top level) in B rng: 3 rows compared, no stream differs",
     )
 
 
@@ -86,8 +86,8 @@ def test_what_else_differs_is_remarked(tmp_path: Path, capsys: Capture) -> None:
     b = save(records(1, mesh=mesh, library_version=3000), tmp_path / "b")
     code, text = ask(capsys, "diff", a, b)
     assert code == 0
-    for said in ("PYTHONHASHSEED 3 in A, ", "nemo_rng_dcp 0.2.0 in A, 0.3.0 in B"):
-        assert f"rng: {said}" in text
+    for remark in ("PYTHONHASHSEED 3 in A, ", "nemo_rng_dcp 0.2.0 in A, 0.3.0 in B"):
+        assert f"rng: {remark}" in text
     assert "rng: mesh all ranks in A, dp 1 x tp 1 in B" in text
 
 
@@ -103,20 +103,20 @@ def lose_row_1(metadata: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "said"),
+    ("damage", "reason"),
     [
         (claim_one_row, "rng: no row compared nemo-rng-dcp: 2 rows of A and 2 rows of B missing"),
         (lose_row_1, "rng: 1 row compared, no stream differs nemo-rng-dcp: 1 row of A and 1 row"),
     ],
 )
 def test_rows_that_are_not_there_are_counted_once(
-    damage: Any, said: str, tmp_path: Path, capsys: Capture
+    damage: Any, reason: str, tmp_path: Path, capsys: Capture
 ) -> None:
     """A table without a good row was found to be the same as itself."""
     path = save(records(2), tmp_path)
     change_metadata(path, damage)
     code, text = ask(capsys, "diff", path, path)
-    assert (code, said in text) == (2, True), text
+    assert (code, reason in text) == (2, True), text
 
 
 def test_a_row_that_one_side_has_lost_is_counted_once(tmp_path: Path, capsys: Capture) -> None:
@@ -140,9 +140,9 @@ def test_the_first_stream_that_left_is_named(tmp_path: Path, capsys: Capture) ->
     job(3, run_twice, tmp_path / "b", 2)
     code, text = ask(capsys, "diff", tmp_path / "a", tmp_path / "b")
     assert code == 1
-    assert "rng: 1 of 3 rows differ: numpy in 1 the first: rank 2 numpy: B is 2 words ahead" in text
+    assert "rng: 1 of 3 rows differ: numpy in 1 the first: row 2 numpy: B is 2 words ahead" in text
     _, text = ask(capsys, "diff", tmp_path / "b", tmp_path / "a")
-    assert "rank 2 numpy: B is 2 words behind" in text
+    assert "row 2 numpy: B is 2 words behind" in text
 
 
 def drawn(name: str, words: int) -> Stream:
@@ -176,8 +176,8 @@ def drawn(name: str, words: int) -> Stream:
         (3, 5, "2 words ahead"),
         (5, 3, "2 words behind"),
         (623, 625, "2 words ahead"),
-        (1, 1248, "1247 words ahead"),
-        (1500, 300, "1200 words behind"),
+        (1, 1248, "1,247 words ahead"),
+        (1500, 300, "1,200 words behind"),
         (1, 5000, None),
     ],
 )
@@ -217,4 +217,4 @@ def test_a_cached_normal_alone_is_told(tmp_path: Path, capsys: Capture) -> None:
         save(records(1, without_gauss), tmp_path / "b"),
     )
     _, text = ask(capsys, "diff", a, b)
-    assert "rank 0 numpy: B is at the same word, with another cached normal" in text
+    assert "row 0 numpy: B is at the same word, with another cached normal" in text

@@ -3,7 +3,6 @@
 import os
 import random
 import re
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,14 +13,14 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.device_mesh import init_device_mesh
 
-from nemo_rng_dcp import RNGLoadPlanner, RNGStateWarning, StatefulRNG
+from nemo_rng_dcp import RNGLoadPlanner, StatefulRNG
 from nemo_rng_dcp.cli.main import main
 from nemo_rng_dcp.generators import GeneratorSet, own_device
 from nemo_rng_dcp.table import Rows
 from tests.support.command import Capture, ask, ask_json
 from tests.support.jobs import job
 from tests.support.records import change_metadata, records, save
-from tests.support.streams import draw
+from tests.support.streams import draw, warned
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -100,12 +99,9 @@ def load_real(
     rng = spec.rng(1000)
     draw()
     before = rng.fingerprint()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        planner = RNGLoadPlanner() if needs_planner else None
-        dcp.load({"rng": rng}, checkpoint_id=path, planner=planner)
-    said = [str(w.message) for w in caught if w.category is RNGStateWarning]
-    return Rows.current(rng.mesh).row, before, rng.fingerprint(), said
+    planner = RNGLoadPlanner() if needs_planner else None
+    messages = warned(lambda: dcp.load({"rng": rng}, checkpoint_id=path, planner=planner))
+    return Rows.current(rng.mesh).row, before, rng.fingerprint(), messages
 
 
 @pytest.mark.parametrize("example", range(EXAMPLES))
@@ -119,15 +115,16 @@ def test_a_load_does_what_explain_foretells(example: int, tmp_path: Path, capsys
     fates = {fate["row"]: fate for fate in entry["fates"] if fate["ranks"]}
     loaded = job(resumed.size, load_real, tmp_path, resumed, entry["needs_planner"])
     device = list(GeneratorSet(own_device()).slots)[3:]
-    for rank, (row, before, after, said) in enumerate(loaded):
+    for rank, (row, before, after, messages) in enumerate(loaded):
         fate = fates[row]
         assert rank in fate["ranks"]
         # Only a process that has the device knows what a seed makes of its generator.
-        digests = {n: after[n] if its == "?" else its for n, its in fate["digests"].items()}
-        assert [n for n in digests if fate["digests"][n] == "?"] in ([], device)
-        assert after == {**before, **digests}
+        foretold = fate["fingerprints"]
+        new = [name for name, digits in foretold.items() if digits == "?"]
+        assert new in ([], device)
+        assert after == {**before, **foretold, **{name: after[name] for name in new}}
         expected = ["RNG state: " + ". ".join(entry["remarks"])] if entry["remarks"] else []
-        assert said == (expected if row == 0 else [])
+        assert messages == (expected if row == 0 else [])
         assert fate["fate"] != "refused"
         forked = [name for name in after if name in fate["forked"]]
         assert forked == fate["forked"]
@@ -180,7 +177,7 @@ MESH = ["--mesh", "dp=2,tp=2"]
 
 
 @pytest.mark.parametrize(
-    ("bad", "said"),
+    ("bad", "reason"),
     [
         (["--mesh", "dp=3"], "a mesh of 3 has 3 ranks, not 4"),
         (["--along", "dp"], "--along names dimensions of a mesh: give --mesh too"),
@@ -193,11 +190,11 @@ MESH = ["--mesh", "dp=2,tp=2"]
     ],
 )
 def test_a_job_that_cannot_exist_is_refused(
-    bad: list[str], said: str, tmp_path: Path, capsys: Capture
+    bad: list[str], reason: str, tmp_path: Path, capsys: Capture
 ) -> None:
     path = save(records(1), tmp_path)
     code, text = ask(capsys, "explain", path, "--world-size", 4, *bad)
-    assert (code, said in text) == (2, True), text
+    assert (code, reason in text) == (2, True), text
 
 
 def test_torch_has_no_such_meshes() -> None:

@@ -8,7 +8,7 @@ import pickle
 import random
 import resource
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -65,28 +65,14 @@ class Payload:
         return os.system, (f"touch {self.file}",)
 
 
-@pytest.mark.parametrize("name", [".metadata", "__0.metadata"])
-def test_code_in_the_folder_to_write_to_is_refused_by_name(
-    name: str, folder: Path, trap: Path, tmp_path: Path, capsys: Capture
-) -> None:
-    out = tmp_path / "ours"
-    out.mkdir()
-    (out / name).write_bytes(pickle.dumps(Payload(trap)))
-    code, text = ask(capsys, "import", folder, out)
-    assert (code, text) == (
-        2,
-        f"nemo-rng-dcp: nothing was saved to {out}, name another folder: refused: {out}/{name} "
-        "wants posix.system, which DCP never stores there. Nothing in it was executed; do not load "
-        "this checkpoint.",
-    )
-    assert [file.name for file in out.iterdir()] == [name]
+def an_earlier_record(out: Path, trap: Path) -> None:
+    StatefulRNG(7).save(out)
 
 
-def test_an_earlier_record_is_not_unpickled(folder: Path, trap: Path, tmp_path: Path) -> None:
+def a_hostile_record(out: Path, trap: Path) -> None:
     """Of names that DCP does store, a pickle can make a call of a method."""
-    assert main(["import", str(folder), str(tmp_path / "ours")]) == 0
-    file = tmp_path / "ours" / ".metadata"
-    metadata = pickle.loads(file.read_bytes())
+    StatefulRNG(7).save(out)
+    metadata = pickle.loads((out / ".metadata").read_bytes())
     metadata.planner_data = "HERE"
     method = b"cbuiltins\ngetattr\ncpathlib\nPosixPath\nX%b%b\x85RX\x05\x00\x00\x00touch\x86R"
     method %= (len(str(trap)).to_bytes(4, "little"), str(trap).encode())
@@ -94,48 +80,77 @@ def test_an_earlier_record_is_not_unpickled(folder: Path, trap: Path, tmp_path: 
     call = b"ctorch.distributed.checkpoint.metadata\nMetadataIndex\n)\x81}X\x0c\x00\x00\x00"
     call += b"__setstate__" + method + b"sbK\x00b"
     hostile = pickle.dumps(metadata, 2).replace(b"X\x04\x00\x00\x00HERE", call)
-    file.write_bytes(hostile)
-    assert main(["import", str(folder), str(tmp_path / "ours")]) == 0
-    assert not trap.exists()
+    (out / ".metadata").write_bytes(hostile)
     pickle.loads(hostile)  # the control: this is what DCP does
     trap.unlink()
 
 
-def test_junk_in_the_folder_to_write_to_is_one_line(
-    folder: Path, tmp_path: Path, capsys: Capture
-) -> None:
-    out = tmp_path / "ours"
+def code(out: Path, trap: Path) -> None:
     out.mkdir()
-    (out / ".metadata").write_bytes(b"junk")
-    code, text = ask(capsys, "import", folder, out)
-    said = f"saved to {out}, name another folder: {out}/.metadata is damaged"
-    assert (code, said in text) == (2, True)
-    assert "Traceback" not in text
+    (out / ".metadata").write_bytes(pickle.dumps(Payload(trap)))
 
 
-def test_a_checkpoint_of_other_things_is_not_replaced(
-    folder: Path, tmp_path: Path, capsys: Capture
-) -> None:
-    out = tmp_path / "ours"
+def code_of_a_rank(out: Path, trap: Path) -> None:
+    out.mkdir()
+    (out / "__0.metadata").write_bytes(pickle.dumps(Payload(trap)))
+
+
+def a_checkpoint_of_other_things(out: Path, trap: Path) -> None:
     dcp.save({"weight": torch.ones(3)}, checkpoint_id=out)
-    code, text = ask(capsys, "import", folder, out)
-    assert (code, "holds a checkpoint of other things (weight, for one)" in text) == (2, True)
-    loaded = {"weight": torch.zeros(3)}
-    dcp.load(loaded, checkpoint_id=out)
-    assert loaded["weight"].tolist() == [1, 1, 1]
+
+
+def a_folder(out: Path, trap: Path) -> None:
+    (out / "below").mkdir(parents=True)
+
+
+def a_file(out: Path, trap: Path) -> None:
+    out.write_bytes(b"notes")
 
 
 @pytest.mark.parametrize("scheme", ["", "file://"])
-def test_an_earlier_record_is_replaced(scheme: str, folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "put",
+    [
+        an_earlier_record,
+        a_hostile_record,
+        code,
+        code_of_a_rank,
+        a_checkpoint_of_other_things,
+        a_folder,
+        a_file,
+    ],
+)
+def test_what_is_there_is_neither_read_nor_replaced(
+    put: Callable[[Path, Path], None],
+    scheme: str,
+    folder: Path,
+    trap: Path,
+    tmp_path: Path,
+    capsys: Capture,
+) -> None:
     out = tmp_path / "ours"
-    StatefulRNG(7).save(out)
-    (out / "below").mkdir()
-    (out / "below" / ".metadata").write_bytes(b"not of this checkpoint")
+    put(out, trap)
+    before = contents(out)
+    exit_code, text = ask(capsys, "import", folder, f"{scheme}{out}")
+    assert (exit_code, text) == (
+        2,
+        f"nemo-rng-dcp: {scheme}{out}: it is there already, expected a new folder or an empty one",
+    )
+    assert contents(out) == before
+
+
+def contents(out: Path) -> dict[Path, bytes | None]:
+    return {file: None if file.is_dir() else file.read_bytes() for file in [out, *out.rglob("*")]}
+
+
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_an_empty_folder_is_written_to(scheme: str, folder: Path, tmp_path: Path) -> None:
     StatefulRNG(42)
     torch.save(states(), folder / "rng_state_0.pth")
     expected = draw()
-    assert main(["import", str(folder), f"{scheme}{out}"]) == 0
-    StatefulRNG(1).load(out)
+    (tmp_path / "ours").mkdir()
+    assert main(["import", str(folder), f"{scheme}{tmp_path}/ours"]) == 0
+    StatefulRNG(1).load(tmp_path / "ours")
     assert draw() == expected
 
 
@@ -211,15 +226,15 @@ def test_entries_that_lie_over_each_other_are_refused(folder: Path) -> None:
     torch.save({**states(), **zeros}, plain)
     with zipfile.ZipFile(plain) as old, zipfile.ZipFile(file, "w") as new:
         once = None
-        for its in old.infolist():
-            if its.file_size < 2**20:
-                new.writestr(its.filename, old.read(its))
+        for entry in old.infolist():
+            if entry.file_size < 2**20:
+                new.writestr(entry.filename, old.read(entry))
             elif once is None:
-                new.writestr(its.filename, old.read(its))
-                once = new.getinfo(its.filename)
+                new.writestr(entry.filename, old.read(entry))
+                once = new.getinfo(entry.filename)
             else:
                 new.filelist.append(copy.copy(once))
-                new.filelist[-1].filename = new.filelist[-1].orig_filename = its.filename
+                new.filelist[-1].filename = new.filelist[-1].orig_filename = entry.filename
     assert file.stat().st_size < 2**22
     assert "rng_state_0.pth: refused: it holds more bytes than the file has" in reason(folder)
 

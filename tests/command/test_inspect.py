@@ -1,8 +1,6 @@
 """``inspect``: what it shows of a checkpoint, and what it finds wrong with one."""
 
 import re
-import subprocess
-import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +17,7 @@ from nemo_rng_dcp.record import Record, Stream
 from scripts.demo.rankless import RanklessRNG
 from tests.support.command import Capture, ask, ask_json
 from tests.support.jobs import job
+from tests.support.launch import python
 from tests.support.records import change_metadata, drawn_streams, place_of, records, save, stream
 from tests.support.streams import draw, unmoved
 
@@ -43,8 +42,8 @@ def test_inspect_shows_the_fingerprints_of_every_rank(tmp_path: Path, capsys: Ca
     assert code == 0
     assert "trainer.app.rng: 4 rows of 4 ranks, seed 42, ranked one row per rank" in text
     assert f"torch {torch.__version__.split('+')[0]}" in text
-    for row, its in enumerate(fingerprints):
-        assert f" {row} {its['python']} {its['numpy']} {its['torch']} " in text
+    for row, of_row in enumerate(fingerprints):
+        assert f" {row} {of_row['python']} {of_row['numpy']} {of_row['torch']} " in text
     assert text.endswith("no findings")
 
 
@@ -62,7 +61,7 @@ def save_along_a_mesh(path: Path) -> None:
     dcp.save(rng.state_dict(), checkpoint_id=path)
 
 
-def test_inspect_says_when_along_which_mesh_and_what_is_shared(
+def test_inspect_shows_when_along_which_mesh_and_what_is_shared(
     tmp_path: Path, capsys: Capture
 ) -> None:
     job(4, save_along_a_mesh, tmp_path)
@@ -72,7 +71,7 @@ def test_inspect_says_when_along_which_mesh_and_what_is_shared(
     assert "alike on all ranks: shuffle" in text
     assert re.search(r"taken 20\d\d-\d\d-\d\d \d\d:\d\d:\d\d UTC", text)
     (entry,) = ask_json(capsys, "inspect", tmp_path)["entries"]
-    assert entry["path"] == ""
+    assert entry["key"] == ""
     assert entry["streams"][1]["mesh"] == {"dp": 2}
     assert entry["streams"][1]["shared"] == ["shuffle"]
 
@@ -99,7 +98,7 @@ def test_entries_are_found_at_any_depth(tmp_path: Path, capsys: Capture) -> None
     for entry in ("rng", "a.0.b", ""):
         path = save(records(2), tmp_path / f"at-{entry}", entry)
         (found,) = ask_json(capsys, "inspect", path)["entries"]
-        assert (found["path"], found["rows"]) == (entry, 2)
+        assert (found["key"], found["rows"]) == (entry, 2)
 
 
 def test_a_whole_table_of_one_process_is_read(tmp_path: Path, capsys: Capture) -> None:
@@ -179,19 +178,19 @@ def test_registered_generators_are_judged_by_whether_they_are_shared(
 
 
 def at_their_seed(row: int) -> Mapping[str, Stream]:
-    seeded = {name: stream(its.kind, 42 + row) for name, its in drawn_streams(row).items()}
+    seeded = {name: stream(drawn.kind, 42 + row) for name, drawn in drawn_streams(row).items()}
     return {**drawn_streams(row), "python": seeded["python"]} if row else seeded
 
 
 def test_streams_still_at_their_seed_do_not_fail_a_gate(tmp_path: Path, capsys: Capture) -> None:
     path = save(records(3, at_their_seed), tmp_path)
     found = ask_json(capsys, "inspect", path)["findings"]
-    assert [(its["severity"], its["generator"], its["rows"]) for its in found] == [
+    assert [(finding["severity"], finding["generator"], finding["rows"]) for finding in found] == [
         ("suspicious", "python", [0, 1, 2]),
         ("suspicious", "numpy", [0]),
         ("suspicious", "torch", [0]),
     ]
-    assert all("still at its seed" in its["text"] for its in found)
+    assert all("still at its seed" in finding["text"] for finding in found)
     assert ask(capsys, "inspect", path)[0] == 0
     assert ask(capsys, "inspect", path, "--fail-on", "damage")[0] == 0
     assert ask(capsys, "inspect", path, "--fail-on", "suspicious")[0] == 1
@@ -279,7 +278,7 @@ def test_a_state_that_a_load_refuses_is_found_although_its_check_word_fits(
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "said"),
+    ("field", "value", "finding"),
     [
         ("seed", 7, "damage: rng, row 2: another seed than row 0's 42"),
         ("mesh", None, "damage: rng, row 2: another mesh than row 0's dp 3"),
@@ -287,16 +286,16 @@ def test_a_state_that_a_load_refuses_is_found_although_its_check_word_fits(
     ],
 )
 def test_a_row_of_another_job_or_machine_is_found(
-    field: str, value: object, said: str, tmp_path: Path, capsys: Capture
+    field: str, value: object, finding: str, tmp_path: Path, capsys: Capture
 ) -> None:
     good = records(3, mesh=(("dp", 3),), torch_version=2002000)
     bad = replace(good[2], **{field: value})
     code, text = ask(capsys, "inspect", save([*good[:2], bad], tmp_path))
-    assert (code, said in text) == (said.startswith("damage"), True), text
+    assert (code, finding in text) == (finding.startswith("damage"), True), text
 
 
 @pytest.mark.parametrize(
-    ("stored", "said"),
+    ("stored", "finding"),
     [
         (torch.ones(2, 3), "rng_streams is float32 [2, 3], expected int64 of one dimension"),
         (torch.ones(2, 3).long(), "rng_streams is int64 [2, 3], expected int64 of one dimension"),
@@ -304,12 +303,12 @@ def test_a_row_of_another_job_or_machine_is_found(
     ],
 )
 def test_what_only_has_a_records_name_is_damage(
-    stored: object, said: str, tmp_path: Path, capsys: Capture
+    stored: object, finding: str, tmp_path: Path, capsys: Capture
 ) -> None:
     """The command said that there is no RNG state."""
     dcp.save({"rng": {"rng_streams": stored}}, checkpoint_id=tmp_path, no_dist=True)
     code, text = ask(capsys, "inspect", tmp_path)
-    assert (code, text) == (1, f"damage: rng: {said}: a load finds no record in it")
+    assert (code, text) == (1, f"damage: rng: {finding}: a load finds no record in it")
 
 
 def test_rows_that_no_rank_saved_are_missing(tmp_path: Path, capsys: Capture) -> None:
@@ -342,14 +341,12 @@ def test_a_row_beyond_the_end_stands_for_none_that_is_missing(
 def test_findings_have_one_order(tmp_path: Path, capsys: Capture) -> None:
     """The order was the one of a set, which PYTHONHASHSEED changes."""
     path = save(records(6, at_their_seed), tmp_path)
-    words = [sys.executable, "-m", "nemo_rng_dcp", "inspect", str(path), "--json"]
-    outputs = {
-        subprocess.run(
-            words, env={"PYTHONHASHSEED": seed}, capture_output=True, timeout=100, check=True
-        ).stdout
+    outputs = [
+        python("-m", "nemo_rng_dcp", "inspect", path, "--json", PYTHONHASHSEED=seed).stdout
         for seed in ("1", "2", "3")
-    }
-    assert len(outputs) == 1
+    ]
+    assert outputs[0]
+    assert outputs == outputs[:1] * 3
 
 
 # What other code stored.
@@ -403,7 +400,7 @@ WORDS, PICKLE = torch.zeros(624, dtype=torch.int64), (3, "a pickle")
 
 
 @pytest.mark.parametrize(
-    ("state", "path", "ranks"),
+    ("state", "prefix", "ranks"),
     [
         ({"anything": CPU}, "", []),
         ({"app.torch_rng_state": CPU, "app.cuda_rng_state.0": GPU}, "app", []),
@@ -417,11 +414,11 @@ WORDS, PICKLE = torch.zeros(624, dtype=torch.int64), (3, "a pickle")
     ],
 )
 def test_rng_state_of_other_code_is_recognised(
-    state: dict[str, Any], path: str, ranks: list[int], tmp_path: Path, capsys: Capture
+    state: dict[str, Any], prefix: str, ranks: list[int], tmp_path: Path, capsys: Capture
 ) -> None:
     dcp.save(state, checkpoint_id=tmp_path, no_dist=True)
     others = ask_json(capsys, "inspect", tmp_path)["others"]
-    assert [(each["path"], each["ranks"]) for each in others] == [(path, ranks)]
+    assert [(found["prefix"], found["ranks"]) for found in others] == [(prefix, ranks)]
 
 
 def test_a_large_number_in_a_foreign_key_costs_nothing(tmp_path: Path, capsys: Capture) -> None:
@@ -463,9 +460,9 @@ def test_many_rows_are_summarised(many: Path, capsys: Capture) -> None:
 
 def test_rows_narrows_what_every_command_lists(many: Path, capsys: Capture) -> None:
     (found,) = ask_json(capsys, "inspect", many, "--rows", "499-500")["entries"]
-    assert [each["row"] for each in found["streams"]] == [499]
+    assert [row["row"] for row in found["streams"]] == [499]
     (found,) = ask_json(capsys, "explain", many, "--world-size", 700, "--rows", "699")["entries"]
-    assert [each["row"] for each in found["fates"]] == [699]
+    assert [fate["row"] for fate in found["fates"]] == [699]
 
 
 def test_json_has_a_version(many: Path, capsys: Capture) -> None:

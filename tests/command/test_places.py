@@ -1,12 +1,12 @@
 """Where checkpoints are found: beside other folders, in other formats, behind URLs."""
 
 import json
-import subprocess
-import sys
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -14,6 +14,7 @@ from torch.distributed.checkpoint._fsspec_filesystem import FsspecWriter
 
 from nemo_rng_dcp import StatefulRNG
 from nemo_rng_dcp.cli.main import main
+from nemo_rng_dcp.cli.reading.folder import Folder
 from scripts.demo.rankless import RanklessRNG
 from tests.support.command import Capture, ask, ask_json
 from tests.support.jobs import job
@@ -25,10 +26,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 Fingerprints = dict[str, str]
 
 
-def digests(capsys: Capture, where: object) -> list[Fingerprints]:
+def fingerprints(capsys: Capture, where: object) -> list[Fingerprints]:
     """Return what inspect says of the streams of every row."""
     (entry,) = ask_json(capsys, "inspect", where)["entries"]
-    return [row["digests"] for row in entry["streams"]]
+    return [row["fingerprints"] for row in entry["streams"]]
 
 
 def rng_after_draws() -> StatefulRNG:
@@ -55,7 +56,7 @@ def load(path: Path) -> Fingerprints:
 def test_a_checkpoint_without_collectives_is_read(tmp_path: Path, capsys: Capture) -> None:
     saved = job(3, save_alone, tmp_path)
     assert not (tmp_path / ".metadata").exists()
-    assert digests(capsys, tmp_path) == saved == job(3, load, tmp_path)
+    assert fingerprints(capsys, tmp_path) == saved == job(3, load, tmp_path)
     assert ask(capsys, "diff", tmp_path, tmp_path)[0] == 0
     assert ask(capsys, "explain", tmp_path, "--world-size", 3)[0] == 0
 
@@ -93,7 +94,7 @@ def save_safetensors(path: Path) -> Fingerprints:
 def test_safetensors_are_read(tmp_path: Path, capsys: Capture) -> None:
     saved = job(3, save_safetensors, tmp_path)
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".safetensors"] * 3
-    assert digests(capsys, tmp_path) == saved
+    assert fingerprints(capsys, tmp_path) == saved
 
 
 def write_safetensors(path: Path, head: Any, data: bytes = b"") -> None:
@@ -201,7 +202,6 @@ def test_of_several_checkpoints_one_is_to_be_named(tmp_path: Path, capsys: Captu
 
 @pytest.fixture
 def memory() -> Iterator[str]:
-    fsspec = pytest.importorskip("fsspec")
     files = fsspec.filesystem("memory")
     yield "memory://runs/step-1"
     files.rm("/runs", recursive=True)
@@ -230,9 +230,42 @@ def test_a_url_of_this_machine_is_read(tmp_path: Path, capsys: Capture) -> None:
     assert (code, "unreadable: __0_0.distcp is missing" in text) == (1, True)
 
 
-def test_a_storage_that_knows_no_sizes_is_one_line(capsys: Capture) -> None:
-    fsspec = pytest.importorskip("fsspec")
+def test_what_links_lead_to_is_read_here_and_behind_a_url(tmp_path: Path, capsys: Capture) -> None:
+    """Hugging Face's cache has links in the place of files. A pipe is no file: it would hang."""
+    path, links = save(records(2), tmp_path / "checkpoint"), tmp_path / "links"
+    links.mkdir()
+    for file in path.iterdir():
+        (links / file.name).symlink_to(file)
+    (links / "below").symlink_to(path, target_is_directory=True)
+    (links / "nowhere").symlink_to(tmp_path / "nothing")
+    os.mkfifo(links / "model.safetensors")
+    for where in (str(links), f"file://{links}"):
+        assert ask(capsys, "diff", path, where)[0] == 0
+        folder = Folder(where)
+        assert folder.sizes == {file.name: file.stat().st_size for file in path.iterdir()}
+        assert folder.folders == ["below"]
 
+
+@pytest.mark.parametrize("name", ["a::b", "~", "~root", "file:a", "a*[b]?", "a%20b", " a", "a\\b"])
+def test_a_path_is_taken_as_it_is(
+    name: str, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """fsspec takes some of these for addresses of several parts, patterns or somebody's home."""
+    save(records(1), tmp_path / name / name)
+    monkeypatch.chdir(tmp_path)
+    code, text = ask(capsys, "inspect", name)
+    assert (code, "rng: 1 row of 1 rank" in text) == (0, True)
+
+
+def test_a_file_is_no_folder(tmp_path: Path, capsys: Capture) -> None:
+    file = save(records(1), tmp_path) / ".metadata"
+    for where in (str(file), f"file://{file}"):
+        code, text = ask(capsys, "inspect", where)
+        assert code == 2
+        assert text == f"nemo-rng-dcp: {where}: a file, expected the folder of a checkpoint"
+
+
+def test_a_storage_that_knows_no_sizes_is_one_line(capsys: Capture) -> None:
     class Sizeless(fsspec.AbstractFileSystem):  # type: ignore[misc]
         def ls(self, path: str, detail: bool = True, **options: Any) -> list[dict[str, Any]]:
             return [{"name": f"{path}/.metadata", "size": None, "type": "file"}]
@@ -245,35 +278,10 @@ def test_a_storage_that_knows_no_sizes_is_one_line(capsys: Capture) -> None:
     )
 
 
-def test_import_is_not_named_for_a_url(tmp_path: Path, capsys: Capture) -> None:
-    """It reads folders of this machine alone."""
-    (tmp_path / "rng_state_0.pth").touch()
-    _, text = ask(capsys, "inspect", tmp_path)
-    assert "RNG files of Transformers, `import` reads these" in text
-    _, text = ask(capsys, "inspect", f"file://{tmp_path}")
-    assert ("no .metadata in it" in text, "`import`" in text) == (True, False)
-
-
 def test_a_url_nobody_knows_is_one_line(capsys: Capture) -> None:
     code, text = ask(capsys, "inspect", "nowhere://bucket/folder")
     assert code == 2
     assert "nowhere://bucket/folder: ValueError: Protocol not known: nowhere" in text
-
-
-def test_without_fsspec_the_extra_is_named() -> None:
-    """In a process in which fsspec cannot be imported."""
-    program = (
-        "import sys; sys.modules['fsspec'] = None; sys.modules['fsspec.core'] = None\n"
-        "from nemo_rng_dcp.cli.main import main\n"
-        "sys.exit(main(['inspect', 's3://bucket/folder']))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=100, check=False
-    )
-    assert done.returncode == 2
-    assert done.stderr == (
-        "nemo-rng-dcp: s3://bucket/folder: a URL needs fsspec: pip install 'nemo_rng_dcp[fsspec]'\n"
-    )
 
 
 # A real object store on loopback.

@@ -29,15 +29,10 @@ from nemo_rng_dcp.automodel import _get_rng_state, _restore_rng_state
 from nemo_rng_dcp.determinism import environment
 from nemo_rng_dcp.generators.torch_random import AcceleratorAdapter
 from nemo_rng_dcp.record import KEY
-from tests.support.altered import record_of
+from tests.support.devices import AVAILABLE, COUNT, MODULE, TYPE
 from tests.support.jobs import job
+from tests.support.records import record_of
 from tests.support.streams import draw, unmoved
-
-AVAILABLE = torch.accelerator.is_available()
-ACCELERATOR = torch.accelerator.current_accelerator() if AVAILABLE else None
-TYPE = "none" if ACCELERATOR is None else ACCELERATOR.type
-MODULE: Any = torch.get_device_module(ACCELERATOR) if AVAILABLE else None
-COUNT = torch.accelerator.device_count() if AVAILABLE else 0
 
 pytestmark = [
     pytest.mark.skipif(not AVAILABLE, reason="needs an accelerator (see test_simulated_device.py)"),
@@ -172,7 +167,7 @@ def test_a_device_that_is_not_there_is_refused(device: Any) -> None:
         StatefulRNG(1, device=device)
 
 
-def test_a_checkpoint_without_the_device_says_so(tmp_path: Path) -> None:
+def test_a_checkpoint_without_the_device_warns(tmp_path: Path) -> None:
     dcp.save({"rng": StatefulRNG(1, device="cpu")}, checkpoint_id=tmp_path)
     expected = draw()
     rng = StatefulRNG(2)
@@ -184,7 +179,7 @@ def test_a_checkpoint_without_the_device_says_so(tmp_path: Path) -> None:
     assert torch.equal(MODULE.get_rng_state(0), device)
 
 
-def test_a_checkpoint_with_the_device_says_so_on_the_cpu(tmp_path: Path) -> None:
+def test_a_checkpoint_with_the_device_warns_on_the_cpu(tmp_path: Path) -> None:
     dcp.save({"rng": StatefulRNG(1)}, checkpoint_id=tmp_path)
     expected = draw()
     rng = StatefulRNG(2, device="cpu")
@@ -290,7 +285,7 @@ def test_an_rng_state_holds_the_current_device_alone_and_takes_all() -> None:
         _restore_rng_state(state)
 
 
-def test_an_rng_state_of_a_machine_without_the_device_says_so() -> None:
+def test_an_rng_state_of_a_machine_without_the_device_warns() -> None:
     state = _get_rng_state()
     state.cuda_rng_state = []
     expected = draw()
@@ -304,7 +299,7 @@ def test_an_rng_state_of_a_machine_without_the_device_says_so() -> None:
         assert torch.equal(MODULE.get_rng_state(0), device)
 
 
-def test_an_rng_state_with_a_device_on_the_cpu_says_so() -> None:
+def test_an_rng_state_with_a_device_warns_on_the_cpu() -> None:
     state = _get_rng_state()
     expected = draw()
     rng = StatefulRNG(1, device="cpu")
@@ -396,14 +391,14 @@ def test_a_worker_of_a_process_that_uses_the_device_does_not(context: str) -> No
 
 def unused_device() -> list[bool]:
     """In a process that has not used its accelerator: what initialises it."""
-    said = [bool(MODULE.is_initialized())]
+    initialised = [bool(MODULE.is_initialized())]
     with ScopedRNG(1):
         torch.rand(1)
     seed_worker(0)
     init_all_rng(1)
-    said += [*workers_that_initialise_it("fork"), bool(MODULE.is_initialized())]
+    initialised += [*workers_that_initialise_it("fork"), bool(MODULE.is_initialized())]
     StatefulRNG(1)
-    return [*said, bool(MODULE.is_initialized())]
+    return [*initialised, bool(MODULE.is_initialized())]
 
 
 def test_a_scope_and_seed_worker_never_initialise_the_device() -> None:
@@ -411,19 +406,19 @@ def test_a_scope_and_seed_worker_never_initialise_the_device() -> None:
 
 
 def first_used_in_a_scope() -> tuple[str, str]:
-    with pytest.warns(RNGStateWarning) as said, ScopedRNG(1):
+    with pytest.warns(RNGStateWarning) as caught, ScopedRNG(1):
         draw_on(0)
     with warnings.catch_warnings(), unmoved():
         warnings.simplefilter("error")
         with ScopedRNG(1):
             draw_on(0)
-    return str(said[0].message), said[0].filename
+    return str(caught[0].message), caught[0].filename
 
 
-def test_a_scope_says_that_it_cannot_cover_a_device_first_used_inside() -> None:
-    [(said, file)] = job(1, first_used_in_a_scope, group=False)
+def test_a_scope_warns_of_a_device_that_is_first_used_inside() -> None:
+    [(message, file)] = job(1, first_used_in_a_scope, group=False)
     assert file == __file__
-    assert re.match(rf"{TYPE} was first used inside a ScopedRNG", said)
+    assert re.match(rf"{TYPE} was first used inside a ScopedRNG", message)
 
 
 def test_seed_worker_leaves_the_device_the_seed_that_torch_gave_it() -> None:

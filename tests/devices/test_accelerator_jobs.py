@@ -20,10 +20,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nemo_rng_dcp import RNGLoadPlanner, RNGStateError, RNGStateWarning, ScopedRNG, StatefulRNG
 from nemo_rng_dcp.record import KEY
-from scripts.demo.launch import Launch
-from tests.devices.test_accelerator import COUNT, MODULE, TYPE
-from tests.support.jobs import job
-from tests.support.streams import draw
+from tests.support.devices import COUNT, MODULE, TYPE
+from tests.support.jobs import job, process_groups
+from tests.support.launch import torchrun
+from tests.support.streams import draw, warned
 
 pytestmark = pytest.mark.skipif(COUNT == 0, reason="needs an accelerator")
 
@@ -67,17 +67,14 @@ def save(path: Path) -> list[float]:
 def load(path: Path) -> tuple[list[float], list[str]]:
     begin()
     rng = StatefulRNG(7, ranked=True)
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always", RNGStateWarning)
-        dcp.load({"rng": rng}, checkpoint_id=path, planner=RNGLoadPlanner())
-    words = [str(each.message) for each in said if each.category is RNGStateWarning]
-    return numbers(), words
+    messages = warned(lambda: dcp.load({"rng": rng}, checkpoint_id=path, planner=RNGLoadPlanner()))
+    return numbers(), messages
 
 
 def test_every_rank_gets_its_own_devices_stream_back(tmp_path: Path) -> None:
     expected = job(2, save, tmp_path, group=False)
     assert expected[0] != expected[1]
-    assert job(2, load, tmp_path, group=False) == [(each, []) for each in expected]
+    assert job(2, load, tmp_path, group=False) == [(drawn, []) for drawn in expected]
 
 
 def test_growing_forks_the_new_ranks_device(tmp_path: Path) -> None:
@@ -97,7 +94,7 @@ def test_shrinking_drops_a_devices_stream(tmp_path: Path) -> None:
 
 def test_under_torchrun(tmp_path: Path) -> None:
     script = Path(__file__).with_name("accelerator.py")
-    Launch(script, 2, str(tmp_path), timeout=100).output()
+    torchrun(script, 2, str(tmp_path))
     drawn = [(tmp_path / f"{rank}").read_text().split("\n") for rank in range(2)]
     assert [after for _, after in drawn] == [before for before, _ in drawn]
     assert drawn[0] != drawn[1]
@@ -107,10 +104,10 @@ def save_along(path: Path, shape: tuple[int, ...]) -> tuple[str, int, bool]:
     begin()
     names = ("dp", "tp")[: len(shape)]
     mesh = init_device_mesh(TYPE, shape, mesh_dim_names=names)
-    groups = len(dist.distributed_c10d._world.pg_map)
+    groups = process_groups()
     rng = StatefulRNG(42, ranked=True, mesh=mesh)
     table = rng.state_dict()[KEY]
-    created = len(dist.distributed_c10d._world.pg_map) - groups
+    created = process_groups() - groups
     dcp.save({"rng": rng}, checkpoint_id=path)
     expected = numbers()
     dcp.load({"rng": rng}, checkpoint_id=path)
@@ -136,9 +133,11 @@ def drift() -> tuple[list[str], str]:
 
 
 def test_verify_shared_finds_a_drift_on_the_device_alone() -> None:
-    for names, said in job(2, drift, group=False):
+    for names, message in job(2, drift, group=False):
         assert names[-1] == TYPE
-        assert said.startswith(f"{TYPE}: ranks 0, 1 share row 0, but rank 1 differs from rank 0.")
+        assert message.startswith(
+            f"{TYPE}: ranks 0, 1 share row 0, but rank 1 differs from rank 0."
+        )
 
 
 class Training:
@@ -211,19 +210,19 @@ def in_a_group_of_devices_alone(path: Path) -> tuple[list[bool], list[dict[str, 
         torch.rand(1, device=TYPE)
     with pytest.raises(RNGStateError) as error:
         shared.verify_shared()
-    exact = [each == drawn[0] for each in drawn]
+    exact = [other == drawn[0] for other in drawn]
     return exact, [rng.fingerprint(), *rng.fingerprint(gather=True)], str(error.value)
 
 
 def test_a_group_without_collectives_of_the_cpu_does(tmp_path: Path) -> None:
     """As ``init_process_group("nccl")`` makes it."""
-    for rank, (exact, digits, said) in enumerate(
+    for rank, (exact, digits, message) in enumerate(
         job(2, in_a_group_of_devices_alone, tmp_path, group=False)
     ):
         own, *of_ranks = digits
         assert exact == [True] * 4
         assert own == of_ranks[rank] != of_ranks[1 - rank]
-        assert said.startswith(f"{TYPE}: all ranks share it, but rank 1 differs from rank 0.")
+        assert message.startswith(f"{TYPE}: all ranks share it, but rank 1 differs from rank 0.")
 
 
 # torch's DTensor gives every rank the stream of rank 0 at its first random operation.
@@ -246,12 +245,13 @@ def draw_on_dtensor() -> None:
 
 def reseedings(function: Callable[[], object]) -> list[str]:
     """Return what a function is told about streams that other code replaced."""
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", RNGStateWarning)
         function()
-    said = [each for each in said if "DTensor" in str(each.message)]
-    assert all(each.filename == __file__ for each in said), "the line that called state_dict()"
-    return [str(each.message) for each in said]
+    caught = [warning for warning in caught if "DTensor" in str(warning.message)]
+    # The line that called state_dict().
+    assert {warning.filename for warning in caught} <= {__file__}
+    return [str(warning.message) for warning in caught]
 
 
 def first_operation_after_a_load(path: Path) -> tuple[list[int], list[str], list[str], int]:
@@ -261,13 +261,13 @@ def first_operation_after_a_load(path: Path) -> tuple[list[int], list[str], list
     loaded = seed_of_device()
     draw_on_dtensor()
     replaced = seed_of_device()
-    said = [*reseedings(rng.state_dict), *reseedings(rng.state_dict)]
+    messages = [*reseedings(rng.state_dict), *reseedings(rng.state_dict)]
     seed_device(9)
-    said += reseedings(rng.state_dict)
+    messages += reseedings(rng.state_dict)
     torch.manual_seed(5)  # the job's own doing
     after_the_jobs_own = reseedings(rng.state_dict)
     rng.rewind()
-    return [loaded, replaced], said, after_the_jobs_own, seed_of_device()
+    return [loaded, replaced], messages, after_the_jobs_own, seed_of_device()
 
 
 def test_a_stream_that_dtensor_replaced_is_noticed_at_the_next_save(tmp_path: Path) -> None:
@@ -275,11 +275,11 @@ def test_a_stream_that_dtensor_replaced_is_noticed_at_the_next_save(tmp_path: Pa
     first, second, third = job(3, first_operation_after_a_load, tmp_path, group=False)
     assert first == ([42, 42], [], [], 42)
     assert third == ([44, 42], [], [], 44)  # rank 1 has said it for all
-    seeds, said, after_the_jobs_own, rewound = second
-    assert (seeds, len(said), after_the_jobs_own, rewound) == ([43, 42], 2, [], 43)
-    assert f"other code gave {TYPE}:{1 % COUNT} another stream (seed 42, after 43)" in said[0]
-    assert f"other code gave {TYPE}:{1 % COUNT} another stream (seed 9, after 42)" in said[1]
-    assert "with ScopedRNG(seed=None): torch.distributed.tensor.rand(1, device_mesh=" in said[0]
+    seeds, messages, after_the_jobs_own, rewound = second
+    assert (seeds, len(messages), after_the_jobs_own, rewound) == ([43, 42], 2, [], 43)
+    assert f"other code gave {TYPE}:{1 % COUNT} another stream (seed 42, after 43)" in messages[0]
+    assert f"other code gave {TYPE}:{1 % COUNT} another stream (seed 9, after 42)" in messages[1]
+    assert "with ScopedRNG(seed=None): torch.distributed.tensor.rand(1, device_mesh=" in messages[0]
 
 
 def remedy(path: Path) -> tuple[list[float], list[str]]:
@@ -296,7 +296,7 @@ def remedy(path: Path) -> tuple[list[float], list[str]]:
 
 def test_an_operation_inside_a_scope_keeps_dtensor_from_replacing_streams(tmp_path: Path) -> None:
     expected = job(2, save, tmp_path, group=False)
-    assert job(2, remedy, tmp_path, group=False) == [(each, []) for each in expected]
+    assert job(2, remedy, tmp_path, group=False) == [(weights, []) for weights in expected]
 
 
 def initialised_by_dtensor(path: Path) -> tuple[int, list[list[str]], int, list[list[str]]]:

@@ -3,6 +3,7 @@
 ``pytest -m cuda`` runs these alone.
 """
 
+import os
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,13 +15,13 @@ import torch.distributed.checkpoint as dcp
 from torch.utils.checkpoint import checkpoint
 
 from nemo_rng_dcp import StatefulRNG
-from nemo_rng_dcp.determinism import CUBLAS_VARIABLE, _Process, environment, set_deterministic
+from nemo_rng_dcp.determinism import CUBLAS_VARIABLE, environment, set_deterministic
 from scripts.demo import recipes, runs
 from scripts.demo.recipes import RECIPES, Job, Recipe
-from tests.devices.test_accelerator import COUNT, TYPE
 from tests.devices.test_accelerator_jobs import resume, train
-from tests.project.test_recipes import train_forked
+from tests.support.devices import COUNT, TYPE
 from tests.support.jobs import job
+from tests.support.recipes import train_forked
 
 pytestmark = [
     pytest.mark.cuda,
@@ -37,17 +38,21 @@ def test_the_environment_names_gpu_and_driver() -> None:
     assert re.match(r"\d+\.\d+", accelerator["driver"])
 
 
-def test_deterministic_algorithms_on_a_gpu_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+def switch_on_a_gpu_in_use() -> None:
     torch.rand(1, device="cuda")
-    monkeypatch.setattr(_Process, "cublas_is_deterministic", False)
-    monkeypatch.delenv(CUBLAS_VARIABLE, raising=False)
+    os.environ.pop(CUBLAS_VARIABLE, None)
     with pytest.raises(RuntimeError, match="too late"):
         set_deterministic()
     assert not torch.are_deterministic_algorithms_enabled()
-    monkeypatch.setenv(CUBLAS_VARIABLE, ":16:8")
+    os.environ[CUBLAS_VARIABLE] = ":16:8"
     with set_deterministic():
         weights = torch.randn(64, 64, device="cuda")
         assert torch.equal(weights @ weights, weights @ weights)
+
+
+def test_deterministic_algorithms_on_a_gpu_in_use() -> None:
+    """In a process of its own: what cuBLAS has read is remembered for the rest of one."""
+    job(1, switch_on_a_gpu_in_use, group=False)
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
@@ -136,7 +141,7 @@ def begin(make_step: Callable[[torch.Generator], Step], path: Path) -> list[list
     dcp.load({"rng": rng}, checkpoint_id=path)
     again = [step() for _ in range(3)]
     assert again == expected, "in the same process"
-    assert len({str(each) for each in [*before, *expected]}) == 6
+    assert len({str(numbers) for numbers in [*before, *expected]}) == 6
     return expected
 
 

@@ -6,8 +6,6 @@ They run in one process that has the device, and are reported here one by one.
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -17,6 +15,7 @@ import torch.distributed.checkpoint as dcp
 
 from nemo_rng_dcp import RNGLoadPlanner, RNGStateWarning, StatefulRNG
 from tests.devices import test_accelerator, test_accelerator_jobs
+from tests.support.launch import python
 from tests.support.streams import draw
 
 FOLDER = Path(__file__).with_name("simulated_device")
@@ -29,21 +28,13 @@ pytestmark = [
 
 def run(*arguments: str) -> str:
     """Run Python in a process that has the device, and return what it printed."""
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(FOLDER), os.environ["PYTHONPATH"]]),
-        "TORCH_CPP_LOG_LEVEL": "ERROR",  # torch warns that the device has collectives of its own
-    }
-    done = subprocess.run(
-        [sys.executable, *arguments],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=LIMIT_SECONDS,
-        check=False,
+    done = python(
+        *arguments,
+        seconds=LIMIT_SECONDS,
+        PYTHONPATH=os.pathsep.join([str(FOLDER), os.environ["PYTHONPATH"]]),
+        TORCH_CPP_LOG_LEVEL="ERROR",  # torch warns that the device has collectives of its own
     )
-    return done.stdout
+    return done.stderr + done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -88,18 +79,19 @@ def test_on_the_simulated_device(outcomes: dict[str, list[ElementTree.Element]],
 
 
 LOADS_AND_SAVES = """
-import json, sys, warnings
+import json, sys
 import torch
 import torch.distributed.checkpoint as dcp
 from nemo_rng_dcp import RNGLoadPlanner, StatefulRNG
-from tests.support.streams import draw
+from tests.support.launch import python
+from tests.support.streams import draw, warned
 
 rng = StatefulRNG(7)
-with warnings.catch_warnings(record=True) as said:
-    dcp.load({"rng": rng}, checkpoint_id=sys.argv[1], planner=RNGLoadPlanner())
+planner = RNGLoadPlanner()
+messages = warned(lambda: dcp.load({"rng": rng}, checkpoint_id=sys.argv[1], planner=planner))
 drawn = draw()
 dcp.save({"rng": rng}, checkpoint_id=sys.argv[2])
-print(json.dumps([drawn, [str(each.message) for each in said], draw()]))
+print(json.dumps([drawn, messages, draw()]))
 """
 
 
@@ -110,9 +102,11 @@ def test_checkpoints_go_from_a_cpu_machine_to_an_accelerator_and_back(tmp_path: 
     dcp.save({"rng": StatefulRNG(42)}, checkpoint_id=tmp_path / "cpu")
     expected = draw()
     printed = run("-c", LOADS_AND_SAVES, str(tmp_path / "cpu"), str(tmp_path / "simacc"))
-    drawn, said, expected_next = json.loads(printed.splitlines()[-1])
+    drawn, messages, expected_next = json.loads(printed.splitlines()[-1])
     assert drawn == expected
-    assert any("the checkpoint has no simacc: the stream stays as it is" in each for each in said)
+    assert any(
+        "the checkpoint has no simacc: the stream stays as it is" in message for message in messages
+    )
     rng = StatefulRNG(7)
     with pytest.warns(RNGStateWarning, match="has simacc, which this job does not have: ignored"):
         dcp.load({"rng": rng}, checkpoint_id=tmp_path / "simacc", planner=RNGLoadPlanner())

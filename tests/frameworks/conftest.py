@@ -17,7 +17,7 @@ preload(
     "nemo_automodel.recipes.llm.train_ft",
 )
 
-TABLE: dict[str, tuple[Verdict, Verdict]] = {}
+VERDICTS: dict[str, tuple[Verdict, Verdict]] = {}
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -36,19 +36,19 @@ def assert_adopted(tmp_path: Path) -> Callable[..., Verdict]:
     def check(name: str, train: Callable[[Plan], Run]) -> Verdict:
         own = judge(train, tmp_path / "own", ours=False)
         ours = judge(train, tmp_path / "ours", ours=True)
-        TABLE[name] = own, ours
+        VERDICTS[name] = own, ours
         found = {"same": ours.same, "fewer": ours.fewer, "more": ours.more}
-        assert found == EXACT, ours.said
+        assert found == EXACT, ours.errors
         return own
 
     return check
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if not TABLE:
+    if not VERDICTS:
         return
     write = terminalreporter.write_line
     write("\n| | resume | 2 -> 2 | 2 -> 1 | 2 -> 3 |\n|---|---|---|---|---|")
-    for name, (own, ours) in TABLE.items():
+    for name, (own, ours) in VERDICTS.items():
         write(f"| {name} | its own | {own.same} | {own.fewer} | {own.more} |")
         write(f"| | with StatefulRNG | {ours.same} | {ours.fewer} | {ours.more} |")

@@ -126,8 +126,8 @@ def test_the_trap_of_another_number_of_ranks(tmp_path: Path) -> None:
     """The page says that the one line is exact on as many ranks, and an error on others."""
     expected = job(RANKS, loaded_by_torchtitan, str(tmp_path), False)
     assert job(RANKS, loaded_by_torchtitan, str(tmp_path), True) == expected
-    for _, said in job(3, loaded_by_torchtitan, str(tmp_path), True):
-        assert "Size mismatch" in said
+    for _, error in job(3, loaded_by_torchtitan, str(tmp_path), True):
+        assert "Size mismatch" in error
 
 
 def without_the_last_line(folder: str, resume: bool) -> tuple[list[list[float]], bool]:

@@ -109,7 +109,7 @@ class Verdict:
     same: str
     fewer: str
     more: str
-    said: str = ""
+    errors: str = ""
 
 
 def judge(train: Callable[[Plan], Run], folder: Path, ours: bool) -> Verdict:
@@ -117,13 +117,13 @@ def judge(train: Callable[[Plan], Run], folder: Path, ours: bool) -> Verdict:
     expected = job(RANKS, train, Plan(folder, resume=False, ours=ours))
     assert len({str(run.draws) for run in expected}) == RANKS or not ours, "ranks draw alike"
     assert all(len(run.losses) == len(run.draws) == AFTER for run in expected)
-    said = []
+    errors = []
 
     def resumed(size: int, elsewhere: int) -> list[Run] | str:
         try:
             return job(size, train, Plan(folder, True, ours, elsewhere))
         except JobError as error:
-            said.append(str(error))
+            errors.append(str(error))
             raised = re.findall(r"^(?:\w+\.)*(\w*(?:Error|Exception))\b", str(error), re.MULTILINE)
             return raised[-1] if raised else "fails"
 
@@ -131,7 +131,7 @@ def judge(train: Callable[[Plan], Run], folder: Path, ours: bool) -> Verdict:
         _words(expected, resumed(RANKS, 1), resumed(RANKS, 2)),
         _words(expected, resumed(1, 1), resumed(1, 2)),
         _words(expected, resumed(3, 1), resumed(3, 2)),
-        "\n".join(said),
+        "\n".join(errors),
     )
 
 
@@ -150,20 +150,20 @@ def _words(expected: list[Run], found: list[Run] | str, again: list[Run] | str) 
     for rank, run in enumerate(found):
         others = [other.draws for number, other in enumerate(found) if number != rank]
         if run.draws != again[rank].draws:
-            its = "not restored"
+            fate = "not restored"
         elif rank < len(expected) and run.draws == expected[rank].draws:
-            its = "continues"
+            fate = "continues"
         elif rank < len(expected):
-            its = f"differs ({_streams_that_differ(run, expected[rank])})"
+            fate = f"differs ({_streams_that_differ(run, expected[rank])})"
         elif any(numbers in run.draws for other in others for numbers in other):
-            its = "repeats another"
+            fate = "repeats another"
         else:
-            its = "forks"
-        became.setdefault(its, []).append(rank)
+            fate = "forks"
+        became.setdefault(fate, []).append(rank)
     if list(became) == ["continues"] and len(found) == len(expected):
         equal = [run.losses for run in found] == [run.losses for run in expected]
         return "exact" if equal else "draws exact, losses not"
-    return ", ".join(_ranks(ranks, its) for its, ranks in became.items())
+    return ", ".join(_ranks(ranks, fate) for fate, ranks in became.items())
 
 
 def _streams_that_differ(run: Run, other: Run) -> str:
@@ -174,10 +174,10 @@ def _streams_that_differ(run: Run, other: Run) -> str:
     return ", ".join(names[place] for place in sorted(places))
 
 
-def _ranks(ranks: list[int], its: str) -> str:
+def _ranks(ranks: list[int], fate: str) -> str:
     if len(ranks) == 1:
-        return f"rank {ranks[0]} {its}"
-    plural = its.replace("continues", "continue").replace("differs", "differ")
+        return f"rank {ranks[0]} {fate}"
+    plural = fate.replace("continues", "continue").replace("differs", "differ")
     return f"ranks {', '.join(map(str, ranks))} {plural}"
 
 

@@ -22,7 +22,7 @@ import torch
 
 from nemo_rng_dcp import RNGStateError, ScopedRNG, StatefulRNG, init_all_rng
 from nemo_rng_dcp.record import KEY, Record, Stream
-from tests.support.altered import record_of
+from tests.support.records import record_of
 from tests.support.streams import unmoved
 
 SEED = os.environ.get("FUZZ_SEED", "1")
@@ -123,10 +123,12 @@ def change_the_contents(rnd: Random, content: bytes, saved: Saved) -> bytes:
         text[rnd.randrange(size)] = rnd.choice(b'0123456789[]{}":,-.eEnulltrue \\\xff')
     else:
         tree = json.loads(text)
-        its = rnd.choice(tree["generators"])
-        key = rnd.choice([*its, "mesh"])
-        value = rnd.choice([None, -1, 0, 8, 2**70, 1e300, "x", "numpy", [], {}, True, its["bytes"]])
-        (tree if key == "mesh" else its)[key] = value
+        generator = rnd.choice(tree["generators"])
+        key = rnd.choice([*generator, "mesh"])
+        value = rnd.choice(
+            [None, -1, 0, 8, 2**70, 1e300, "x", "numpy", [], {}, True, generator["bytes"]]
+        )
+        (tree if key == "mesh" else generator)[key] = value
         text = bytearray(json.dumps(tree, separators=(",", ":")).encode()[:size].ljust(size))
     return content[:HEAD] + bytes(text) + content[HEAD + size :]
 
@@ -259,9 +261,10 @@ def read(content: bytes, row: int) -> tuple[list[int], dict[str, tuple[str, byte
     assert head[0] == 1
     assert content == sealed(content), "taken, and yet its check word does not fit"
     place, streams = HEAD + head[13] + -head[13] % 8, {}
-    for its in json.loads(content[HEAD : HEAD + head[13]])["generators"]:
-        streams[str(its["name"])] = its["kind"], content[place : place + its["bytes"]]
-        place += its["bytes"] + -its["bytes"] % 8
+    for generator in json.loads(content[HEAD : HEAD + head[13]])["generators"]:
+        length = generator["bytes"]
+        streams[str(generator["name"])] = generator["kind"], content[place : place + length]
+        place += length + -length % 8
     assert place == len(content) - 8
     return head, streams
 

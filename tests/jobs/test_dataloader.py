@@ -56,10 +56,10 @@ class Streams(Dataset[Any]):
         return 2
 
     def __getitem__(self, index: int) -> dict[str, str]:
-        return digests()
+        return fingerprints()
 
 
-def digests() -> dict[str, str]:
+def fingerprints() -> dict[str, str]:
     return {name: sha256(repr(state).encode()).hexdigest() for name, state in states().items()}
 
 
@@ -74,7 +74,7 @@ def worker_streams(generator: torch.Generator | None = None) -> list[dict[str, s
 def begin_streams() -> list[dict[str, str]]:
     """Where the streams of this rank and of its workers in two epochs begin."""
     StatefulRNG(SEED, ranked=True)
-    return [digests(), *worker_streams(), *worker_streams()]
+    return [fingerprints(), *worker_streams(), *worker_streams()]
 
 
 @sizes

@@ -1,7 +1,6 @@
 """Resuming on another number of ranks or another mesh, on up to 8 real ranks."""
 
 import random
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,10 @@ from torch.distributed.checkpoint import DefaultLoadPlanner
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
 
-from nemo_rng_dcp import RNGLoadPlanner, RNGStateError, RNGStateWarning, StatefulRNG
+from nemo_rng_dcp import RNGLoadPlanner, RNGStateError, StatefulRNG
 from nemo_rng_dcp.record import KEY
-from tests.support.jobs import gather, job
-from tests.support.streams import draw, unmoved
+from tests.support.jobs import gather, job, process_groups
+from tests.support.streams import draw, unmoved, warned
 
 Numbers = list[float]
 
@@ -42,14 +41,9 @@ def load(path: Path, ranked: bool = True, no_dist: bool = False) -> Numbers:
 
 def load_and_warn(path: Path, no_dist: bool = False) -> tuple[Numbers, list[str]]:
     """As ``load``, with the texts of this library's warnings."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        return load(path, no_dist=no_dist), warned(caught)
-
-
-def warned(caught: list[warnings.WarningMessage]) -> list[str]:
-    """The texts of this library's warnings, in their order."""
-    return [str(w.message) for w in caught if w.category is RNGStateWarning]
+    drawn: Numbers = []
+    messages = warned(lambda: drawn.extend(load(path, no_dist=no_dist)))
+    return drawn, messages
 
 
 def assert_distinct(streams: list[Numbers]) -> None:
@@ -64,7 +58,7 @@ def assert_rows(found: list[Numbers], saved: list[Numbers]) -> None:
     assert found[:common] == saved[:common]
 
 
-def test_fewer_ranks_keep_their_rows(tmp_path: Path) -> None:
+def test_shrinking_keeps_the_rows_of_the_ranks_that_stay(tmp_path: Path) -> None:
     saved = job(4, save, tmp_path)
     expected = ["RNG state: 4 rows were saved and 2 are loaded: rows 2 to 3 are dropped"]
     assert job(2, load_and_warn, tmp_path) == [(saved[0], expected), (saved[1], [])]
@@ -82,14 +76,14 @@ def load_save_and_draw(path: Path, new: Path) -> Numbers:
     return draw()
 
 
-def test_more_ranks_fork(tmp_path: Path) -> None:
+def test_growing_forks_new_rows(tmp_path: Path) -> None:
     """4 -> 8 -> 4 -> 8, where nothing at all is drawn between the last two."""
     a, b, c = (tmp_path / name for name in "abc")
     saved = job(4, save, a)
     results = job(8, load_and_warn, a)
     first = [numbers for numbers, _ in results]
     assert_rows(first, saved)
-    (warning,), *others = (texts for _, texts in results)
+    (warning,), *others = (messages for _, messages in results)
     assert warning.startswith("RNG state: 4 rows were saved and 8 are loaded: rows 4 to 7 are new")
     assert others == [[]] * 7
     assert job(8, load, a) == first, "the same resume twice gives the same streams"
@@ -189,11 +183,11 @@ def test_unranked_streams_are_taken_as_they_are(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [2, 6])
-def test_no_dist(size: int, tmp_path: Path) -> None:
+def test_a_load_without_collectives_follows_the_same_rules(size: int, tmp_path: Path) -> None:
     saved = job(4, save, tmp_path)
     results = job(size, load_and_warn, tmp_path, True)
     assert_rows([numbers for numbers, _ in results], saved)
-    assert [len(texts) for _, texts in results] == [1] + [0] * (size - 1)
+    assert [len(messages) for _, messages in results] == [1] + [0] * (size - 1)
 
 
 def save_async(path: Path) -> Numbers:
@@ -341,8 +335,8 @@ def save_on_mesh(shape: Shape, names: Names, along: Any, path: Path) -> Numbers:
     rng = StatefulRNG(42, ranked=True, mesh=mesh[along])
     rng.verify_shared()
     dcp.save({"rng": rng}, checkpoint_id=path)
-    tables = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-    table = tables["rng.rng_streams"]
+    stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    table = stored["rng.rng_streams"]
     assert isinstance(table, dcp.TensorStorageMetadata)
     assert len(table.chunks) == mesh[along].size(), "a shared row is stored once"
     return draw()
@@ -420,13 +414,13 @@ def test_verify_shared_names_the_drifted() -> None:
 
 def count_groups(path: Path) -> tuple[int, int]:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
-    before = len(dist.distributed_c10d._world.pg_map)
+    before = process_groups()
     for own in (None, mesh["dp"], mesh):
         rng = StatefulRNG(42, ranked=True, mesh=own)
         dcp.save({"rng": rng}, checkpoint_id=path)
         dcp.load({"rng": rng}, checkpoint_id=path, planner=RNGLoadPlanner())
         rng.verify_shared()
-    return before, len(dist.distributed_c10d._world.pg_map)
+    return before, process_groups()
 
 
 def test_no_process_group_is_created(tmp_path: Path) -> None:

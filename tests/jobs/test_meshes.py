@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from nemo_rng_dcp import RNGLoadPlanner, RNGStateError, StatefulRNG
 from tests.support.jobs import gather, job
-from tests.support.streams import draw, said, unmoved
+from tests.support.streams import draw, unmoved, warned
 
 Numbers = list[float]
 
@@ -63,10 +63,10 @@ def save_on(path: Path, shape: tuple[int, ...], names: tuple[str, ...]) -> None:
 def load_on(path: Path, shape: tuple[int, ...], names: tuple[str, ...]) -> list[str]:
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
     rng = StatefulRNG(42, ranked=True, mesh=mesh)
-    return said(lambda: dcp.load({"rng": rng}, checkpoint_id=path))
+    return warned(lambda: dcp.load({"rng": rng}, checkpoint_id=path))
 
 
-def test_another_mesh_of_as_many_rows_is_said_once(tmp_path: Path) -> None:
+def test_another_mesh_of_as_many_rows_warns_once(tmp_path: Path) -> None:
     job(4, save_on, tmp_path, (4, 1), ("dp", "pp"))
     assert job(4, load_on, tmp_path, (4, 1), ("dp", "pp")) == [[]] * 4
     first, *others = job(4, load_on, tmp_path, (2, 2), ("dp", "pp"))
@@ -89,7 +89,7 @@ def load_stage(path: Path, shape: tuple[int, int]) -> list[str]:
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=("pp", "dp"))
     rng = StatefulRNG(42, ranked=True, mesh=mesh["dp"])
     stage = mesh["pp"].get_local_rank()
-    return said(
+    return warned(
         lambda: dcp.load(
             {"rng": rng},
             checkpoint_id=path / str(stage),
@@ -100,15 +100,15 @@ def load_stage(path: Path, shape: tuple[int, int]) -> list[str]:
 
 
 @pytest.mark.parametrize(("then", "now", "what"), [(2, 3, "is new"), (3, 2, "is dropped")])
-def test_every_stage_that_loads_its_own_checkpoint_says_what_it_did(
+def test_every_stage_that_loads_its_own_checkpoint_warns(
     tmp_path: Path, then: int, now: int, what: str
 ) -> None:
     job(2 * then, save_stage, tmp_path, (2, then))
-    texts = job(2 * now, load_stage, tmp_path, (2, now))
+    warned_by_rank = job(2 * now, load_stage, tmp_path, (2, now))
     expected = f"{then} rows were saved and {now} are loaded: row 2 {what}"
-    for rank, its in enumerate(texts):
-        assert len(its) == (1 if rank in (0, now) else 0)
-        assert all(expected in text for text in its)
+    for rank, messages in enumerate(warned_by_rank):
+        assert len(messages) == (1 if rank in (0, now) else 0)
+        assert all(expected in text for text in messages)
 
 
 # Streams along several meshes: one entry for each.
@@ -146,7 +146,7 @@ class TrackerAdapter:
         self.tracker.states.update(zip(self.names, state, strict=True))
 
     def pack(self, state: list[torch.Tensor]) -> bytes:
-        return b"".join(each.numpy().tobytes() for each in state)
+        return b"".join(value.numpy().tobytes() for value in state)
 
     def unpack(self, packed: bytes) -> list[torch.Tensor]:
         if len(packed) != 5056 * len(self.names):
@@ -198,10 +198,12 @@ def save_tracker(path: Path, shape: tuple[int, int]) -> dict[str, float]:
 
 def load_tracker(path: Path, shape: tuple[int, int]) -> tuple[dict[str, float], list[str]]:
     here = Job(shape, 1000)
-    texts = said(lambda: dcp.load(dict(here.entries), checkpoint_id=path, planner=RNGLoadPlanner()))
+    messages = warned(
+        lambda: dcp.load(dict(here.entries), checkpoint_id=path, planner=RNGLoadPlanner())
+    )
     for entry in here.entries.values():
         entry.verify_shared()
-    return here.draw(), texts
+    return here.draw(), messages
 
 
 def test_streams_along_several_meshes_resume_on_other_widths(tmp_path: Path) -> None:
@@ -221,8 +223,8 @@ def test_streams_along_several_meshes_resume_on_other_widths(tmp_path: Path) -> 
                     assert numbers[name] == saved[2 * row if name != "tp" else row][name]
             assert numbers["alike"] == saved[0]["alike"], "never forked"
         assert len(set(seen.values())) == len(seen), "a new row has streams of its own"
-    texts = [text for _, its in loaded for text in its]
-    assert all("row 2 is new" in text for text in texts)
+    messages = [text for _, warned_of in loaded for text in warned_of]
+    assert all("row 2 is new" in text for text in messages)
 
 
 # verify_shared() and generators that are alike on all ranks.
@@ -240,6 +242,6 @@ def drift_of_a_shared_generator() -> str:
 
 
 def test_verify_shared_compares_shared_generators_across_all_ranks() -> None:
-    texts = set(job(3, drift_of_a_shared_generator))
-    assert len(texts) == 1
-    assert texts.pop().startswith("order: all ranks share it, but rank 2 differs from rank 0.")
+    messages = set(job(3, drift_of_a_shared_generator))
+    assert len(messages) == 1
+    assert messages.pop().startswith("order: all ranks share it, but rank 2 differs from rank 0.")

@@ -20,8 +20,8 @@ from nemo_rng_dcp import RNGStateError, ScopedRNG, StatefulRNG, init_all_rng
 from nemo_rng_dcp.record import KEY, Record
 from nemo_rng_dcp.table import records_in
 from scripts.demo.rankless import RanklessRNG
-from tests.support.altered import record_of
-from tests.support.jobs import begin_group, gather, job
+from tests.support.jobs import begin_group, gather, job, process_groups
+from tests.support.records import record_of
 from tests.support.streams import draw, unmoved
 
 Numbers = list[float]
@@ -110,9 +110,9 @@ def test_a_save_moves_no_stream(size: int, tmp_path: Path) -> None:
 @sizes
 def test_the_checkpoint_holds_one_row_per_rank_and_no_bytes(size: int, tmp_path: Path) -> None:
     job(size, save_unmoved, tmp_path)
-    tables = dcp.FileSystemReader(tmp_path).read_metadata().state_dict_metadata
-    assert list(tables) == ["rng.rng_streams"]
-    table = tables["rng.rng_streams"]
+    stored = dcp.FileSystemReader(tmp_path).read_metadata().state_dict_metadata
+    assert list(stored) == ["rng.rng_streams"]
+    table = stored["rng.rng_streams"]
     assert isinstance(table, dcp.TensorStorageMetadata)
     assert table.properties.dtype == torch.int64
     [length] = {chunk.sizes[0] for chunk in table.chunks}
@@ -131,7 +131,7 @@ def load_from_a_torch_file(path: Path) -> tuple[Numbers, Numbers]:
     file = path / f"{dist.get_rank()}.pt"
     dcp_to_torch_save(path, file)
     state = torch.load(file, weights_only=True)["rng"]
-    records = [Record.from_tensor(each) for each in records_in(state[KEY])]
+    records = [Record.from_tensor(row) for row in records_in(state[KEY])]
     assert [record.row for record in records] == list(range(dist.get_world_size()))
     assert records[dist.get_rank()].streams == own.streams
     rng.load_state_dict(state)
@@ -249,9 +249,9 @@ def test_another_rank_than_0_has_no_state_before_the_process_group() -> None:
 
 def count_groups() -> tuple[int, int]:
     rng = StatefulRNG(42, ranked=True)
-    before = len(dist.distributed_c10d._world.pg_map)
+    before = process_groups()
     rng.load_state_dict(rng.state_dict())
-    return before, len(dist.distributed_c10d._world.pg_map)
+    return before, process_groups()
 
 
 @sizes

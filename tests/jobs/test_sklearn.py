@@ -41,7 +41,7 @@ def linear() -> Any:
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 @pytest.mark.parametrize("use", [split, folds, clusters, forest, linear])
-def test_it_continues_identically_after_a_restore(use: Callable[[], Any], tmp_path: Path) -> None:
+def test_scikit_learn_continues_identically(use: Callable[[], Any], tmp_path: Path) -> None:
     rng = StatefulRNG(1)
     use()
     dcp.save({"rng": rng}, checkpoint_id=tmp_path)

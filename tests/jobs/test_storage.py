@@ -3,7 +3,6 @@
 import errno
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,9 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 
 from nemo_rng_dcp import RNGLoadPlanner, RNGStateError, StatefulRNG
-from scripts.demo.launch import Launch
 from tests.jobs import kills
 from tests.support.jobs import job
+from tests.support.launch import python, torchrun
 from tests.support.streams import draw, unmoved
 
 Numbers = list[float]
@@ -210,7 +209,7 @@ def test_a_flipped_bit_on_disk(tmp_path: Path) -> None:
 
 def test_torchrun_restarts_a_killed_job_from_the_complete_checkpoint(tmp_path: Path) -> None:
     """Kills at other moments, without torchrun, are in test_faults.py."""
-    Launch(Path(kills.__file__), 2, str(tmp_path), restarts=1).output()
+    torchrun(Path(kills.__file__), 2, str(tmp_path), restarts=1)
     attempts = sorted(path.name for path in tmp_path.glob("attempt-*"))
     assert attempts == [f"attempt-{n}-{rank}" for n in range(2) for rank in range(2)]
     begun = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
@@ -294,8 +293,7 @@ def test_a_real_disk_without_room(tmp_path: Path) -> None:
     except (OSError, subprocess.CalledProcessError):
         pytest.skip("needs the right to mount a tmpfs")
     try:
-        command = [sys.executable, "-c", SMALL_DISK, str(tmp_path / "full")]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        done = python("-c", SMALL_DISK, tmp_path / "full")
         # torch words it its own way: its zip writer finds less written than it wrote.
         assert "CheckpointException" in done.stdout, done.stdout + done.stderr
         assert "streams unmoved" in done.stdout

@@ -28,7 +28,7 @@ def build() -> Any:
 
 
 def weights(model: Any) -> list[float]:
-    return [float(number) for each in model.get_weights() for number in each.ravel()]
+    return [float(number) for weights in model.get_weights() for number in weights.ravel()]
 
 
 def train(model: Any) -> list[float]:

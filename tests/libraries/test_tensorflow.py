@@ -35,7 +35,7 @@ def resume(path: Path, reseed: bool) -> tuple[list[float], list[float]]:
     return expected, epoch()
 
 
-def test_its_generator_is_not_in_the_checkpoint_and_a_seed_by_epoch_replaces_it(
+def test_tensorflows_generator_is_not_in_the_checkpoint_and_a_seed_by_epoch_replaces_it(
     tmp_path: Path,
 ) -> None:
     expected, drawn = fresh(resume, tmp_path, False)

@@ -3,18 +3,15 @@
 import json
 import os
 import sys
-import warnings
 
 import torch.distributed.checkpoint as dcp
 
-import nemo_rng_dcp
+from nemo_rng_dcp import StatefulRNG
+from tests.support.streams import warned
 
 
 def load(path: str) -> list[str]:
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        dcp.load({"rng": nemo_rng_dcp.StatefulRNG(1)}, checkpoint_id=path)
-    return [str(each.message) for each in caught if each.category is nemo_rng_dcp.RNGStateWarning]
+    return warned(lambda: dcp.load({"rng": StatefulRNG(1)}, checkpoint_id=path))
 
 
 if __name__ == "__main__":
@@ -22,6 +19,6 @@ if __name__ == "__main__":
     os.environ["PYTHONHASHSEED"] = "5"
     phase, *paths = sys.argv[1:]
     if phase == "save":
-        dcp.save({"rng": nemo_rng_dcp.StatefulRNG(1)}, checkpoint_id=paths[0])
+        dcp.save({"rng": StatefulRNG(1)}, checkpoint_id=paths[0])
     order = "".join({*"abcdefghij"})
     print(json.dumps([order, [load(path) for path in paths]]))

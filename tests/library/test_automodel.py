@@ -46,13 +46,18 @@ def older_dataclass() -> OlderRNGState:
     return OlderRNGState(*states, torch.cuda.get_rng_state_all())
 
 
-restores = pytest.mark.parametrize(
-    "restore", [_restore_rng_state, StatefulRNG(1).load_state_dict], ids=["function", "object"]
-)
+def name_here(name: str) -> str:
+    """Return what a stream is called on this machine, whose accelerator may be another one."""
+    device = own_device()
+    return device.type if name == "cuda" and device is not None else name
+
+
+@pytest.fixture(params=["function", "object"])
+def restore(request: pytest.FixtureRequest) -> Callable[[Any], None]:
+    return _restore_rng_state if request.param == "function" else StatefulRNG(1).load_state_dict
 
 
 @pytest.mark.parametrize("capture", [present_dict, older_dataclass, _get_rng_state])
-@restores
 def test_every_form_is_restored(capture: Callable[[], Any], restore: Callable[[Any], None]) -> None:
     draw()
     random.gauss(0, 1)
@@ -91,7 +96,7 @@ def test_our_state_is_read_without_unpickling_code(tmp_path: Path) -> None:
     assert draw() == expected
 
 
-def test_a_load_of_theirs_can_be_rewound_and_says_that_it_was_one() -> None:
+def test_a_load_of_automodels_state_can_be_rewound_and_is_in_loaded() -> None:
     noise = random.Random(1)
     rng = StatefulRNG(1, generators={"noise": noise})
     state = present_dict()
@@ -120,20 +125,16 @@ def test_a_load_of_theirs_can_be_rewound_and_says_that_it_was_one() -> None:
         ("cuda_rng_state", torch.zeros(1, 16, dtype=torch.uint8), "cuda"),
     ],
 )
-@restores
 def test_a_bad_entry_is_named_and_nothing_moves(
     key: str, value: object, name: str, restore: Callable[[Any], None]
 ) -> None:
     state = {**present_dict(), key: value}
-    if name == "cuda" and (device := own_device()):
-        name = device.type
     draw()
-    with unmoved(), pytest.raises(RNGStateError, match=f"^{name}: .* is malformed"):
+    with unmoved(), pytest.raises(RNGStateError, match=f"^{name_here(name)}: .* is malformed"):
         restore(state)
 
 
 @pytest.mark.parametrize("key", list(present_dict()))
-@restores
 def test_a_missing_entry_is_named_and_nothing_moves(
     key: str, restore: Callable[[Any], None]
 ) -> None:
@@ -151,7 +152,6 @@ def test_what_leaves_the_global_streams_alone_does_not_restore_them() -> None:
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="needs a machine without accelerator")
-@restores
 def test_the_warning_names_the_line_that_restored(restore: Callable[[Any], None]) -> None:
     own = [torch.zeros(16, dtype=torch.uint8)]
     for states in (own, tuple(own)):
@@ -171,3 +171,84 @@ def test_what_has_another_shape_is_refused(state: Any) -> None:
     rng = StatefulRNG(1)
     with unmoved(), pytest.raises(TypeError, match="expected a mapping or an RNGState"):
         rng.load_state_dict(state)
+
+
+# RNGState, a class.
+
+
+def test_rng_state_round_trip_in_each_librarys_own_format() -> None:
+    random.gauss(0, 1)
+    np.random.standard_normal()
+    state = _get_rng_state()
+    assert state.random_rng_state == random.getstate()
+    key = state.np_rng_state[1]
+    assert np.array_equal(key, np.random.get_state()[1])  # type: ignore[index]
+    assert state.np_rng_state[2:] == np.random.get_state()[2:]  # type: ignore[index]
+    assert torch.equal(state.torch_rng_state, torch.get_rng_state())
+    expected = draw()
+    _restore_rng_state(state)
+    assert draw() == expected
+
+
+def test_a_state_that_automodel_made_is_restored() -> None:
+    state = RNGState(
+        random.getstate(),
+        np.random.get_state(),  # type: ignore[arg-type]
+        torch.get_rng_state(),
+        torch.cuda.get_rng_state_all(),
+    )
+    rng = StatefulRNG(5)
+    _restore_rng_state(state)
+    expected = draw()
+    rng.load_state_dict(state)
+    assert draw() == expected
+    rng.rewind()
+    assert draw() == expected
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "name"),
+    [
+        ("random_rng_state", None, "python"),
+        ("random_rng_state", (3, (0,) * 625, None), "python"),
+        ("np_rng_state", None, "numpy"),
+        ("np_rng_state", ("PCG64", {}), "numpy"),
+        ("np_rng_state", {"bit_generator": "MT19937", "state": 5}, "numpy"),
+        ("torch_rng_state", None, "torch"),
+        ("torch_rng_state", torch.zeros(16, dtype=torch.uint8), "torch"),
+        ("torch_rng_state", torch.zeros(5056), "torch"),
+        ("torch_rng_state", b"bytes", "torch"),
+        ("torch_rng_state", torch.zeros(5056, dtype=torch.uint8, device="meta"), "torch"),
+        ("cuda_rng_state", None, "cuda"),
+        ("cuda_rng_state", np.zeros(3), "cuda"),
+    ],
+)
+def test_a_bad_field_is_named_and_nothing_moves(
+    field: str, value: object, name: str, restore: Callable[[RNGState], None]
+) -> None:
+    state = _get_rng_state()
+    draw()
+    setattr(state, field, value)
+    with unmoved(), pytest.raises(RNGStateError, match=rf"^{name_here(name)}: .*"):
+        restore(state)
+
+
+def test_an_rng_state_leaves_registered_generators_where_they_are() -> None:
+    noise = random.Random(1)
+    rng = StatefulRNG(1, generators={"noise": noise})
+    state = _get_rng_state()
+    draw()
+    noise.random()
+    before = noise.getstate()
+    rng.load_state_dict(state)
+    assert noise.getstate() == before
+    noise.random()
+    rng.rewind()
+    assert noise.getstate() == before
+
+
+def test_a_field_that_does_not_exist_is_named() -> None:
+    state = _get_rng_state()
+    del state.np_rng_state
+    with unmoved(), pytest.raises(RNGStateError, match="numpy: the RNGState has no np_rng_state"):
+        _restore_rng_state(state)

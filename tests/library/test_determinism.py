@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-from nemo_rng_dcp import determinism
 from nemo_rng_dcp.determinism import CUBLAS_VARIABLE, environment, set_deterministic
 from tests.support.jobs import JobError, job
 
@@ -33,9 +32,8 @@ def before(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     """Settings that differ from the switch's in every respect; afterwards they must be back."""
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
     monkeypatch.delenv(CUBLAS_VARIABLE, raising=False)
-    monkeypatch.setattr(determinism._Process, "cublas_is_deterministic", False)
     # On a machine with a GPU another test may have initialised it.
-    monkeypatch.setattr(determinism, "_cublas_may_have_started", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
     found = settings()
     assert not [name for name in ON if name != "warn_only" and found[name] == ON[name]]
     yield found
@@ -130,7 +128,8 @@ def test_the_variable_stays_if_it_is_suitable(value: str, monkeypatch: pytest.Mo
 
 @pytest.fixture
 def initialised_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(determinism, "_cublas_may_have_started", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.version, "hip", None)
 
 
 @pytest.mark.usefixtures("initialised_cuda")
@@ -163,21 +162,36 @@ def test_the_warning_names_the_line_that_switched() -> None:
     assert caught[0].filename == __file__
 
 
-@pytest.mark.usefixtures("initialised_cuda")
-def test_it_is_not_too_late_with_a_suitable_variable(monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as patch:
-        patch.setenv(CUBLAS_VARIABLE, ":16:8")
-        with set_deterministic():
-            assert settings() == {**ON, CUBLAS_VARIABLE: ":16:8"}
+# cuBLAS with a suitable variable is remembered for the rest of a process: these have their own.
 
 
-def test_it_is_not_too_late_a_second_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """cuBLAS that started inside a block stays deterministic after it."""
+def start_cuda() -> None:
+    torch.cuda.is_initialized = lambda: True
+    torch.version.hip = None
+
+
+def switch_with_a_suitable_variable() -> None:
+    start_cuda()
+    os.environ[CUBLAS_VARIABLE] = ":16:8"
     with set_deterministic():
-        monkeypatch.setattr(determinism, "_cublas_may_have_started", lambda: True)
+        assert settings() == {**ON, CUBLAS_VARIABLE: ":16:8"}
+
+
+def test_it_is_not_too_late_with_a_suitable_variable() -> None:
+    job(1, switch_with_a_suitable_variable, group=False)
+
+
+def switch_twice() -> None:
+    with set_deterministic():
+        start_cuda()
     assert CUBLAS_VARIABLE not in os.environ
     with set_deterministic():
         assert settings() == ON
+
+
+def test_it_is_not_too_late_a_second_time() -> None:
+    """cuBLAS that started inside a block stays deterministic after it."""
+    job(1, switch_twice, group=False)
 
 
 @pytest.mark.parametrize("wrong", [1, 0, None, "yes"])

@@ -159,7 +159,7 @@ def test_the_part_that_runs_first_rewinds_and_the_others_do_not(several: Any) ->
     assert [parts[1](x).tolist(), parts[0](x).tolist(), draw()] == expected
 
 
-def test_it_happens_once() -> None:
+def test_the_rewind_happens_once() -> None:
     rng = StatefulRNG(1)
     model = Model()
     state = rng.state_dict()

@@ -14,7 +14,7 @@ from nemo_rng_dcp import RNGStateError, StatefulRNG
 from nemo_rng_dcp.generators import GeneratorSet
 from nemo_rng_dcp.generators.numpy_random import NumPyGeneratorAdapter
 from nemo_rng_dcp.record import KEY
-from tests.support.altered import record_of, with_stream
+from tests.support.records import record_of, with_stream
 from tests.support.streams import draw, unmoved
 
 BIT_GENERATORS = [
@@ -59,10 +59,10 @@ def test_a_registered_generator_is_restored_in_place(kind: str, already_drawn: i
     rng = StatefulRNG(1, generators={"noise": generator})
     assert numbers(generator, 9) == numbers(KINDS[kind](5), 9), "construction does not reseed it"
     numbers(generator, already_drawn)
-    tables = rng.state_dict()
+    state = rng.state_dict()
     expected = numbers(held_elsewhere[0])
     numbers(generator, 5)
-    rng.load_state_dict(tables)
+    rng.load_state_dict(state)
     assert numbers(held_elsewhere[0]) == expected
     rng.rewind()
     assert numbers(held_elsewhere[0]) == expected
@@ -166,28 +166,28 @@ class Exotic(random.Random):
 
 
 def test_a_random_with_a_state_of_its_own_is_refused_at_construction() -> None:
-    said = "^noise: not a state of Python's random: .*(argument|integer)"
-    with unmoved(), pytest.raises(ValueError, match=said):
+    message = "^noise: not a state of Python's random: .*(argument|integer)"
+    with unmoved(), pytest.raises(ValueError, match=message):
         StatefulRNG(1, generators={"noise": Exotic()})
 
 
 def test_a_random_state_over_another_algorithm_is_refused_at_construction() -> None:
     legacy = np.random.RandomState(np.random.PCG64(1))
-    said = r"noise: the generator runs PCG64, .* Register a numpy\.random\.Generator"
-    with unmoved(), pytest.raises(ValueError, match=said):
+    message = r"noise: the generator runs PCG64, .* Register a numpy\.random\.Generator"
+    with unmoved(), pytest.raises(ValueError, match=message):
         StatefulRNG(1, generators={"noise": legacy})
 
 
 def test_another_algorithm_in_the_checkpoint_is_an_error_that_names_both() -> None:
     saved = StatefulRNG(1, generators={"noise": np.random.Generator(np.random.PCG64(1))})
-    tables = saved.state_dict()
+    state = saved.state_dict()
     generator = np.random.Generator(np.random.Philox(1))
     rng = StatefulRNG(1, generators={"noise": generator})
     before = rng.fingerprint()
     draw()
     message = r"^noise: .* numpy.PCG64 generator, and this job's is numpy.Philox"
     with unmoved(), pytest.raises(RNGStateError, match=message):
-        rng.load_state_dict(tables)
+        rng.load_state_dict(state)
     assert rng.fingerprint()["noise"] == before["noise"]
 
 
@@ -271,7 +271,7 @@ class Stuck(Counter):
 def test_a_setter_that_raises_halfway_leaves_every_stream_where_it_was() -> None:
     noise, stuck, last = torch.Generator().manual_seed(5), Stuck(7), np.random.default_rng(5)
     rng = StatefulRNG(1, generators={"noise": noise, "stuck": stuck, "last": last})
-    tables = rng.state_dict()
+    state = rng.state_dict()
     draw()
     numbers(noise, 3)
     stuck.draw()
@@ -279,10 +279,10 @@ def test_a_setter_that_raises_halfway_leaves_every_stream_where_it_was() -> None
     before = rng.fingerprint()
     message = "^stuck: the generator did not take its state .*OSError: stuck.* back where it was"
     with unmoved(), pytest.raises(RNGStateError, match=message) as error:
-        rng.load_state_dict(tables)
+        rng.load_state_dict(state)
     assert isinstance(error.value.__cause__, OSError)
     assert rng.fingerprint() == before
-    rng.load_state_dict(tables)
+    rng.load_state_dict(state)
     assert stuck.draw() == 7
 
 
@@ -327,7 +327,8 @@ def test_without_global_generators_nothing_else_is_seeded_stored_or_moved() -> N
 )
 def test_no_malformed_state_is_half_taken(kind: Any, damage: dict[int, int]) -> None:
     """Whatever the numbers are: refused with a ValueError, or exactly what is then read back."""
-    adapter = NumPyGeneratorAdapter(np.random.Generator(kind(3)))
+    generator = np.random.Generator(kind(3))
+    adapter = NumPyGeneratorAdapter(generator)
     packed = bytearray(adapter.pack(adapter.get()))
     for index, value in damage.items():
         packed[index % len(packed)] = value
@@ -337,7 +338,7 @@ def test_no_malformed_state_is_half_taken(kind: Any, damage: dict[int, int]) -> 
         return
     adapter.set(state)
     assert adapter.pack(adapter.get()) == packed
-    adapter._bit_generator.random_raw(700)  # and NumPy stays within its buffers
+    generator.bit_generator.random_raw(700)  # and NumPy stays within its buffers
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 import json
 import random
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,9 +11,9 @@ import torch.distributed.checkpoint as dcp
 
 from nemo_rng_dcp import RNGLoadPlanner, StatefulRNG
 from nemo_rng_dcp.__main__ import main
+from tests.fixtures import LAYOUT_1
 
-FOLDER = Path(__file__).parents[1] / "fixtures" / "layout-1"
-FINGERPRINTS = json.loads((FOLDER / "fingerprints.json").read_text())
+FINGERPRINTS = json.loads((LAYOUT_1 / "fingerprints.json").read_text())
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -33,14 +32,14 @@ def test_every_row_is_restored(
     shared = {"order": np.random.default_rng()}
     rng = StatefulRNG(1, ranked=True, generators=generators, shared_generators=shared)
     state = {"app": {"rng": rng.state_dict(), "weight": torch.zeros(3)}}
-    dcp.load(state, checkpoint_id=FOLDER, planner=RNGLoadPlanner(), no_dist=True)
+    dcp.load(state, checkpoint_id=LAYOUT_1, planner=RNGLoadPlanner(), no_dist=True)
     rng.load_state_dict(state["app"]["rng"])
     found = rng.fingerprint()
     assert {name: found[name] for name in FINGERPRINTS[rank]} == FINGERPRINTS[rank]
 
 
-def test_inspect_shows_its_fingerprints(capsys: pytest.CaptureFixture[str]) -> None:
-    main(["inspect", str(FOLDER)])
+def test_inspect_shows_the_fingerprints_of_layout_1(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["inspect", str(LAYOUT_1)])
     shown = capsys.readouterr().out
     for fingerprints in FINGERPRINTS:
         for digits in fingerprints.values():

@@ -30,9 +30,9 @@ from torch.distributed.tensor import DTensor
 from nemo_rng_dcp import RNGLoadPlanner, StatefulRNG
 from nemo_rng_dcp.record import KEY
 from nemo_rng_dcp.table import read_of_row
-from tests.support.altered import record_of, without
 from tests.support.jobs import job
-from tests.support.streams import draw, said, unmoved
+from tests.support.records import change_metadata, record_of, without
+from tests.support.streams import draw, unmoved, warned
 
 Numbers = list[float]
 FakeGroup = Callable[[int, int], None]
@@ -111,20 +111,20 @@ def load_with(path: Path, *names: str) -> tuple[Numbers, list[str]]:
     generators = {name: np.random.default_rng(5) for name in names}
     rng = StatefulRNG(1000, ranked=True, generators=generators)
     state = {"rng": rng, "weight": torch.zeros(3)}
-    texts = said(lambda: dcp.load(state, checkpoint_id=path, planner=RNGLoadPlanner()))
+    messages = warned(lambda: dcp.load(state, checkpoint_id=path, planner=RNGLoadPlanner()))
     assert torch.equal(state["weight"], torch.ones(3))  # type: ignore[arg-type]
-    return [*draw(), *(generator.random() for generator in generators.values())], texts
+    return [*draw(), *(generator.random() for generator in generators.values())], messages
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_another_set_of_generators_restores_what_both_have(size: int, tmp_path: Path) -> None:
     saved = job(2, save_with, tmp_path, "a", "b")
     untouched = float(np.random.default_rng(5).random())
-    for rank, (found, texts) in enumerate(job(size, load_with, tmp_path, "b", "c")):
+    for rank, (found, messages) in enumerate(job(size, load_with, tmp_path, "b", "c")):
         if rank < 2:
             assert found[:-1] == [*saved[rank][:-2], saved[rank][-1]]
         assert found[-1] == untouched
-        [text] = texts if rank == 0 else [""]
+        [text] = messages if rank == 0 else [""]
         assert ("the checkpoint has no c" in text) == (rank == 0)
         assert ("has a, which this job does not have" in text) == (rank == 0)
 
@@ -140,11 +140,11 @@ def load_nothing(path: Path, planner: Any) -> tuple[list[str], bool]:
     rng = StatefulRNG(1000, ranked=True)
     state = {"weight": torch.zeros(3), "rng": rng}
     with unmoved():
-        texts = said(lambda: dcp.load(state, checkpoint_id=path, planner=planner))
+        messages = warned(lambda: dcp.load(state, checkpoint_id=path, planner=planner))
     assert torch.equal(state["weight"], torch.ones(3))  # type: ignore[arg-type]
     with pytest.raises(RuntimeError, match="nothing was loaded"):
         rng.rewind()
-    return texts, True
+    return messages, True
 
 
 @pytest.mark.parametrize(
@@ -155,10 +155,10 @@ def load_nothing(path: Path, planner: Any) -> tuple[list[str], bool]:
         RNGLoadPlanner(DefaultLoadPlanner(allow_partial_load=True)),
     ],
 )
-def test_a_load_that_restores_nothing_says_so_on_each_rank(planner: Any, tmp_path: Path) -> None:
+def test_a_load_that_restores_nothing_warns_on_every_rank(planner: Any, tmp_path: Path) -> None:
     job(2, save_weight, tmp_path)
-    for rank, (texts, _) in enumerate(job(2, load_nothing, tmp_path, planner)):
-        [text] = texts
+    for rank, (messages, _) in enumerate(job(2, load_nothing, tmp_path, planner)):
+        [text] = messages
         assert f"rank {rank}: the load restored no random stream" in text
 
 
@@ -177,7 +177,7 @@ def test_a_draw_during_the_load_does_not_hide_that_nothing_was_restored(tmp_path
     dcp.save({"app": Drawing()}, checkpoint_id=tmp_path)
     rng = StatefulRNG(1)
     state = {"app": Drawing(), "rng": rng}
-    [text] = said(lambda: dcp.load(state, checkpoint_id=tmp_path, planner=RNGLoadPlanner()))
+    [text] = warned(lambda: dcp.load(state, checkpoint_id=tmp_path, planner=RNGLoadPlanner()))
     assert "rank 0: the load restored no random stream" in text
     assert rng.loaded is None
 
@@ -192,10 +192,10 @@ def save_alone(path: Path) -> None:
 def load_what_rank_0_saved(path: Path) -> tuple[list[str], str]:
     rng = StatefulRNG(42, ranked=True)
     draw()
-    texts = said(lambda: dcp.load({"rng": rng}, checkpoint_id=path))
+    messages = warned(lambda: dcp.load({"rng": rng}, checkpoint_id=path))
     with unmoved(), pytest.raises(CheckpointException) as caught:
         dcp.load({"rng": rng}, checkpoint_id=path, planner=RNGLoadPlanner())
-    return texts, str(caught.value)
+    return messages, str(caught.value)
 
 
 def test_a_row_that_was_not_saved_is_not_missed_in_silence(tmp_path: Path) -> None:
@@ -348,14 +348,14 @@ def load_elsewhere(path: Path) -> list[str]:
     rng = StatefulRNG(1000, ranked=True)
     state = {"app": {"rng": rng.state_dict(), "rng_streams": torch.zeros(3)}}
     planner = RNGLoadPlanner(DefaultLoadPlanner(allow_partial_load=True))
-    return said(lambda: dcp.load(state, checkpoint_id=path, planner=planner))
+    return warned(lambda: dcp.load(state, checkpoint_id=path, planner=planner))
 
 
 def test_a_record_for_which_the_job_has_no_entry_is_named_once(tmp_path: Path) -> None:
     job(2, save, tmp_path, True)
-    texts = job(2, load_elsewhere, tmp_path)
-    assert [len(its) for its in texts] == [1, 0]
-    assert "RNG state at rng.rng_streams, for which this job has no StatefulRNG" in texts[0][0]
+    messages = job(2, load_elsewhere, tmp_path)
+    assert [len(warned_of) for warned_of in messages] == [1, 0]
+    assert "RNG state at rng.rng_streams, for which this job has no StatefulRNG" in messages[0][0]
 
 
 # Around a planner of the user's own.
@@ -373,7 +373,7 @@ class Renaming(DefaultLoadPlanner):
         assert metadata is not None
         saved = metadata.state_dict_metadata
         self.seen = {*saved, *state_dict, *(k for v in state_dict.values() for k in _keys(v))}
-        renamed = {key.replace("old.", "new."): its for key, its in saved.items()}
+        renamed = {key.replace("old.", "new."): entry for key, entry in saved.items()}
         metadata = dataclasses.replace(metadata, state_dict_metadata=renamed)
         super().set_up_planner(state_dict, metadata, is_coordinator)
 
@@ -534,21 +534,16 @@ def test_something_else_under_the_key_is_refused_unread(
 
 
 @pytest.mark.parametrize("chunks", [0, 1])
-def test_a_record_that_the_metadata_does_not_place_is_an_error(
-    chunks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_record_that_the_metadata_does_not_place_is_an_error(chunks: int, tmp_path: Path) -> None:
     """To DCP a tensor with no chunks is nothing to read, and the live state would stay."""
     rng = StatefulRNG(1)
     dcp.save({"rng": rng}, checkpoint_id=tmp_path)
-    real = dcp.FileSystemReader.read_metadata
 
-    def without_chunks(self: Any, *arguments: Any, **options: Any) -> Any:
-        metadata = real(self, *arguments, **options)
+    def empty_chunks(metadata: Any) -> None:
         empty = ChunkStorageMetadata(torch.Size((0,)), torch.Size((0,)))
         metadata.state_dict_metadata["rng.rng_streams"].chunks[:] = [empty] * chunks
-        return metadata
 
-    monkeypatch.setattr(dcp.FileSystemReader, "read_metadata", without_chunks)
+    change_metadata(tmp_path, empty_chunks)
     draw()
     with unmoved(), pytest.raises(CheckpointException, match=f"in {chunks} chunks, expected"):
         dcp.load({"rng": rng}, checkpoint_id=tmp_path, planner=RNGLoadPlanner())
@@ -562,8 +557,10 @@ def test_a_record_of_other_generators_needs_the_planner(tmp_path: Path) -> None:
         dcp.load({"rng": rng}, checkpoint_id=tmp_path)
     untouched = float(np.random.random())
     np.random.seed(5)
-    texts = said(lambda: dcp.load({"rng": rng}, checkpoint_id=tmp_path, planner=RNGLoadPlanner()))
-    assert "the checkpoint has no numpy: the stream stays as it is" in texts[0]
+    messages = warned(
+        lambda: dcp.load({"rng": rng}, checkpoint_id=tmp_path, planner=RNGLoadPlanner())
+    )
+    assert "the checkpoint has no numpy: the stream stays as it is" in messages[0]
     found = draw()
     assert (found[0::3], found[2::3]) == (expected[0::3], expected[2::3])
     assert untouched not in found

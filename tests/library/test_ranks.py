@@ -25,8 +25,8 @@ def test_fingerprints_are_gathered_by_row_for_every_generator() -> None:
     for gathered, expected in job(3, fingerprints_of_all):
         assert gathered == expected
     names = [*GeneratorSet(own_device()).slots, "own"]
-    assert [list(its) for its in expected] == [names] * 3
-    digits = [text for its in expected for text in its.values()]
+    assert [list(of_row) for of_row in expected] == [names] * 3
+    digits = [text for of_row in expected for text in of_row.values()]
     assert len(set(digits)) == 3 * len(names)
     assert {len(text) for text in digits} == {12}
 
@@ -39,7 +39,7 @@ def fingerprints_of_shared_rows() -> tuple[list[dict[str, str]], list[dict[str, 
     return rng.fingerprint(gather=True), gather(rng.fingerprint())
 
 
-def test_of_ranks_that_share_a_row_the_lowest_speaks() -> None:
+def test_the_lowest_rank_of_a_row_gives_its_fingerprint() -> None:
     for gathered, by_rank in job(4, fingerprints_of_shared_rows):
         assert gathered == by_rank[:2]
     assert by_rank[0] != by_rank[2]
@@ -76,13 +76,13 @@ def drift_where_all_are_alike() -> str:
 
 
 def test_without_ranked_all_ranks_share_the_global_streams() -> None:
-    said = "python: all ranks share it, but rank 1 differs from rank 0"
-    assert job(2, drift_where_all_are_alike) == [said] * 2
+    message = "python: all ranks share it, but rank 1 differs from rank 0"
+    assert job(2, drift_where_all_are_alike) == [message] * 2
 
 
 def test_every_drift_of_every_generator_row_and_peer_is_named() -> None:
-    for texts in job(6, drift):
-        assert texts == [
+    for messages in job(6, drift):
+        assert messages == [
             "numpy: ranks 1, 3, 5 share row 1, but rank 3, 5 differs from rank 1",
             "torch: ranks 0, 2, 4 share row 0, but rank 4 differs from rank 0",
             "other: all ranks share it, but rank 1, 2 differs from rank 0",

@@ -1,5 +1,6 @@
-"""What a record's head says when the saved job and the resuming one differ."""
+"""The rules of a resume: what is restored, forked or dropped, and what is warned of."""
 
+import dataclasses
 import platform
 import random
 import warnings
@@ -12,9 +13,9 @@ import torch
 from nemo_rng_dcp import RNGStateError, RNGStateWarning, StatefulRNG
 from nemo_rng_dcp.generators import Slot
 from nemo_rng_dcp.record import KEY, Mesh, Record, Stream
-from nemo_rng_dcp.resume import Job, resume
+from nemo_rng_dcp.resume import Job, fork_seed, resume
 from nemo_rng_dcp.versions import version_number, version_text
-from tests.support.altered import State, altered, record_of
+from tests.support.records import State, altered, record_of
 from tests.support.streams import draw, unmoved
 
 pytestmark = pytest.mark.filterwarnings("ignore::nemo_rng_dcp.RNGStateWarning")
@@ -93,24 +94,8 @@ def test_each_other_version_is_named_older_or_newer(name: str, step: int) -> Non
     with pytest.warns(RNGStateWarning) as caught:
         rng.load_state_dict(state)
     here = version_text(version_number(NOW[name]))
-    [text] = [str(each.message) for each in caught]
+    [text] = [str(warning.message) for warning in caught]
     assert f"saved with {name} {version_text(then)}, now {here}: the streams continue" in text
-
-
-@pytest.mark.parametrize(
-    ("text", "number"),
-    [
-        ("2.13.0+cpu", 2_013_000),
-        ("3.11.7", 3_011_007),
-        ("2.4", 2_004_000),
-        ("2.15.0a0+git1234", 2_015_000),
-        ("unknown", 0),
-    ],
-)
-def test_versions_are_numbers(text: str, number: int) -> None:
-    assert version_number(text) == number
-    if number:
-        assert version_text(number).startswith(text[:3])
 
 
 # What is said of rows, generators and meshes.
@@ -127,7 +112,7 @@ def job(rows: int, mesh: Mesh | None, *names: str) -> Job:
 
 
 @pytest.mark.parametrize(
-    ("then", "now", "said"),
+    ("then", "now", "remark"),
     [
         (3, 2, "3 rows were saved and 2 are loaded: row 2 is dropped"),
         (4, 2, "4 rows were saved and 2 are loaded: rows 2 to 3 are dropped"),
@@ -140,26 +125,26 @@ def job(rows: int, mesh: Mesh | None, *names: str) -> Job:
         ),
     ],
 )
-def test_rows_are_counted_in_words(then: int, now: int, said: str) -> None:
-    its = resume(of(then, None, "a", "b"), job(now, None, "a", "b"))
-    assert its.resizes == 1
-    [text] = its.remarks
-    assert text.startswith(said)
+def test_rows_are_counted_in_words(then: int, now: int, remark: str) -> None:
+    plan = resume(of(then, None, "a", "b"), job(now, None, "a", "b"))
+    assert plan.resizes == 1
+    [text] = plan.remarks
+    assert text.startswith(remark)
 
 
 def test_all_that_only_one_side_has_is_named() -> None:
-    its = resume(of(1, None, "a", "b", "c"), job(1, None, "c", "d", "e"))
-    assert (its.states, its.resizes) == ({"c": b"c"}, 0)
-    absent, ignored = its.remarks
+    plan = resume(of(1, None, "a", "b", "c"), job(1, None, "c", "d", "e"))
+    assert (plan.states, plan.resizes) == ({"c": b"c"}, 0)
+    absent, ignored = plan.remarks
     assert "the checkpoint has no d, e: the stream stays as it is" in absent
     assert "the checkpoint has a, b, which this job does not have: ignored" in ignored
 
 
 @pytest.mark.parametrize("then", [(("a", 2), ("b", 3)), (("a", 3), ("b", 2)), (("c", 6),), None])
 @pytest.mark.parametrize("now", [(("b", 3), ("a", 2)), (("b", 2), ("a", 3)), (("a", 6),)])
-def test_a_permuted_or_renamed_mesh_is_said(then: Mesh | None, now: Mesh | None) -> None:
-    its = resume(of(6, then, "a"), job(6, now, "a"))
-    assert any("row r may belong to another coordinate now" in text for text in its.remarks)
+def test_a_permuted_or_renamed_mesh_warns(then: Mesh | None, now: Mesh | None) -> None:
+    plan = resume(of(6, then, "a"), job(6, now, "a"))
+    assert any("row r may belong to another coordinate now" in text for text in plan.remarks)
 
 
 def test_the_kind_of_every_generator_is_compared() -> None:
@@ -171,10 +156,149 @@ def test_the_kind_of_every_generator_is_compared() -> None:
             resume(record, other)
 
 
-def test_nothing_is_said_of_a_record_of_this_job() -> None:
+def test_a_record_of_this_job_does_not_warn() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         rng = StatefulRNG(1, generators={"own": random.Random(1)})
         state = {KEY: rng.state_dict()[KEY].clone()}
         draw()
         rng.load_state_dict(state)
+
+
+# Generators that are forked, kept, absent or ignored.
+
+
+def job_of(row: int, rows: int, *, ranked: bool, mesh: tuple[tuple[str, int], ...] | None) -> Job:
+    slots = {
+        "python": Slot("python", False, True),
+        "noise": Slot("torch.cpu", False, False),
+        "order": Slot("numpy.PCG64", True, False),
+    }
+    return Job(row, rows, mesh, ranked, slots)
+
+
+def saved(rows: int, *, ranked: bool, mesh: tuple[tuple[str, int], ...] | None) -> Record:
+    streams = {
+        "python": Stream("python", False, b"p"),
+        "noise": Stream("torch.cpu", False, b"n"),
+        "order": Stream("numpy.PCG64", True, b"o"),
+    }
+    return Record(0, rows, rows, 1, ranked, 3, 1, mesh, streams)
+
+
+@pytest.mark.parametrize("ranked_then", [False, True])
+@pytest.mark.parametrize("ranked_now", [False, True])
+def test_on_a_new_row_globals_follow_ranked_and_registered_ones_do_not(
+    ranked_then: bool, ranked_now: bool
+) -> None:
+    record = saved(2, ranked=ranked_then, mesh=None)
+    plan = resume(record, job_of(2, 4, ranked=ranked_now, mesh=None))
+    forked = {"noise"} | ({"python"} if ranked_then or ranked_now else set())
+    assert plan.seeds.keys() == forked
+    assert plan.states == {"python": b"p", "noise": b"n", "order": b"o"}
+    assert plan.resizes == 4
+    assert plan.seeds["noise"] == fork_seed("noise", 2, 4, b"n")
+    own = resume(record, job_of(0, 4, ranked=ranked_now, mesh=None))
+    assert (own.states, own.seeds) == (plan.states, {})
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "remark"),
+    [
+        (None, None, ""),
+        ((("dp", 4),), (("dp", 4),), ""),
+        ((("dp", 4), ("pp", 2)), (("dp", 2), ("pp", 4)), "along dp 4 x pp 2 and are loaded along"),
+        ((("dp", 2), ("pp", 4)), (("pp", 4), ("dp", 2)), "loaded along pp 4 x dp 2: row r may bel"),
+        (None, (("dp", 8),), "saved along all ranks and are loaded along dp 8"),
+        ((("dp", 8),), None, "saved along dp 8 and are loaded along all ranks"),
+    ],
+)
+def test_another_mesh_of_as_many_rows_warns(then: object, now: object, remark: str) -> None:
+    rows = 4 if remark == "" else 8
+    record = saved(rows, ranked=True, mesh=then)  # type: ignore[arg-type]
+    plan = resume(record, job_of(0, rows, ranked=True, mesh=now))  # type: ignore[arg-type]
+    assert remark in " ".join(plan.remarks)
+    assert bool(plan.remarks) == bool(remark)
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "rows", "is_global", "remark"),
+    [
+        (False, True, 2, True, "saved with ranked=False, now ranked=True"),
+        (True, False, 2, True, "saved with ranked=True, now ranked=False"),
+        (True, True, 2, True, ""),
+        (False, True, 1, True, ""),  # one row: it makes no difference
+        (False, True, 2, False, ""),  # nor where no global stream is stored
+    ],
+)
+def test_another_ranked_warns(
+    then: bool, now: bool, rows: int, is_global: bool, remark: str
+) -> None:
+    job = job_of(0, rows, ranked=now, mesh=None)
+    python = job.slots["python"]._replace(is_global=is_global)
+    job = dataclasses.replace(job, slots={**job.slots, "python": python})
+    plan = resume(saved(rows, ranked=then, mesh=None), job)
+    assert remark in " ".join(plan.remarks)
+    assert bool(plan.remarks) == bool(remark)
+
+
+@pytest.mark.parametrize(
+    ("shared", "rows", "remark"),
+    [
+        (True, 2, "noise was saved in generators=, now in shared_generators=: ranks that differed"),
+        (False, 2, "order was saved in shared_generators=, now in generators=: ranks that drew al"),
+        (True, 1, ""),  # one row: it makes no difference
+    ],
+)
+def test_a_generator_that_is_shared_now_or_no_longer_warns(
+    shared: bool, rows: int, remark: str
+) -> None:
+    job = job_of(0, rows, ranked=True, mesh=None)
+    name = "noise" if shared else "order"
+    moved = {name: job.slots[name]._replace(shared=shared)}
+    job = dataclasses.replace(job, slots={**job.slots, **moved})
+    plan = resume(saved(rows, ranked=True, mesh=None), job)
+    assert plan.states.keys() == {"python", "noise", "order"}
+    assert not plan.seeds
+    assert remark in " ".join(plan.remarks)
+    assert len(plan.remarks) == bool(remark)
+
+
+def test_one_dimension_that_grows_keeps_its_numbers_and_two_do_not() -> None:
+    grown = resume(
+        saved(2, ranked=True, mesh=(("dp", 2),)),
+        job_of(0, 3, ranked=True, mesh=(("dp", 3),)),
+    )
+    assert len(grown.remarks) == 1
+    assert "2 rows were saved and 3 are loaded: row 2 is new, row 2 from row 0" in grown.remarks[0]
+    assert "(python, noise forked; order taken as saved)" in grown.remarks[0]
+    two = resume(
+        saved(4, ranked=True, mesh=(("pp", 2), ("dp", 2))),
+        job_of(0, 8, ranked=True, mesh=(("pp", 2), ("dp", 4))),
+    )
+    assert "row r may belong to another coordinate now" in two.remarks[1]
+
+
+def test_record_of_a_live_rng_is_what_resume_takes() -> None:
+    rng = StatefulRNG(1)
+    record = record_of(rng.state_dict())
+    slots = {name: Slot(stream.kind, False, True) for name, stream in record.streams.items()}
+    plan = resume(record, Job(0, 1, None, False, slots))
+    assert plan.states.keys() == slots.keys()
+    assert plan.remarks == ()
+
+
+def test_fork_seeds_are_64_bits_that_depend_on_all_they_are_made_from() -> None:
+    seeds = {
+        fork_seed(name, row, resizes, state)
+        for name in ("python", "numpy")
+        for row in (4, 5)
+        for resizes in (1, 2)
+        for state in (b"state", b"stata")
+    }
+    assert len(seeds) == 16
+    many = [fork_seed("torch", row, 1, b"state") for row in range(200)]
+    assert min(many) >= 0
+    assert 2**63 < max(many) < 2**64, "the upper bits are used"
+    # For ever: a job that grows from a checkpoint of today draws the same numbers tomorrow.
+    assert fork_seed("python", 4, 1, b"state") == 3821221214801519556

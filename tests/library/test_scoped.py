@@ -164,8 +164,10 @@ def test_a_generator_exchanged_inside_is_named_and_the_others_come_back() -> Non
     before = np.random.get_bit_generator()
     python, torch_state = random.getstate(), torch.get_rng_state()
     try:
-        said = r"^numpy: .*own earlier state \(ValueError: .*\)\. Was it .*set_bit_generator\(\)\?$"
-        with pytest.raises(RNGStateError, match=said), ScopedRNG(1):
+        message = (
+            r"^numpy: .*own earlier state \(ValueError: .*\)\. Was it .*set_bit_generator\(\)\?$"
+        )
+        with pytest.raises(RNGStateError, match=message), ScopedRNG(1):
             np.random.set_bit_generator(np.random.PCG64(1))
     finally:
         np.random.set_bit_generator(before)

@@ -3,7 +3,6 @@
 import datetime
 import os
 import random
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from nemo_rng_dcp import RNGStateError, RNGStateWarning, StatefulRNG
 from nemo_rng_dcp.record import KEY
 from nemo_rng_dcp.table import NOT_SAVED
 from tests.support.jobs import begin_group, job
-from tests.support.streams import draw, unmoved
+from tests.support.streams import draw, unmoved, warned
 
 Numbers = list[float]
 
@@ -39,12 +38,9 @@ def loaded_from(path: Path, key: str | None = None) -> tuple[Numbers, list[str]]
     """Load in a process that drew otherwise: what follows, and what was warned."""
     rng = StatefulRNG(1, ranked=True)
     draw(5)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", RNGStateWarning)
-        rng.load(path, key=key)
-    said = [str(its.message) for its in caught if its.category is RNGStateWarning]
+    messages = warned(lambda: rng.load(path, key=key))
     assert rng.loaded is not None
-    return draw(), said
+    return draw(), messages
 
 
 def test_every_rank_regains_its_stream_on_as_many_ranks(tmp_path: Path) -> None:
@@ -59,20 +55,20 @@ def test_the_checkpoint_holds_the_record_and_nothing_else(tmp_path: Path) -> Non
     assert list(metadata.state_dict_metadata) == ["rng_streams"]
 
 
-def test_fewer_ranks_continue_theirs_and_say_what_is_dropped(tmp_path: Path) -> None:
+def test_shrinking_continues_rows_and_names_the_dropped_ones(tmp_path: Path) -> None:
     expected = job(2, saved_alone, tmp_path)
-    [(found, said)] = job(1, loaded_from, tmp_path)
+    [(found, messages)] = job(1, loaded_from, tmp_path)
     assert found == expected[0]
-    assert len(said) == 1
-    assert "row 1 is dropped" in said[0]
+    assert len(messages) == 1
+    assert "row 1 is dropped" in messages[0]
 
 
-def test_more_ranks_continue_theirs_and_the_new_one_forks(tmp_path: Path) -> None:
+def test_growing_continues_rows_and_forks_the_new_one(tmp_path: Path) -> None:
     expected = job(2, saved_alone, tmp_path)
     found = job(3, loaded_from, tmp_path)
     assert [numbers for numbers, _ in found[:2]] == expected
     assert found[2][0] not in expected
-    assert [len(said) for _, said in found] == [1, 0, 0]
+    assert [len(messages) for _, messages in found] == [1, 0, 0]
     assert "row 2 is new" in found[0][1][0]
 
 
@@ -104,7 +100,7 @@ def test_the_record_is_found_wherever_it_lies(
     assert job(2, loaded_from, tmp_path) == [(numbers, []) for numbers in expected]
 
 
-def test_it_is_found_in_a_converted_checkpoint_on_any_world_size(tmp_path: Path) -> None:
+def test_the_record_is_found_in_a_converted_checkpoint_on_any_world_size(tmp_path: Path) -> None:
     expected = job(2, saved_in_a_job, tmp_path / "dcp", nested)
     dcp_to_torch_save(tmp_path / "dcp", tmp_path / "whole.pt")
     torch_save_to_dcp(tmp_path / "whole.pt", tmp_path / "again")
@@ -138,16 +134,16 @@ def load_fails(path: Path) -> str:
     return str(caught.value)
 
 
-def test_without_a_record_every_rank_says_what_is_there(tmp_path: Path) -> None:
+def test_without_a_record_every_rank_names_what_is_there(tmp_path: Path) -> None:
     dcp.save({"weight": torch.ones(3)}, checkpoint_id=tmp_path, no_dist=True)
-    for said in job(2, load_fails, tmp_path):
-        assert "holds no record (rng_streams) of a StatefulRNG, only weight" in said
-        assert str(tmp_path) in said
+    for error in job(2, load_fails, tmp_path):
+        assert "holds no record (rng_streams) of a StatefulRNG, only weight" in error
+        assert str(tmp_path) in error
 
 
-def test_without_a_checkpoint_every_rank_says_where_it_looked(tmp_path: Path) -> None:
-    for said in job(2, load_fails, tmp_path / "missing"):
-        assert str(tmp_path / "missing") in said
+def test_without_a_checkpoint_every_rank_names_the_place(tmp_path: Path) -> None:
+    for error in job(2, load_fails, tmp_path / "missing"):
+        assert str(tmp_path / "missing") in error
 
 
 def save_fails(path: Path) -> str:
@@ -159,19 +155,21 @@ def save_fails(path: Path) -> str:
 def test_a_checkpoint_of_other_things_is_not_replaced(tmp_path: Path) -> None:
     weight = torch.rand(3)
     dcp.save({"weight": weight}, checkpoint_id=tmp_path, no_dist=True)
-    for said in job(2, save_fails, tmp_path):
-        assert "other things (weight, for one), which would be lost" in said
-        assert f"{tmp_path}/rng" in said
+    for error in job(2, save_fails, tmp_path):
+        assert "other things (weight, for one), which would be lost" in error
+        assert f"{tmp_path}/rng" in error
     state = {"weight": torch.zeros(3)}
     dcp.load(state, checkpoint_id=tmp_path, no_dist=True)
     assert torch.equal(state["weight"], weight)
 
 
-def test_nor_is_one_behind_a_url_or_with_metadata_of_every_rank(tmp_path: Path) -> None:
-    writer = dcp.FileSystemWriter(tmp_path / "each")
+def test_other_things_behind_a_url_or_saved_by_rank_are_not_replaced(
+    tmp_path: Path,
+) -> None:
+    writer = dcp.FileSystemWriter(tmp_path / "by_rank")
     dcp.save({"weight": torch.rand(3)}, storage_writer=writer, use_collectives=False)
     dcp.save({"weight": torch.rand(3)}, checkpoint_id=tmp_path / "one")
-    for path in (tmp_path / "each", f"file://{tmp_path}/one"):
+    for path in (tmp_path / "by_rank", f"file://{tmp_path}/one"):
         with pytest.raises(RNGStateError, match=r"other things \(weight, for one\)"):
             StatefulRNG(1).save(path)
 
@@ -238,19 +236,19 @@ def saved_twice(path: Path, second: str) -> tuple[Numbers, str]:
 
 @pytest.mark.filterwarnings("ignore:Detected an existing checkpoint")
 def test_a_save_over_another_that_fails_leaves_no_record_of_two_moments(tmp_path: Path) -> None:
-    for _, said in job(2, saved_twice, tmp_path, "write"):
-        assert f"was not saved to {tmp_path} (rank 1): OSError: no space left" in said
-    for said in job(2, load_fails, tmp_path):
-        assert ".metadata" in said
+    for _, error in job(2, saved_twice, tmp_path, "write"):
+        assert f"was not saved to {tmp_path} (rank 1): OSError: no space left" in error
+    for error in job(2, load_fails, tmp_path):
+        assert ".metadata" in error
 
 
 @pytest.mark.filterwarnings("ignore:Detected an existing checkpoint")
 def test_a_rank_without_a_record_fails_the_save_on_all_and_the_last_one_stays(
     tmp_path: Path,
 ) -> None:
-    expected, said = zip(*job(2, saved_twice, tmp_path, "state"), strict=True)
-    for its in said:
-        assert f"was not saved to {tmp_path} (rank 1): numpy: the generator runs PCG64" in its
+    expected, errors = zip(*job(2, saved_twice, tmp_path, "state"), strict=True)
+    for error in errors:
+        assert f"was not saved to {tmp_path} (rank 1): numpy: the generator runs PCG64" in error
     assert job(2, loaded_from, tmp_path) == [(numbers, []) for numbers in expected]
 
 
@@ -260,27 +258,27 @@ def seeded_before_the_group(path: Path) -> list[str]:
     rng = StatefulRNG(42, ranked=True)
     os.environ["RANK"] = rank
     begin_group()
-    said: list[str] = []
+    errors: list[str] = []
     functions: list[Callable[[Path], None]] = [rng.save, rng.load]
     for function in functions:
         with pytest.raises(RNGStateError) as caught:
             function(path / "rng")
-        said.append(str(caught.value))
-    return said
+        errors.append(str(caught.value))
+    return errors
 
 
 def test_a_rank_of_another_row_fails_the_save_and_the_load_on_all(tmp_path: Path) -> None:
     job(1, saved_alone, tmp_path / "rng")
-    for said in job(2, seeded_before_the_group, tmp_path, group=False):
-        for its in said:
-            assert "(rank 1): RuntimeError: this StatefulRNG was seeded for row 0" in its
+    for errors in job(2, seeded_before_the_group, tmp_path, group=False):
+        for error in errors:
+            assert "(rank 1): RuntimeError: this StatefulRNG was seeded for row 0" in error
 
 
 def test_storage_that_fails_is_an_exception_of_the_library(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     rng = StatefulRNG(1)
-    said = r"was not saved to .*file/rng \(rank 0\): NotADirectoryError"
-    with unmoved(), pytest.raises(RNGStateError, match=said):
+    message = r"was not saved to .*file/rng \(rank 0\): NotADirectoryError"
+    with unmoved(), pytest.raises(RNGStateError, match=message):
         rng.save(tmp_path / "file" / "rng")
 
 
@@ -317,7 +315,7 @@ def test_ranks_that_share_a_row_load_it_together(tmp_path: Path) -> None:
     assert found[0] == found[1] != found[2]
 
 
-def test_loaded_says_what_was_restored(tmp_path: Path) -> None:
+def test_loaded_describes_what_was_restored(tmp_path: Path) -> None:
     before = datetime.datetime.now(datetime.timezone.utc)
     job(2, saved_alone, tmp_path)
     after = datetime.datetime.now(datetime.timezone.utc)
@@ -357,10 +355,8 @@ def test_a_load_that_restores_nothing_forgets_the_one_before() -> None:
 
 def loads_a_whole_table(path: Path) -> tuple[Numbers, list[str]]:
     rng = StatefulRNG(1, ranked=True)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", RNGStateWarning)
-        rng.load_state_dict(torch.load(path, weights_only=True))
-    return draw(), [str(its.message) for its in caught if its.category is RNGStateWarning]
+    messages = warned(lambda: rng.load_state_dict(torch.load(path, weights_only=True)))
+    return draw(), messages
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
@@ -396,7 +392,7 @@ def test_a_table_pickled_by_one_rank_is_refused_by_the_others(size: int, tmp_pat
     expected = job(2, pickled_by_rank_0, tmp_path / "rng.pt")
     found = job(size, loads_the_pickle, tmp_path / "rng.pt")
     assert found[0] == expected[0]
-    said = found[1]
-    assert isinstance(said, str)
-    assert "row 1 of" in said
-    assert "StatefulRNG.save()" in said
+    error = found[1]
+    assert isinstance(error, str)
+    assert "row 1 of" in error
+    assert "StatefulRNG.save()" in error

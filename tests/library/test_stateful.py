@@ -22,20 +22,19 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 from nemo_rng_dcp import (
-    RNGState,
     RNGStateError,
     RNGStateWarning,
     StatefulRNG,
     init_all_rng,
 )
-from nemo_rng_dcp.automodel import _get_rng_state, _restore_rng_state
+from nemo_rng_dcp.automodel import _get_rng_state
 from nemo_rng_dcp.record import KEY
 from nemo_rng_dcp.versions import version_text
-from tests.support.altered import State, altered, record_of, with_number, with_stream
-from tests.support.streams import draw, said, states, unmoved
+from tests.support.records import State, altered, record_of, with_number, with_stream
+from tests.support.streams import draw, states, unmoved, warned
 
 
-def test_it_is_stateful_and_goes_through_dcp_in_automodel() -> None:
+def test_stateful_rng_is_stateful_and_goes_through_dcp_in_automodel() -> None:
     assert isinstance(StatefulRNG(1), Stateful)
     assert StatefulRNG.use_distributed_checkpointing is True
 
@@ -67,10 +66,10 @@ def test_gaussians_that_are_cached_come_back_bit_for_bit() -> None:
     torch.randn(1)
     assert random.getstate()[2] is not None
     assert np.random.get_state(legacy=False)["has_gauss"] == 1
-    tables = rng.state_dict()
+    state = rng.state_dict()
     expected = (random.gauss(0, 1), np.random.standard_normal(), torch.randn(1))
     draw(3)
-    rng.load_state_dict(tables)
+    rng.load_state_dict(state)
     assert (random.gauss(0, 1), np.random.standard_normal(), torch.randn(1)) == expected
 
 
@@ -151,8 +150,8 @@ def test_a_stream_seeded_for_another_rank_is_refused(
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="needs a machine without accelerator")
 @pytest.mark.parametrize("device", ["cuda", "cuda:1", torch.device("cuda", 0)])
 def test_a_device_is_refused_where_there_is_none(device: Any) -> None:
-    said = f"^device is '{device}', but this process has no accelerator: expected .* 'cpu'"
-    with unmoved(), pytest.raises(ValueError, match=said):
+    message = f"^device is '{device}', but this process has no accelerator: expected .* 'cpu'"
+    with unmoved(), pytest.raises(ValueError, match=message):
         StatefulRNG(1, device=device)
 
 
@@ -178,14 +177,14 @@ def test_a_process_that_lost_its_group_does_not_store_itself_as_rank_0(
 
 def test_another_bit_generator_of_numpy_is_refused_by_name() -> None:
     rng = StatefulRNG(1)
-    tables = rng.state_dict()
+    state = rng.state_dict()
     before = np.random.get_bit_generator()
     np.random.set_bit_generator(np.random.PCG64(1))
     try:
         python, torch_state = random.getstate(), torch.get_rng_state()
         for use in (
             rng.state_dict,
-            lambda: rng.load_state_dict(tables),
+            lambda: rng.load_state_dict(state),
             _get_rng_state,
         ):
             with pytest.raises(RNGStateError, match=r"^numpy: .*PCG64.*set_bit_generator\("):
@@ -280,15 +279,15 @@ def test_a_newer_layout_names_the_version_that_reads_it() -> None:
         rng.load_state_dict({KEY: newer})
 
 
-def test_an_exact_restore_says_nothing() -> None:
+def test_an_exact_restore_does_not_warn() -> None:
     rng = StatefulRNG(1, ranked=True, generators={"noise": torch.Generator()})
     state = rng.state_dict()
     draw()
-    assert said(lambda: rng.load_state_dict(state)) == []
+    assert warned(lambda: rng.load_state_dict(state)) == []
 
 
 @pytest.mark.parametrize("direction", [-1, 1])
-def test_other_versions_are_said_once_naming_both(direction: int) -> None:
+def test_other_versions_warn_once_and_name_both(direction: int) -> None:
     rng = StatefulRNG(1)
     state = rng.state_dict()
     record = record_of(state)
@@ -297,7 +296,7 @@ def test_other_versions_are_said_once_naming_both(direction: int) -> None:
         python_version=record.python_version + direction * 1000,
         torch_version=record.torch_version + direction * 1000,
     )
-    [text] = said(lambda: rng.load_state_dict(others))
+    [text] = warned(lambda: rng.load_state_dict(others))
     there = version_text(record.python_version + direction * 1000)
     assert f"saved with python {there}, now {platform.python_version()}; torch " in text
     assert "numpy" not in text
@@ -315,23 +314,23 @@ def test_where_warnings_are_errors_a_load_that_warns_moves_nothing() -> None:
         rng.rewind()
 
 
-def test_the_ranks_of_row_0_speak(fake_group: Callable[[int, int], None]) -> None:
+def test_the_ranks_of_row_0_warn(fake_group: Callable[[int, int], None]) -> None:
     for rank, expected in ((0, 1), (1, 1), (2, 0), (3, 0)):
         fake_group(rank, 4)
         mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
         rng = StatefulRNG(1, mesh=mesh["dp"])  # ranks 0 and 1 share row 0
         state = altered(rng.state_dict(), python_version=2007018)
-        assert len(said(lambda: rng.load_state_dict(state))) == expected  # noqa: B023
+        assert len(warned(lambda: rng.load_state_dict(state))) == expected  # noqa: B023
 
 
-def test_what_only_one_side_has_is_said_and_the_rest_is_restored() -> None:
+def test_what_only_one_side_has_is_named_and_the_rest_is_restored() -> None:
     saved = StatefulRNG(1, generators={"old": random.Random(5)})
     state = saved.state_dict()
     expected = draw()
     new = random.Random(6)
     rng = StatefulRNG(2, generators={"new": new})
     untouched = new.getstate()
-    [text] = said(lambda: rng.load_state_dict(state))
+    [text] = warned(lambda: rng.load_state_dict(state))
     assert "the checkpoint has no new: the stream stays as it is" in text
     assert "the checkpoint has old, which this job does not have: ignored" in text
     assert draw() == expected
@@ -342,27 +341,29 @@ def test_what_only_one_side_has_is_said_and_the_rest_is_restored() -> None:
     assert new.getstate() == untouched, "rewind() goes back to the moment of the load"
 
 
-def test_a_checkpoint_of_a_machine_with_an_accelerator_says_that_its_stream_is_dropped() -> None:
+def test_the_stream_of_an_accelerator_that_is_not_here_is_ignored() -> None:
     rng = StatefulRNG(1)
     state = with_stream(rng.state_dict(), "cuda", bytes(16), kind="torch.cuda")
     draw()
-    assert "the checkpoint has cuda, which this job does not have: ignored" in said(
+    assert "the checkpoint has cuda, which this job does not have: ignored" in warned(
         lambda: rng.load_state_dict(state)
     )[0].replace("cuda, mps", "cuda")
 
 
-def test_the_record_that_state_dict_gave_restores_nothing_and_says_so() -> None:
+def test_the_record_that_state_dict_gave_restores_nothing_and_warns() -> None:
     """DCP leaves it in place when the checkpoint holds nothing for this rank."""
     rng = StatefulRNG(1)
     draw()
     given = rng.state_dict()
     rng.state_dict()  # somebody else asks meanwhile
-    texts: list[str] = []
-    other = threading.Thread(target=lambda: texts.extend(said(lambda: rng.load_state_dict(given))))
+    messages: list[str] = []
+    other = threading.Thread(
+        target=lambda: messages.extend(warned(lambda: rng.load_state_dict(given)))
+    )
     with unmoved():
         other.start()
         other.join()
-    [text] = texts
+    [text] = messages
     assert "rank 0: the load restored no random stream" in text
     with pytest.raises(RuntimeError, match="nothing was loaded"):
         rng.rewind()
@@ -372,7 +373,7 @@ def test_a_state_of_ones_own_is_restored_once_streams_have_moved() -> None:
     rng = StatefulRNG(1)
     state = rng.state_dict()
     expected = draw()
-    assert said(lambda: rng.load_state_dict(state)) == []
+    assert warned(lambda: rng.load_state_dict(state)) == []
     assert draw() == expected
 
 
@@ -384,7 +385,7 @@ def test_all_rows_in_one_plain_tensor_are_taken_by_the_rules_of_the_planner() ->
         rows.append(altered(rng.state_dict(), row=seed, rows=3)[KEY])
     init_all_rng(0)
     expected = draw()
-    [text] = said(lambda: rng.load_state_dict({KEY: torch.cat(rows)}))
+    [text] = warned(lambda: rng.load_state_dict({KEY: torch.cat(rows)}))
     assert "3 rows were saved and 1 are loaded: rows 1 to 2 are dropped" in text
     assert draw() == expected
 
@@ -429,7 +430,7 @@ def test_a_write_that_fails_halfway_puts_the_others_back(monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("copy_of", [copy.copy, copy.deepcopy, pickle.dumps])
-def test_it_is_not_copied_or_pickled_since_its_streams_are_not(
+def test_stateful_rng_cannot_be_copied_or_pickled(
     copy_of: Callable[[StatefulRNG], object],
 ) -> None:
     rng = StatefulRNG(1)
@@ -464,89 +465,3 @@ def test_threads_take_and_restore_whole_states() -> None:
     finally:
         sys.setswitchinterval(interval)
     assert not mixed
-
-
-# RNGState, as NeMo Automodel has it.
-
-
-def test_rng_state_round_trip_in_each_librarys_own_format() -> None:
-    random.gauss(0, 1)
-    np.random.standard_normal()
-    state = _get_rng_state()
-    assert state.random_rng_state == random.getstate()
-    key = state.np_rng_state[1]
-    assert np.array_equal(key, np.random.get_state()[1])  # type: ignore[index]
-    assert state.np_rng_state[2:] == np.random.get_state()[2:]  # type: ignore[index]
-    assert torch.equal(state.torch_rng_state, torch.get_rng_state())
-    expected = draw()
-    _restore_rng_state(state)
-    assert draw() == expected
-
-
-def test_a_state_that_automodel_made_is_taken() -> None:
-    state = RNGState(
-        random.getstate(),
-        np.random.get_state(),  # type: ignore[arg-type]
-        torch.get_rng_state(),
-        torch.cuda.get_rng_state_all(),
-    )
-    rng = StatefulRNG(5)
-    _restore_rng_state(state)
-    expected = draw()
-    rng.load_state_dict(state)
-    assert draw() == expected
-    rng.rewind()
-    assert draw() == expected
-
-
-ACCELERATOR = getattr(StatefulRNG(1).device, "type", "cuda")
-"""What the accelerator's stream is called here, and in an RNGState where there is none."""
-
-
-@pytest.mark.parametrize(
-    ("field", "value", "name"),
-    [
-        ("random_rng_state", None, "python"),
-        ("random_rng_state", (3, (0,) * 625, None), "python"),
-        ("np_rng_state", None, "numpy"),
-        ("np_rng_state", ("PCG64", {}), "numpy"),
-        ("np_rng_state", {"bit_generator": "MT19937", "state": 5}, "numpy"),
-        ("torch_rng_state", None, "torch"),
-        ("torch_rng_state", torch.zeros(16, dtype=torch.uint8), "torch"),
-        ("torch_rng_state", torch.zeros(5056), "torch"),
-        ("torch_rng_state", b"bytes", "torch"),
-        ("torch_rng_state", torch.zeros(5056, dtype=torch.uint8, device="meta"), "torch"),
-        ("cuda_rng_state", None, ACCELERATOR),
-        ("cuda_rng_state", np.zeros(3), ACCELERATOR),
-    ],
-)
-@pytest.mark.parametrize("restore", [_restore_rng_state, StatefulRNG(1).load_state_dict])
-def test_a_bad_field_is_named_and_nothing_moves(
-    field: str, value: object, name: str, restore: Callable[[RNGState], None]
-) -> None:
-    state = _get_rng_state()
-    draw()
-    setattr(state, field, value)
-    with unmoved(), pytest.raises(RNGStateError, match=rf"^{name}: .*"):
-        restore(state)
-
-
-def test_an_rng_state_leaves_registered_generators_where_they_are() -> None:
-    noise = random.Random(1)
-    rng = StatefulRNG(1, generators={"noise": noise})
-    state = _get_rng_state()
-    draw()
-    noise.random()
-    before = noise.getstate()
-    rng.load_state_dict(state)
-    assert noise.getstate() == before
-    noise.random()
-    rng.rewind()
-    assert noise.getstate() == before
-
-
-def test_a_field_that_does_not_exist_is_named() -> None:
-    state = _get_rng_state()
-    del state.np_rng_state
-    with unmoved(), pytest.raises(RNGStateError, match="numpy: the RNGState has no np_rng_state"):
-        _restore_rng_state(state)

@@ -1,6 +1,7 @@
 """What goes on around a call: forks, other threads, interrupts, another default device."""
 
 import os
+import random
 import signal
 import threading
 import time
@@ -12,7 +13,6 @@ import pytest
 import torch
 
 from nemo_rng_dcp import ScopedRNG, StatefulRNG
-from nemo_rng_dcp.generators import python_random, torch_random
 from tests.support.streams import draw, states, unmoved
 
 
@@ -85,14 +85,14 @@ def test_the_default_device_does_not_matter(
     with torch.device("meta"):
         rng = StatefulRNG(1, ranked=True, generators={"shuffle": np.random.default_rng(1)})
         before = states()
-        tables = rng.state_dict()
+        state = rng.state_dict()
         with ScopedRNG(5):
             pass
         rng.fingerprint()
         if not group:
             rng.verify_shared()
         torch.rand(1, device="cpu")
-        rng.load_state_dict(tables)
+        rng.load_state_dict(state)
         rng.rewind()
     assert states() == before
 
@@ -100,13 +100,13 @@ def test_the_default_device_does_not_matter(
 def test_an_interrupt_while_a_scope_is_entered_leaves_no_trace(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def interrupted(self: object, value: int) -> None:
+    def interrupted(seed: int) -> None:
         raise KeyboardInterrupt
 
     scope = ScopedRNG(5)
     with monkeypatch.context() as patch:
-        # Python and NumPy have been seeded by then.
-        patch.setattr(torch_random.TorchAdapter, "seed", interrupted)
+        # Python's generator has been seeded by then.
+        patch.setattr(np.random, "seed", interrupted)
         with unmoved(), pytest.raises(KeyboardInterrupt):
             scope.__enter__()
     with unmoved(), scope:  # it can be entered again
@@ -119,15 +119,14 @@ def test_an_interrupt_while_streams_are_put_back_does_not_stop_the_others(
     before = states()
     scope = ScopedRNG(5)
     scope.__enter__()
-    PythonAdapter = python_random.PythonAdapter
-    real = PythonAdapter.set
+    real = random.setstate
 
-    def interrupted(self: Any, state: Any) -> None:
-        real(self, state)
+    def interrupted(state: Any) -> None:
+        real(state)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(PythonAdapter, "set", interrupted)
+        patch.setattr(random, "setstate", interrupted)
         with pytest.raises(KeyboardInterrupt):
             scope.__exit__(None, None, None)
     assert states() == before

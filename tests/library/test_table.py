@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from nemo_rng_dcp import RNGStateError, StatefulRNG
 from nemo_rng_dcp.table import Rows
-from tests.support.altered import record_of
+from tests.support.records import record_of
 from tests.support.streams import unmoved
 
 FakeGroup = Callable[[int, int], None]
@@ -27,14 +27,14 @@ def rows_of(
     for rank in range(world_size):
         fake_group(rank, world_size)
         mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
-        layout = Rows.current(mesh if along is None else mesh[along])
-        table = layout.table(torch.full((3,), rank))
+        here = Rows.current(mesh if along is None else mesh[along])
+        table = here.table(torch.full((3,), rank))
         assert isinstance(table, DTensor)
-        assert table.shape == (3 * layout.count,)
+        assert table.shape == (3 * here.count,)
         assert table.to_local().tolist() == [rank] * 3
         [chunk] = table.__create_chunk_list__()  # type: ignore[attr-defined]
-        assert (chunk.offsets, chunk.sizes) == ((3 * layout.row,), (3,))
-        rows.append(layout.row)
+        assert (chunk.offsets, chunk.sizes) == ((3 * here.row,), (3,))
+        rows.append(here.row)
     return rows
 
 

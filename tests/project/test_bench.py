@@ -88,13 +88,13 @@ def test_the_json_has_every_measurement(results: Results) -> None:
     (saved,) = result["checkpoints"]
     ways = {operation: list(by_way) for operation, by_way in saved["seconds"].items()}
     assert ways == {"save": WAYS, "load": WAYS, "async_save": WAYS[:2]}
-    rounds = [len(its) for by_way in saved["seconds"].values() for its in by_way.values()]
+    rounds = [len(seconds) for by_way in saved["seconds"].values() for seconds in by_way.values()]
     assert set(rounds) == {2}
     assert min(numbers(saved["seconds"])) > 0
     planned = result["planning"]
-    assert [its["ranks"] for its in planned["records"]] == [4, 8]
-    assert [its["ranks"] for its in planned["rank_named"]] == [4, 8]
-    assert [its["ranks"] for its in planned["model_and_records"]] == [4]
+    assert [plan["ranks"] for plan in planned["records"]] == [4, 8]
+    assert [plan["ranks"] for plan in planned["rank_named"]] == [4, 8]
+    assert [plan["ranks"] for plan in planned["model_and_records"]] == [4]
     assert min(numbers(planned)) > 0
     assert {len(rounds) for rounds in result["imports"].values()} == {1}
     assert result["inspect"]["rows"] == 4

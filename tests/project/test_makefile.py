@@ -1,12 +1,13 @@
-"""``make setup``: no half-made environment, and none of another folder."""
+"""``make setup`` makes whole environments, each for its folder; ``make lint`` is the hook too."""
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
-MAKEFILE = Path(__file__).parents[2] / "Makefile"
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -14,7 +15,7 @@ def checkout(tmp_path: Path) -> Path:
     """A folder with what ``make setup`` reads."""
     folder = tmp_path / "checkout"
     folder.mkdir()
-    shutil.copy(MAKEFILE, folder)
+    shutil.copy(ROOT / "Makefile", folder)
     for name in ("pyproject.toml", "constraints.txt"):
         (folder / name).touch()
     return folder
@@ -42,3 +43,18 @@ def test_a_moved_checkout_sets_up_anew(checkout: Path) -> None:
     assert "venv" not in make(checkout, "--dry-run", "setup").stdout
     moved = checkout.rename(checkout.with_name("moved"))
     assert "-m venv .venv" in make(moved, "--dry-run", "setup").stdout
+
+
+def test_lint_and_the_hook_before_a_commit_are_one_and_the_same() -> None:
+    hooks = re.findall(
+        r"^ *entry: (.*)$", (ROOT / ".pre-commit-config.yaml").read_text(), re.MULTILINE
+    )
+    assert hooks == ["make lint"]
+    recipe = re.search(
+        r"^lint: setup\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE
+    )
+    assert recipe is not None
+    tools = re.findall(r"python -m (\w+)", recipe[1])
+    assert set(tools) == {"ruff", "mypy"}
+    pinned = (ROOT / "constraints.txt").read_text()
+    assert all(re.search(rf"^{tool}==", pinned, re.MULTILINE) for tool in tools)

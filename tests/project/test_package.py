@@ -1,14 +1,13 @@
 """The package as it is imported: public names come when they are asked for."""
 
 import ast
-import subprocess
-import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 import nemo_rng_dcp
+from tests.support.launch import python
 
 
 def test_every_public_name_is_there() -> None:
@@ -28,7 +27,7 @@ def test_a_name_that_is_not_there_is_an_attribute_error() -> None:
 
 def test_importing_the_package_imports_no_torch() -> None:
     program = "import sys, nemo_rng_dcp; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+    assert python("-c", program).returncode == 0
 
 
 # The house: the modules and folders of the package, each on the floor above all that it imports.

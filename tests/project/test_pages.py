@@ -18,11 +18,13 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import nemo_rng_dcp
-from nemo_rng_dcp import RNGLoadPlanner, RNGStateWarning, StatefulRNG
+from nemo_rng_dcp import RNGLoadPlanner, StatefulRNG
 from nemo_rng_dcp.generators.numpy_random import NumPyGeneratorAdapter
 from nemo_rng_dcp.record import fingerprint
+from tests.fixtures import LAYOUT_1
 from tests.support.jobs import job
 from tests.support.scripts import run_script
+from tests.support.streams import warned
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
@@ -128,7 +130,10 @@ def test_every_module_is_in_the_table_of_modules() -> None:
     package = ROOT / "nemo_rng_dcp"
     rooms = {str(path.relative_to(package)) for path in package.glob("*.py")}
     rooms |= {f"{path.parent.name}/" for path in package.glob("*/__init__.py")}
-    listed = re.findall(r"^\| `([\w/.]+)`", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    modules = re.search(r"^## Modules$(.*?)^## ", text, re.DOTALL | re.MULTILINE)
+    assert modules is not None
+    listed = re.findall(r"^\| `([\w/.]+)`", modules[1], re.MULTILINE)
     assert set(listed) == rooms - {"__init__.py", "__main__.py"}
 
 
@@ -140,12 +145,11 @@ def test_the_reader_of_the_format_page_reads_the_committed_checkpoint(tmp_path: 
     [text] = snippets(ROOT / "docs" / "format.md")
     (tmp_path / "reader.py").write_text(text)
     read_table = runpy.run_path(str(tmp_path / "reader.py"))["read_table"]
-    folder = ROOT / "tests" / "fixtures" / "layout-1"
-    dcp_to_torch_save(folder, tmp_path / "file.pt")
+    dcp_to_torch_save(LAYOUT_1, tmp_path / "file.pt")
     saved = torch.load(tmp_path / "file.pt", weights_only=True)
     records = read_table(saved["app"]["rng"]["rng_streams"].numpy())
     assert [head[3:6] for head, _, _ in records] == [[0, 2, 2], [1, 2, 2]]
-    expected = json.loads((folder / "fingerprints.json").read_text())
+    expected = json.loads((LAYOUT_1 / "fingerprints.json").read_text())
     found = [{n: fingerprint(state) for n, state in states.items()} for _, _, states in records]
     assert found == expected
 
@@ -188,13 +192,11 @@ def load_without_planner(path: Path) -> str:
 
 def load_and_warn(path: Path) -> list[str]:
     rng = StatefulRNG(seed=42, ranked=True, device="cpu")
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        dcp.load({"rng": rng}, checkpoint_id=path, planner=RNGLoadPlanner())
-    return [f"RNGStateWarning: {w.message}" for w in caught if w.category is RNGStateWarning]
+    messages = warned(lambda: dcp.load({"rng": rng}, checkpoint_id=path, planner=RNGLoadPlanner()))
+    return [f"RNGStateWarning: {message}" for message in messages]
 
 
-def test_the_page_on_elastic_resumes_quotes_what_is_said(tmp_path: Path) -> None:
+def test_the_page_on_elastic_resumes_quotes_the_warnings(tmp_path: Path) -> None:
     page = " ".join(text_of("elastic.md").split())
     job(4, save, tmp_path)
     [warning], *_ = job(6, load_and_warn, tmp_path)

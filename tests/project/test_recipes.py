@@ -3,10 +3,8 @@
 import ast
 import gc
 import importlib
-import os
 import random
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,11 +18,9 @@ import torch.distributed.checkpoint as dcp
 
 from nemo_rng_dcp import ScopedRNG, StatefulRNG, init_all_rng
 from scripts.demo import recipes, runs
-from scripts.demo.launch import POLL_SECONDS, kill_if
 from scripts.demo.recipes import Job, Recipe
 from scripts.recipes import train_ddp, train_fsdp2, train_grpo, train_hsdp_tp
-from tests.support.jobs import JobError, job
-from tests.support.scripts import agent, execute, run_script
+from tests.support.recipes import train_forked
 
 FOLDER = Path(train_fsdp2.__file__).parent
 MODELS = {
@@ -45,29 +41,6 @@ UNDER_TORCHRUN = "train_fsdp2"
 
 def module_of(name: str) -> Any:
     return importlib.import_module(f"scripts.recipes.{name}")
-
-
-def train_forked(recipe: Recipe, its: Job, out: Path, kill: bool = False) -> None:
-    """As ``recipes.train``, on forked ranks, which start in no time."""
-    if kill:
-        killed = f"rank {recipe.killed_rank} ended with SIGKILL"
-        with agent() as variables, pytest.raises(JobError, match=killed):
-            job(its.ranks, train_and_die, recipe, its, out, variables, group=False)
-    script, arguments = recipes.command(recipe, its, out)
-    run_script(its.ranks, script, *arguments)
-
-
-def train_and_die(recipe: Recipe, its: Job, out: Path, variables: dict[str, str]) -> None:
-    def now() -> bool:
-        return recipes.is_the_moment(recipe, out)
-
-    rank = os.getpid()
-    if os.environ["RANK"] == str(recipe.killed_rank) and os.fork() == 0:
-        while os.getppid() == rank and not (now() and kill_if(rank, now)):
-            time.sleep(POLL_SECONDS)
-        os._exit(0)
-    script, arguments = recipes.command(recipe, its, out)
-    execute(script, arguments, variables)
 
 
 @pytest.mark.parametrize("recipe", SMALL.values(), ids=SMALL)

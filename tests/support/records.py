@@ -1,4 +1,4 @@
-"""Checkpoints for the command, made row by row in one process."""
+"""Records made for tests, records with other fields, and checkpoints of them, in one process."""
 
 import pickle
 from collections.abc import Callable, Mapping, Sequence
@@ -15,11 +15,32 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
+from torch.distributed.tensor import DTensor
 
-from nemo_rng_dcp.cli.trial_generators import packed_after_seed
+from nemo_rng_dcp.cli.streams import packed_after_seed
 from nemo_rng_dcp.record import KEY, Record, Stream
 
+State = Mapping[str, torch.Tensor]
+
 GENERATORS = {"python": "python", "numpy": "numpy", "torch": "torch.cpu"}
+
+RECORD = Record(
+    row=3,
+    rows=8,
+    world_size=16,
+    seed=42,
+    ranked=True,
+    resizes=2,
+    taken_at=1_780_000_000_123_456_789,
+    mesh=(("dp", 4), ("pp", 2)),
+    streams={"python": Stream("python", False, b"12345"), "order": Stream("x", True, b"\xff" * 8)},
+    python_version=3011007,
+    numpy_version=2004006,
+    torch_version=2013000,
+    library_version=1000,
+    hash_seed="random",
+)
+"""A record that never changes: what it is on disk is layout 1."""
 
 
 def stream(kind: str, seed: int, shared: bool = False) -> Stream:
@@ -43,12 +64,14 @@ def records(
     return [Record(row=row, streams=streams(row), **{**known, **fields}) for row in range(count)]
 
 
-def save(rows: Sequence[Record | torch.Tensor], path: Path, entry: str = "rng") -> Path:
+def save(rows: Sequence[Record | torch.Tensor], path: Path, key: str = "rng") -> Path:
     """Store records as a job of as many ranks would: a chunk for each."""
     tensors = [row.to_tensor() if isinstance(row, Record) else row for row in rows]
     # One process writes the rows under keys of their own; then they become parts of one tensor.
-    dcp.save({str(row): its for row, its in enumerate(tensors)}, checkpoint_id=path, no_dist=True)
-    key = f"{entry}.{KEY}" if entry else KEY
+    dcp.save(
+        {str(row): tensor for row, tensor in enumerate(tensors)}, checkpoint_id=path, no_dist=True
+    )
+    stored_key = f"{key}.{KEY}" if key else KEY
     length = len(tensors[0])
 
     def join(metadata: Any) -> None:
@@ -56,10 +79,10 @@ def save(rows: Sequence[Record | torch.Tensor], path: Path, entry: str = "rng") 
         properties = TensorProperties(dtype=torch.int64)
         chunks = [ChunkStorageMetadata(offset, torch.Size([length])) for offset in offsets]
         size = torch.Size([length * len(tensors)])
-        metadata.state_dict_metadata = {key: TensorStorageMetadata(properties, size, chunks)}
-        metadata.planner_data = {key: (*entry.split("."), KEY) if entry else (KEY,)}
+        metadata.state_dict_metadata = {stored_key: TensorStorageMetadata(properties, size, chunks)}
+        metadata.planner_data = {stored_key: (*key.split("."), KEY) if key else (KEY,)}
         metadata.storage_data = {
-            MetadataIndex(key, offsets[int(at.fqn)]): place
+            MetadataIndex(stored_key, offsets[int(at.fqn)]): place
             for at, place in metadata.storage_data.items()
         }
 
@@ -67,9 +90,37 @@ def save(rows: Sequence[Record | torch.Tensor], path: Path, entry: str = "rng") 
     return path
 
 
-def altered(record: Record, **fields: Any) -> Record:
-    """Return a record with other numbers in it, whose check word fits."""
-    return replace(record, **fields)
+def record_of(state: State) -> Record:
+    """Return the record in what ``state_dict()`` gave."""
+    table = state[KEY]
+    return Record.from_tensor(table.to_local() if isinstance(table, DTensor) else table)
+
+
+def altered(state: State, **fields: Any) -> dict[str, torch.Tensor]:
+    """Return a state whose record has other values in some fields."""
+    return {KEY: replace(record_of(state), **fields).to_tensor()}
+
+
+def with_stream(state: State, name: str, content: bytes, **fields: Any) -> dict[str, torch.Tensor]:
+    """Return a state whose record holds other bytes, or another kind, for a generator."""
+    record = record_of(state)
+    streams: dict[str, Stream] = {**record.streams}
+    known = streams.get(name, Stream("python", False, b""))
+    streams[name] = known._replace(state=content, **fields)
+    return altered(state, streams=streams)
+
+
+def with_number(state: State, name: str, index: int, value: int) -> dict[str, torch.Tensor]:
+    """Return a state in which one number of 4 bytes of a generator's state is another one."""
+    content = bytearray(record_of(state).streams[name].state)
+    content[4 * index : 4 * index + 4] = value.to_bytes(4, "little", signed=value < 0)
+    return with_stream(state, name, bytes(content))
+
+
+def without(state: State, *names: str) -> dict[str, torch.Tensor]:
+    """Return a state whose record lacks some generators."""
+    streams = record_of(state).streams
+    return altered(state, streams={n: s for n, s in streams.items() if n not in names})
 
 
 def change_metadata(path: Path, change: Callable[[Any], object]) -> None:

@@ -35,7 +35,7 @@ def unmoved() -> Iterator[None]:
     assert not moved, f"streams moved: {moved}"
 
 
-def said(function: Callable[[], object]) -> list[str]:
+def warned(function: Callable[[], object]) -> list[str]:
     """The library's warnings, in their order."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.frameworks.conftest import TABLE
+from tests.frameworks.conftest import VERDICTS
 from tests.frameworks.training import AFTER, BATCH, BEFORE, Plan, Run, judge, run_page
 from tests.support.streams import draw
 
@@ -115,9 +115,9 @@ def train(plan: Plan) -> Run:
 def test_finetuning_recipe(tmp_path: Path) -> None:
     own = judge(train, tmp_path / "own", ours=False)
     ours = judge(train, tmp_path / "ours", ours=True)
-    TABLE["NeMo Automodel, finetuning"] = own, ours
+    VERDICTS["NeMo Automodel, finetuning"] = own, ours
     assert own.same == "ranks 0, 1 differ (torch)"
-    assert (ours.same, ours.fewer) == ("exact", "rank 0 continues"), ours.said
+    assert (ours.same, ours.fewer) == ("exact", "rank 0 continues"), ours.errors
     # More ranks than there are files of its data loader are refused, whatever the streams are.
     assert ours.more == "FileNotFoundError"
-    assert "dataloader/dataloader_dp_rank_2.pt" in ours.said
+    assert "dataloader/dataloader_dp_rank_2.pt" in ours.errors

@@ -106,8 +106,8 @@ def test_the_trap_of_another_number_of_ranks(tmp_path: Path) -> None:
     expected = job(RANKS, without_the_elastic_checkpointer, Plan(tmp_path, False, True))
     resume = Plan(tmp_path, True, True)
     assert job(RANKS, without_the_elastic_checkpointer, resume) == expected
-    for _, said in job(3, without_the_elastic_checkpointer, resume):
-        assert "Size mismatch" in said
+    for _, error in job(3, without_the_elastic_checkpointer, resume):
+        assert "Size mismatch" in error
 
 
 def save_by_itself(path: str) -> list[float]:

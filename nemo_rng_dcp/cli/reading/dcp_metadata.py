@@ -5,16 +5,9 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from nemo_rng_dcp.cli.checkpoint.folder import Folder
-from nemo_rng_dcp.cli.checkpoint.index import (
-    Chunk,
-    Stored,
-    integers,
-    malformed_if_wrong,
-    printable,
-    typed,
-)
-from nemo_rng_dcp.cli.checkpoint.pickles import ForbiddenError, Global, Made, parse
+from nemo_rng_dcp.cli.reading.folder import Folder
+from nemo_rng_dcp.cli.reading.index import Chunk, Stored, integers, malformed_if_wrong, printable
+from nemo_rng_dcp.cli.reading.pickles import ForbiddenError, Global, Made, parse, typed
 from nemo_rng_dcp.errors import RNGStateError
 
 _DCP = "torch.distributed.checkpoint"
@@ -22,59 +15,52 @@ _DTYPE = re.compile(r"torch (bool|bits\w+|[a-z]*(int|float|complex)\d+\w*)")
 _OF_ALL_RANKS = ".metadata"
 _OF_A_RANK = re.compile(r"__(\d{1,9})\.metadata")
 _KNOWN = {
-    "torch Size",
-    "collections OrderedDict",
-    f"{_DCP}.metadata Metadata",
-    f"{_DCP}.metadata MetadataIndex",
-    f"{_DCP}.metadata TensorStorageMetadata",
-    f"{_DCP}.metadata BytesStorageMetadata",
-    f"{_DCP}.metadata ChunkStorageMetadata",
-    f"{_DCP}.metadata TensorProperties",
-    f"{_DCP}.metadata StorageMeta",
-    f"{_DCP}.metadata _MEM_FORMAT_ENCODING",
-    f"{_DCP}.filesystem _StorageInfo",
-    f"{_DCP}.filesystem _StoragePrefix",
-    "torch.serialization _get_layout",
-    "builtins getattr",  # how some versions of Python store an enum
-    "pathlib PosixPath",
-    "pathlib WindowsPath",
-    "pathlib._local PosixPath",
-    "pathlib._local WindowsPath",
+    f"{_DCP}.metadata": "Metadata MetadataIndex StorageMeta TensorProperties TensorStorageMetadata "
+    "BytesStorageMetadata ChunkStorageMetadata _MEM_FORMAT_ENCODING",
+    f"{_DCP}.filesystem": "_StorageInfo _StoragePrefix",
+    "torch": "Size",
+    "torch.serialization": "_get_layout",
+    "collections": "OrderedDict",
+    "builtins": "getattr",  # how some versions of Python store an enum
+    "pathlib": "PosixPath WindowsPath",
+    "pathlib._local": "PosixPath WindowsPath",
 }
+"""What a ``.metadata`` may name, by module."""
 
 
 class Metadata:
     """The index of a checkpoint as DCP's own storage writes it; see ``Index``.
 
     Args:
-        content: The bytes of a ``.metadata``.
-        name: What errors call it.
+        folder: The checkpoint.
+        name: One of its :func:`metadata_files`.
 
     Raises:
         RNGStateError: It is damaged, malformed, or wants something that DCP never stores there.
+        OSError: It cannot be read.
     """
 
-    def __init__(self, content: bytes, name: str) -> None:
-        self._name = name
-        metadata = _parse(content, name)
+    def __init__(self, folder: Folder, name: str) -> None:
+        self._name = folder.path_of(name)
+        metadata = _parse(folder.read(name, 0, folder.sizes[name]), self._name)
         self.files: set[str] = set()
         self._places: dict[str, dict[tuple[int, ...] | None, Made]] = {}
         self._given: set[int] = set()
-        with malformed_if_wrong(name):
-            self._saved = typed(_its(metadata, "state_dict_metadata"), dict)
+        with malformed_if_wrong(self._name):
+            self._saved = typed(_attribute(metadata, "state_dict_metadata"), dict)
             self.keys = {printable(key): _stored(value) for key, value in self._saved.items()}
-            for index, place in typed(_its(metadata, "storage_data"), dict).items():
-                offset = _its(index, "offset", None)
+            for index, place in typed(_attribute(metadata, "storage_data"), dict).items():
+                offset = _attribute(index, "offset", None)
                 where = None if offset is None else _size(offset)
-                self._places.setdefault(printable(_its(index, "fqn")), {})[where] = place
-                self.files.add(printable(_its(place, "relative_path")))
+                self._places.setdefault(printable(_attribute(index, "fqn")), {})[where] = place
+                self.files.add(printable(_attribute(place, "relative_path")))
 
     def chunks(self, key: str) -> list[Chunk]:
         with malformed_if_wrong(self._name):
             places = self._places.get(key, {})
             if self.keys[key].dtype is None:
                 return [_chunk((), (), places.get(None))]
-            parts = typed(_its(self._saved[key], "chunks"), list)
+            parts = typed(_attribute(self._saved[key], "chunks"), list)
             chunks = []
             for thing in (parts, *parts):
                 # What is named again and again would take more time than the file has bytes.
@@ -82,7 +68,8 @@ class Metadata:
                     raise ValueError("one chunk is in two places")
                 self._given.add(id(thing))
             for part in parts:
-                offsets, sizes = _size(_its(part, "offsets")), _size(_its(part, "sizes"))
+                offsets = _size(_attribute(part, "offsets"))
+                sizes = _size(_attribute(part, "sizes"))
                 chunks.append(_chunk(offsets, sizes, places.get(offsets)))
             return chunks
 
@@ -92,24 +79,20 @@ def metadata_files(folder: Folder) -> dict[int | None, str]:
 
     ``None`` is all ranks: if that one is there, ``dcp.load`` reads no other.
     """
+    if _OF_ALL_RANKS in folder.sizes:
+        return {None: _OF_ALL_RANKS}
     matches = filter(None, map(_OF_A_RANK.fullmatch, folder.sizes))
-    of_ranks = sorted((int(match[1]), match[0]) for match in matches)
-    return {**({None: _OF_ALL_RANKS} if _OF_ALL_RANKS in folder.sizes else {}), **dict(of_ranks)}
+    return dict(sorted((int(match[1]), match[0]) for match in matches))
 
 
-def read_metadata(folder: Folder, name: str) -> Metadata:
-    """Return one of the :func:`metadata_files` of a folder.
-
-    Raises:
-        RNGStateError: It is damaged, malformed, or refused.
-        OSError: It cannot be read.
-    """
-    return Metadata(folder.read(name, 0, folder.sizes[name]), folder.path_of(name))
+def _is_known(name: str) -> bool:
+    module, _, attribute = name.partition(" ")
+    return attribute in _KNOWN.get(module, "").split() or bool(_DTYPE.fullmatch(name))
 
 
 def _parse(content: bytes, name: str) -> Made:
     try:
-        found = parse(content, lambda name: name in _KNOWN or bool(_DTYPE.fullmatch(name)))
+        found = parse(content, _is_known)
     except ForbiddenError as error:
         raise RNGStateError(
             f"refused: {name} wants {error}, which DCP never stores there. Nothing in it was "
@@ -122,7 +105,7 @@ def _parse(content: bytes, name: str) -> Made:
     return found
 
 
-def _its(thing: Any, attribute: str, *default: Any) -> Any:
+def _attribute(thing: Any, attribute: str, *default: Any) -> Any:
     """Return an attribute of what a pickle would have built."""
     state = typed(thing, Made).state
     if isinstance(state, dict) and attribute in state:
@@ -135,23 +118,23 @@ def _its(thing: Any, attribute: str, *default: Any) -> Any:
 def _stored(saved: Any) -> Stored:
     if isinstance(saved, Made) and saved.name.endswith(" BytesStorageMetadata"):
         return Stored(None, ())
-    properties = typed(_its(saved, "properties"), Made).state
     # TensorProperties hands pickle a tuple, of which the dtype is the first.
-    dtype = typed(properties[0] if isinstance(properties, tuple) and properties else None, Global)
-    if not _DTYPE.fullmatch(dtype.name):
-        raise ValueError(f"found {dtype.name}, expected a dtype")
-    return Stored(dtype.name.removeprefix("torch "), _size(_its(saved, "size")))
+    match _attribute(saved, "properties"):
+        case Made(state=(Global(dtype), *_)) if _DTYPE.fullmatch(dtype):
+            return Stored(dtype.removeprefix("torch "), _size(_attribute(saved, "size")))
+    raise ValueError("a tensor has no dtype")
 
 
 def _chunk(offsets: tuple[int, ...], sizes: tuple[int, ...], place: Any) -> Chunk:
     if place is None:
         return Chunk(offsets, sizes)
-    start, length = integers((_its(place, "offset"), _its(place, "length")))
-    form = "extension" if _its(place, "transform_descriptors", None) else "torch.save"
-    return Chunk(offsets, sizes, printable(_its(place, "relative_path")), start, length, form)
+    start, length = integers((_attribute(place, "offset"), _attribute(place, "length")))
+    form = "extension" if _attribute(place, "transform_descriptors", None) else "torch.save"
+    return Chunk(offsets, sizes, printable(_attribute(place, "relative_path")), start, length, form)
 
 
 def _size(value: Any) -> tuple[int, ...]:
-    if isinstance(value, Made) and value.name == "torch Size" and len(value.arguments) == 1:
-        value = value.arguments[0]
+    match value:
+        case Made("torch Size", (sizes,)):
+            return integers(sizes)
     return integers(value)

@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from itertools import pairwise
 from typing import NamedTuple
 
-from nemo_rng_dcp.cli.checkpoint.checkpoint import Checkpoint
-from nemo_rng_dcp.cli.checkpoint.index import Stored
+from nemo_rng_dcp.cli.reading.checkpoint import Checkpoint
+from nemo_rng_dcp.cli.reading.index import Stored
 from nemo_rng_dcp.record import KEY
 
 _GENERATORS = {"python", "random", "numpy", "np", "torch", "cpu", "cuda", "xpu", "mps"}
 _TORCH_CPU_BYTES, _ACCELERATOR_BYTES = 5056, (16, 816)
 _MT19937_WORDS = (624, 625)
+_RNG = re.compile(r"(?<![a-z])(rngs?|random[^a-z]+states?)(?![a-z])", re.IGNORECASE)
+_GENERATOR = re.compile(r"(?<![a-z])generators?[^a-z]+states?(?![a-z])", re.IGNORECASE)
+"""It may be one of random numbers, or a network."""
 _RANK = re.compile(r"rank[_.:/-]?(\d{1,9})(?!\d)")
 _NUMBER = re.compile(r"(?<=[_./:-])(\d{1,9})(?=[_./:-]|$)")
 
@@ -26,20 +28,20 @@ class ForeignKey(NamedTuple):
 
     Attributes:
         key: The key.
-        path: What it shares with others; ``*`` stands for the rank.
+        prefix: What it shares with others; ``*`` stands for the rank.
         rank: The rank in it, if it names one.
         rest: What it has besides.
     """
 
     key: str
-    path: str
+    prefix: str
     rank: int | None
     rest: str
 
 
 def find_keys(checkpoint: Checkpoint) -> list[ForeignKey]:
     """Return the keys of RNG state that no ``StatefulRNG`` stored, in their order."""
-    keys = {k: its for k, its in checkpoint.keys.items() if k.rpartition(".")[2] != KEY}
+    keys = {k: stored for k, stored in checkpoint.keys.items() if k.rpartition(".")[2] != KEY}
     beside = _sets_of_generators(keys)
     return [
         ForeignKey(key, *_split(key))
@@ -50,11 +52,11 @@ def find_keys(checkpoint: Checkpoint) -> list[ForeignKey]:
 
 def _is_rng_state(key: str, stored: Stored, beside_others: bool) -> bool:
     if stored.dtype is None:
-        return beside_others or _says_rng(key)
+        return beside_others or bool(_RNG.search(key))
     last = stored.size[-1] if stored.size else 0
     if stored.dtype == "uint8" and last == _TORCH_CPU_BYTES:
         return True
-    named = beside_others or _says_rng(key) or _says_generator_state(key)
+    named = beside_others or bool(_RNG.search(key) or _GENERATOR.search(key))
     if stored.dtype == "uint8":
         return named and last in _ACCELERATOR_BYTES
     return named and "int" in stored.dtype and len(stored.size) == 1 and last in _MT19937_WORDS
@@ -64,21 +66,6 @@ def _words(text: str) -> list[str]:
     return re.findall(r"[a-z]+", text.lower())
 
 
-def _says_rng(key: str) -> bool:
-    words = _words(key)
-    return bool({"rng", "rngs"} & set(words)) or any(
-        first == "random" and then in ("state", "states") for first, then in pairwise(words)
-    )
-
-
-def _says_generator_state(key: str) -> bool:
-    """Return whether a key may be a generator's: of random numbers, or a network."""
-    return any(
-        first in ("generator", "generators") and then in ("state", "states")
-        for first, then in pairwise(_words(key))
-    )
-
-
 def _sets_of_generators(keys: Iterable[str]) -> set[str]:
     """Return keys such as ``state.python`` and ``state.numpy``, where two or more stand together.
 
@@ -86,22 +73,22 @@ def _sets_of_generators(keys: Iterable[str]) -> set[str]:
     """
     sets: dict[str, set[str]] = {}
     for key in keys:
-        path, _, name = key.rpartition(".")
+        prefix, _, name = key.rpartition(".")
         if name.lower() in _GENERATORS:
-            sets.setdefault(path, set()).add(key)
+            sets.setdefault(prefix, set()).add(key)
     return {key for together in sets.values() if len(together) > 1 for key in together}
 
 
 def _split(key: str) -> tuple[str, int | None, str]:
-    """Return the path that a key shares with others, the rank in it, and what follows."""
+    """Return the prefix that a key shares with others, the rank in it, and what follows."""
     match = _RANK.search(key.lower()) or _numbered(key)
     if match:
         return f"{key[: match.start(1)]}*", int(match[1]), key[match.end() :].lstrip("._/:-")
-    path, _, name = key.rpartition(".")
-    while _GENERATORS & set(_words(path.rpartition(".")[2])):
-        path, _, last = path.rpartition(".")
+    prefix, _, name = key.rpartition(".")
+    while _GENERATORS & set(_words(prefix.rpartition(".")[2])):
+        prefix, _, last = prefix.rpartition(".")
         name = f"{last}.{name}"
-    return path, None, name
+    return prefix, None, name
 
 
 def _numbered(key: str) -> re.Match[str] | None:
@@ -110,6 +97,6 @@ def _numbered(key: str) -> re.Match[str] | None:
         before, separator = key[: match.start() - 1], key[match.start() - 1]
         last = before.rpartition(".")[2]
         # DCP takes lists apart: ".0" after a generator's name is a device or one of its words.
-        if _says_rng(before) and not (separator == "." and _GENERATORS & set(_words(last))):
+        if _RNG.search(before) and not (separator == "." and _GENERATORS & set(_words(last))):
             return match
     return None

@@ -10,11 +10,23 @@ from typing import Any, NamedTuple
 
 import torch
 
-from nemo_rng_dcp.cli.checkpoint.folder import Folder
-from nemo_rng_dcp.cli.frameworks import weights_only
-from nemo_rng_dcp.cli.frameworks.rank_states import JobStates, RankStates, require_ranks
+from nemo_rng_dcp.cli.importing import weights_only
+from nemo_rng_dcp.cli.importing.rank_states import JobStates, RankStates, require_ranks
+from nemo_rng_dcp.cli.reading.folder import Folder
 from nemo_rng_dcp.cli.terminal import visible
 from nemo_rng_dcp.errors import RNGStateError
+
+Fields = tuple[str | tuple[str, ...], ...]
+"""Where the states of Python, NumPy, torch and CUDA are: a field, or several; "" for none."""
+
+_GENERATORS = ("python", "numpy", "torch", "cuda")
+_NUMPY = ("np_bit_generator", "np_keys", "np_position", "np_has_gauss", "np_cached_gaussian")
+_AUTOMODEL: Fields = ("random_rng_state", _NUMPY, "torch_rng_state", "cuda_rng_state")
+_ACCELERATE = ("random_state", "numpy_random_seed", "torch_manual_seed", "torch_cuda_manual_seed")
+_TRANSFORMERS = ("python", "numpy", "cpu", "cuda")
+_COMPOSER = ("python", "numpy", "torch", "cuda")
+_VERL = ("random", "numpy", "cpu", "cuda")
+_MILES = ("", "", "torch", "cuda")
 
 
 class Naming(NamedTuple):
@@ -23,7 +35,7 @@ class Naming(NamedTuple):
     Attributes:
         framework: Its name.
         name: The files' names; the group ``rank`` is the rank, ``ranks`` how many there are.
-        fields: By generator, where its state is; of several fields it is the tuple of them.
+        fields: The fields in them.
         within: The field whose value has these fields, "" if the file itself has them. It may be a
             list, with an item for each rank.
         global_ranks: Whether the rank is the global one.
@@ -31,53 +43,23 @@ class Naming(NamedTuple):
 
     framework: str
     name: str
-    fields: Mapping[str, str | tuple[str, ...]]
+    fields: Fields
     within: str = ""
     global_ranks: bool = True
 
 
-_AUTOMODEL: dict[str, str | tuple[str, ...]] = {
-    "python": "random_rng_state",
-    "numpy": (
-        "np_bit_generator",
-        "np_keys",
-        "np_position",
-        "np_has_gauss",
-        "np_cached_gaussian",
-    ),
-    "torch": "torch_rng_state",
-    "cuda": "cuda_rng_state",
-}
-_ACCELERATE = {
-    "python": "random_state",
-    "numpy": "numpy_random_seed",
-    "torch": "torch_manual_seed",
-    "cuda": "torch_cuda_manual_seed",
-}
-_TRANSFORMERS = {"python": "python", "numpy": "numpy", "torch": "cpu", "cuda": "cuda"}
-_COMPOSER = {"python": "python", "numpy": "numpy", "torch": "torch", "cuda": "cuda"}
-_VERL = {"python": "random", "numpy": "numpy", "torch": "cpu", "cuda": "cuda"}
-_MILES = {"torch": "torch", "cuda": "cuda"}
-
-COMPOSER = Naming("Composer", r"ep\d+-ba\d+-rank(?P<rank>\d{1,9})\.pt", _COMPOSER, within="rng")
+_RANK, _RANKS = r"(?P<rank>\d{1,9})", r"(?P<ranks>\d{1,9})"
+COMPOSER = Naming("Composer", rf"ep\d+-ba\d+-rank{_RANK}\.pt", _COMPOSER, within="rng")
 NAMINGS = (
-    Naming("NeMo Automodel", r"rng_global_rank_(?P<rank>\d{1,9})\.pt", _AUTOMODEL),
+    Naming("NeMo Automodel", rf"rng_global_rank_{_RANK}\.pt", _AUTOMODEL),
     Naming(
-        "NeMo Automodel, a file for each dp rank",
-        r"rng_dp_rank_(?P<rank>\d{1,9})\.pt",
-        _AUTOMODEL,
-        global_ranks=False,
+        "NeMo Automodel, by dp rank", rf"rng_dp_rank_{_RANK}\.pt", _AUTOMODEL, global_ranks=False
     ),
-    Naming("Accelerate", r"random_states_(?P<rank>\d{1,9})\.pkl", _ACCELERATE),
-    Naming("Transformers", r"rng_state_(?P<rank>\d{1,9})\.pth", _TRANSFORMERS),
+    Naming("Accelerate", rf"random_states_{_RANK}\.pkl", _ACCELERATE),
+    Naming("Transformers", rf"rng_state_{_RANK}\.pth", _TRANSFORMERS),
     Naming("Transformers, one process", r"rng_state(?P<rank>)\.pth", _TRANSFORMERS),
-    Naming(
-        "verl",
-        r"extra_state_world_size_(?P<ranks>\d{1,9})_rank_(?P<rank>\d{1,9})\.pt",
-        _VERL,
-        within="rng",
-    ),
-    Naming("miles", r"rng_rank_(?P<rank>\d{1,9})\.pt", _MILES),
+    Naming("verl", rf"extra_state_world_size_{_RANKS}_rank_{_RANK}\.pt", _VERL, within="rng"),
+    Naming("miles", rf"rng_rank_{_RANK}\.pt", _MILES),
     COMPOSER,
 )
 
@@ -131,7 +113,8 @@ def read_files(files: Files) -> JobStates:
     unread: set[str] = set()
     for rank, name in sorted(files.names.items()):
         file = files.folder / name
-        content = weights_only.load(file, str(file))
+        with file.open("rb") as stream:
+            content = weights_only.load(stream, str(file))
         if naming.within:
             content = _field(content, naming.within, file)
         written = file.stat().st_mtime_ns
@@ -146,22 +129,20 @@ def read_files(files: Files) -> JobStates:
 
 def _fields(content: Any, naming: Naming, file: Path) -> dict[str, Any]:
     states = {}
-    for generator, name in naming.fields.items():
+    for generator, name in zip(_GENERATORS, naming.fields, strict=True):
         if isinstance(name, tuple):
-            states[generator] = tuple(_field(content, each, file) for each in name)
+            states[generator] = tuple(_field(content, part, file) for part in name)
         # Without an accelerator it has no such field.
-        elif generator != "cuda" or name in _dict(content, file):
+        elif name and (generator != "cuda" or name in _dict(content, file)):
             states[generator] = _field(content, name, file)
     return states
 
 
 def _others(content: Mapping[str, Any], naming: Naming) -> set[str]:
     """Return the fields beside the known ones that look like generators' states."""
-    known: set[str] = set()
-    for names in naming.fields.values():
-        known |= {names} if isinstance(names, str) else set(names)
-    others = {name: its for name, its in content.items() if name not in known}
-    return {visible(str(name)) for name, its in others.items() if _may_be_state(its)}
+    known = {*naming.fields, *_NUMPY}
+    others = {name: value for name, value in content.items() if name not in known}
+    return {visible(str(name)) for name, value in others.items() if _may_be_state(value)}
 
 
 def _may_be_state(value: Any) -> bool:
@@ -169,7 +150,7 @@ def _may_be_state(value: Any) -> bool:
     if isinstance(value, tuple):
         return True
     values = value if isinstance(value, list) and value else [value]
-    return all(isinstance(its, torch.Tensor) and its.dtype == torch.uint8 for its in values)
+    return all(isinstance(item, torch.Tensor) and item.dtype == torch.uint8 for item in values)
 
 
 def _field(content: Any, name: str, file: Path) -> Any:

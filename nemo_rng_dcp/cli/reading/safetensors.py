@@ -5,15 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from nemo_rng_dcp.cli.checkpoint.folder import Folder
-from nemo_rng_dcp.cli.checkpoint.index import (
-    Chunk,
-    Stored,
-    integers,
-    malformed_if_wrong,
-    printable,
-    typed,
-)
+from nemo_rng_dcp.cli.reading.folder import Folder
+from nemo_rng_dcp.cli.reading.index import Chunk, Stored, integers, malformed_if_wrong, printable
+from nemo_rng_dcp.cli.reading.pickles import typed
 from nemo_rng_dcp.errors import RNGStateError
 
 SUFFIX = ".safetensors"
@@ -50,12 +44,12 @@ class Safetensors:
         about = typed(head.pop("__metadata__", {}), dict)
         # Where the parts of a tensor belong that is spread over several files.
         sharding = typed(json.loads(about.get("DCP_SHARDING_INFO", "{}")), dict)
-        for key, its in head.items():
-            sizes = integers(its["shape"])
+        for key, entry in head.items():
+            sizes = integers(entry["shape"])
             offsets = (0,) * len(sizes)
             if key in sharding:
                 offsets = integers(sharding[key]["saved_offsets"])
-            begin, end = integers(its["data_offsets"])
+            begin, end = integers(entry["data_offsets"])
             if len(offsets) != len(sizes) or end < begin:
                 raise ValueError(f"{printable(key)} has no place")
             # DCP derives the whole from its parts.
@@ -63,7 +57,7 @@ class Safetensors:
             known = self.keys.get(key)
             if known is not None and len(known.size) == len(size):
                 size = tuple(map(max, known.size, size))
-            self.keys[printable(key)] = Stored(_dtype(printable(its["dtype"])), size)
+            self.keys[printable(key)] = Stored(_dtype(printable(entry["dtype"])), size)
             chunk = Chunk(offsets, sizes, file, data + begin, end - begin, "raw")
             self._chunks.setdefault(key, []).append(chunk)
 

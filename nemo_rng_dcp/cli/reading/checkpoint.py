@@ -8,13 +8,9 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
-from nemo_rng_dcp.cli.checkpoint.dcp_metadata import metadata_files, read_metadata
-from nemo_rng_dcp.cli.checkpoint.folder import Folder
-from nemo_rng_dcp.cli.checkpoint.index import Chunk, Index, Stored
-from nemo_rng_dcp.cli.checkpoint.safetensors import Safetensors
-from nemo_rng_dcp.cli.checkpoint.tensors import ARCHIVE_BYTES, from_archive, from_raw
-from nemo_rng_dcp.errors import RNGStateError
-from nemo_rng_dcp.table import is_record as is_record_of
+from nemo_rng_dcp.cli.reading.folder import Folder
+from nemo_rng_dcp.cli.reading.index import Chunk, Index, Stored
+from nemo_rng_dcp.cli.reading.tensors import ARCHIVE_BYTES, from_archive, from_raw
 
 _WRITER = re.compile(r"__(\d{1,9})_\d+\.|shard-(\d{1,9})-")
 
@@ -46,7 +42,8 @@ class Checkpoint:
             for key, stored in index.keys.items():
                 self.keys.setdefault(key, stored)
             self.files |= index.files
-        self.records = [key for key, its in sorted(self.keys.items()) if is_record(key, its)]
+        items = sorted(self.keys.items())
+        self.records = [key for key, stored in items if stored.is_record(key)]
         self._known: set[Chunk] = set()
         self._bytes: Counter[str] = Counter()
 
@@ -78,7 +75,7 @@ class Checkpoint:
         beside = 0 if chunk.form == "raw" else ARCHIVE_BYTES
         if not 8 * count <= chunk.length <= 8 * count + beside:
             raise ValueError(f"{name} has {chunk.length} bytes for {count} numbers of 8 bytes")
-        content = self._read(chunk)
+        content = self._folder.read(name, chunk.start, chunk.length)
         try:
             return from_raw(content) if chunk.form == "raw" else from_archive(content, count)
         except ValueError as error:
@@ -94,7 +91,7 @@ class Checkpoint:
         name = self._place(chunk)
         if chunk.form == "raw":
             raise ValueError(f"{name} has the numbers alone, expected what torch.save writes")
-        return self._read(chunk)
+        return self._folder.read(name, chunk.start, chunk.length)
 
     def _place(self, chunk: Chunk) -> str:
         """Return the file that a part is in, after making sure that the whole part is."""
@@ -111,58 +108,15 @@ class Checkpoint:
             raise ValueError(f"{name} is truncated: {present} bytes, expected {end} or more")
         if chunk.form == "extension":
             raise ValueError(f"{name} was written by a storage extension (compression?) of DCP's")
-        return name
-
-    def _read(self, chunk: Chunk) -> bytes:
-        name = chunk.file
         if chunk not in self._known:
             self._bytes[name] += chunk.length
-            if self._bytes[name] > self._folder.sizes[name]:
+            if self._bytes[name] > present:
                 raise ValueError(f"refused: {name} has fewer bytes than the parts that are in it")
             self._known.add(chunk)
-        return self._folder.read(name, chunk.start, chunk.length)
-
-
-def is_record(key: str, stored: Stored) -> bool:
-    """Return whether a load takes what is stored under a key for records."""
-    return is_record_of(key, getattr(torch, stored.dtype or "", None), stored.size)
+        return name
 
 
 def ranks_that_wrote(files: Iterable[str]) -> set[int]:
     """Return the ranks that wrote a checkpoint's files, by the names DCP gives them."""
     matches = (match for file in files if (match := _WRITER.match(file)))
     return {int(match[1]) if match[1] else int(match[2]) - 1 for match in matches}
-
-
-def checkpoint_in(folder: Folder) -> Checkpoint | None:
-    """Return the checkpoint in a folder, if it is one, by the index that ``dcp.load`` uses.
-
-    Raises:
-        RNGStateError: It is damaged.
-        OSError: It cannot be read.
-    """
-    names = metadata_files(folder)
-    if None in names:
-        names = {None: names[None]}
-    if names:
-        return Checkpoint(folder, {rank: read_metadata(folder, names[rank]) for rank in names})
-    index = Safetensors(folder)
-    return Checkpoint(folder, {None: index}) if index.files else None
-
-
-def checkpoints_below(folder: Folder) -> tuple[list[Checkpoint], RNGStateError | None]:
-    """Return the checkpoints one folder below, and why the first that is damaged cannot be read.
-
-    It may be a bystander, so the caller decides whether it matters. A folder that cannot be opened
-    is somebody else's.
-    """
-    found, first_error = [], None
-    for name in folder.folders:
-        try:
-            if checkpoint := checkpoint_in(folder.inner(name)):
-                found.append(checkpoint)
-        except RNGStateError as error:
-            first_error = first_error or error
-        except OSError:
-            continue
-    return found, first_error

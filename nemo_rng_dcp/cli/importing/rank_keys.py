@@ -7,10 +7,10 @@ import os
 import re
 from typing import Any
 
-from nemo_rng_dcp.cli.checkpoint.checkpoint import Checkpoint, ranks_that_wrote
-from nemo_rng_dcp.cli.frameworks import weights_only
-from nemo_rng_dcp.cli.frameworks.keys import find_keys
-from nemo_rng_dcp.cli.frameworks.rank_states import JobStates, RankStates, require_ranks
+from nemo_rng_dcp.cli.importing import weights_only
+from nemo_rng_dcp.cli.importing.rank_states import JobStates, RankStates, require_ranks
+from nemo_rng_dcp.cli.reading.checkpoint import Checkpoint, ranks_that_wrote
+from nemo_rng_dcp.cli.reading.keys import find_keys
 from nemo_rng_dcp.errors import RNGStateError
 
 _WORDS = {
@@ -35,10 +35,10 @@ def read_keys(checkpoint: Checkpoint) -> JobStates | None:
         OSError: A file cannot be read.
     """
     where = checkpoint.where
-    found = [(rank, each) for each in find_keys(checkpoint) if (rank := each.rank) is not None]
+    found = [(rank, key) for key in find_keys(checkpoint) if (rank := key.rank) is not None]
     if not found:
         return None
-    if megatron := [each.key for _, each in found if _MEGATRON.match(each.key)]:
+    if megatron := [key.key for _, key in found if _MEGATRON.match(key.key)]:
         raise RNGStateError(
             f"{where}: found {megatron[0]}: Megatron's, one state for each pipeline and tensor "
             "rank and with it its tracker's CUDA streams. Expected one state for each rank"
@@ -47,29 +47,29 @@ def read_keys(checkpoint: Checkpoint) -> JobStates | None:
     written = os.stat(where).st_mtime_ns  # the last file of a save is put there by renaming it
     ranks: dict[int, RankStates] = {}
     values: dict[tuple[int, str], dict[int | None, Any]] = {}
-    for rank, each in found:
-        # A path ends with the rank's place.
-        ranks.setdefault(rank, RankStates(f"{each.path[:-1]}{rank}", written, {}))
+    for rank, key in found:
+        # A prefix ends with the rank's place.
+        ranks.setdefault(rank, RankStates(f"{key.prefix[:-1]}{rank}", written, {}))
         # DCP took a list of devices' states apart.
-        match = _DEVICE.fullmatch(each.rest)
+        match = _DEVICE.fullmatch(key.rest)
         device = int(match[1]) if match else None
-        name = _generator(where, each.key)
+        name = _generator(where, key.key)
         states = values.setdefault((rank, name), {})
         if device in states or (states and None in (device, *states)):
-            raise RNGStateError(f"{where}: {each.key} is not rank {rank}'s only state of {name}")
-        states[device] = _value(checkpoint, each.key)
+            raise RNGStateError(f"{where}: {key.key} is not rank {rank}'s only state of {name}")
+        states[device] = _value(checkpoint, key.key)
     for (rank, name), states in values.items():
         ordered = [states[device] for device in sorted(states, key=lambda device: device or 0)]
         ranks[rank].states[name] = ordered[0] if None in states else ordered
-    composer = all(_COMPOSER.fullmatch(each.key) for _, each in found)
-    global_ranks = not any(_NO_GLOBAL_RANK.search(each.key.lower()) for _, each in found)
+    composer = all(_COMPOSER.fullmatch(key.key) for _, key in found)
+    global_ranks = not any(_NO_GLOBAL_RANK.search(key.key.lower()) for _, key in found)
     return JobStates("Composer" if composer else "rank-named keys", where, ranks, global_ranks)
 
 
 def _generator(where: str, key: str) -> str:
-    said = set(re.findall(r"[a-z]+", key.lower()))
+    found = set(re.findall(r"[a-z]+", key.lower()))
     for name, words in _WORDS.items():
-        if words & said:
+        if words & found:
             return name
     raise RNGStateError(f"{where}: {key} does not say whether it is python, numpy, torch or cuda")
 

@@ -1,9 +1,7 @@
-"""``PYTHONHASHSEED`` in a record: said when a resume has another one, and never in the way."""
+"""Versions as numbers, and ``PYTHONHASHSEED``: warned of where a resume has another one."""
 
 import json
 import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,29 +12,24 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from nemo_rng_dcp.record import Mesh, Record
 from nemo_rng_dcp.table import records_in
-from nemo_rng_dcp.versions import HASH_SEED, UNSEEDED
+from nemo_rng_dcp.versions import HASH_SEED, UNSEEDED, version_number, version_text
+from tests.fixtures import LAYOUT_1
 from tests.library import hash_seed
-from tests.library.test_layout_1 import FOLDER
-from tests.library.test_record import RECORD
 from tests.support.command import Capture, ask, ask_json
-from tests.support.records import records, save
+from tests.support.launch import python
+from tests.support.records import RECORD, records, save
 
 LONGEST = str(2**32 - 1)
 
 
 def start(seed: str | None, *arguments: object) -> Any:
     """Run the script under a hash seed and return what it printed."""
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "PYTHONHASHSEED")}
-    if seed is not None:
-        environment["PYTHONHASHSEED"] = seed
-    command = [sys.executable, hash_seed.__file__, *map(str, arguments)]
-    done = subprocess.run(
-        command, env=environment, stdout=subprocess.PIPE, text=True, timeout=100, check=True
-    )
+    done = python(hash_seed.__file__, *arguments, PYTHONHASHSEED=seed)
+    assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
-def test_a_resume_under_another_hash_seed_is_said(tmp_path: Path) -> None:
+def test_a_resume_under_another_hash_seed_warns(tmp_path: Path) -> None:
     """In processes of their own; a set of strings tells that it matters."""
     set_, unset = tmp_path / "set", tmp_path / "unset"
     order, _ = start("0", "save", set_)
@@ -75,7 +68,7 @@ def test_every_hash_seed_has_room_beside_a_mesh_of_some_dimensions(mesh: Mesh | 
     assert Record.from_tensor(record.to_tensor()) == record
 
 
-def test_it_stands_in_the_padding_of_the_mesh() -> None:
+def test_a_hash_seed_stands_in_the_padding_of_the_mesh() -> None:
     content = replace(RECORD, hash_seed="7").to_tensor().numpy().tobytes()
     expected = b'"mesh":[["dp",4],["pp",2]],"hash_seed":"7"' + 93 * b" " + b"}"
     assert expected in content
@@ -83,10 +76,10 @@ def test_it_stands_in_the_padding_of_the_mesh() -> None:
     assert b"hash_seed" not in without, "as before there was such a field"
 
 
-def test_records_from_before_the_field_say_nothing_of_it(tmp_path: Path) -> None:
-    dcp_to_torch_save(FOLDER, tmp_path / "file.pt")
+def test_records_from_before_the_field_have_no_hash_seed(tmp_path: Path) -> None:
+    dcp_to_torch_save(LAYOUT_1, tmp_path / "file.pt")
     table = torch.load(tmp_path / "file.pt", weights_only=True)["app"]["rng"]["rng_streams"]
-    assert [Record.from_tensor(each).hash_seed for each in records_in(table)] == [UNSEEDED] * 2
+    assert [Record.from_tensor(row).hash_seed for row in records_in(table)] == [UNSEEDED] * 2
 
 
 def test_a_record_has_the_hash_seed_of_its_process() -> None:
@@ -94,10 +87,26 @@ def test_a_record_has_the_hash_seed_of_its_process() -> None:
     assert record.hash_seed == HASH_SEED == os.environ.get("PYTHONHASHSEED", UNSEEDED)
 
 
-def test_inspect_shows_it(tmp_path: Path, capsys: Capture) -> None:
+def test_inspect_shows_the_hash_seed(tmp_path: Path, capsys: Capture) -> None:
     save(records(1, hash_seed="7"), tmp_path / "set")
     save(records(1, hash_seed=UNSEEDED), tmp_path / "unset")
     assert "PYTHONHASHSEED 7" in ask(capsys, "inspect", tmp_path / "set")[1]
     assert "PYTHONHASHSEED" not in ask(capsys, "inspect", tmp_path / "unset")[1]
     [entry] = ask_json(capsys, "inspect", tmp_path / "set")["entries"]
     assert [row["hash_seed"] for row in entry["streams"]] == ["7"]
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("2.13.0+cpu", 2_013_000),
+        ("3.11.7", 3_011_007),
+        ("2.4", 2_004_000),
+        ("2.15.0a0+git1234", 2_015_000),
+        ("unknown", 0),
+    ],
+)
+def test_versions_are_numbers(text: str, number: int) -> None:
+    assert version_number(text) == number
+    if number:
+        assert version_text(number).startswith(text[:3])

@@ -5,26 +5,26 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from nemo_rng_dcp.cli.checkpoint.checkpoint import Checkpoint, ranks_that_wrote
-from nemo_rng_dcp.cli.checkpoint.index import Stored
-from nemo_rng_dcp.cli.frameworks.keys import find_keys
-from nemo_rng_dcp.cli.terminal import short_spans
+from nemo_rng_dcp.cli.reading.checkpoint import Checkpoint, ranks_that_wrote
+from nemo_rng_dcp.cli.reading.index import Stored
+from nemo_rng_dcp.cli.reading.keys import find_keys
+from nemo_rng_dcp.cli.terminal import numbered
 
 
 @dataclass
 class ForeignState:
-    """RNG state under one path.
+    """RNG state whose keys begin alike.
 
     Attributes:
-        path: The keys' common path, "" at the top level; ``*`` stands for the rank in rank-named
-            keys.
+        prefix: What the keys have in common, "" at the top level; ``*`` stands for the rank in
+            rank-named keys.
         ranks: The ranks that the keys name; none where the keys are the same on every rank.
-        contents: By key (without the path), what is stored.
+        contents: By key (without the prefix), what is stored.
         writers: By key, the rank that DCP took the value from, where the file's name says it.
         each_its_own: Whether each rank reads its own value, as after ``use_collectives=False``.
     """
 
-    path: str
+    prefix: str
     ranks: set[int] = field(default_factory=set)
     contents: dict[str, Stored] = field(default_factory=dict)
     writers: dict[str, int] = field(default_factory=dict)
@@ -42,20 +42,17 @@ class ForeignState:
 
     def notes(self, writers: set[int]) -> Iterator[str]:
         """Say what the state is worth; ``writers`` wrote the checkpoint's files."""
-        where = self.path or "the top level"
+        where = self.prefix or "the top level"
         if self.ranks:
             yield (
                 f"{where}: one key a rank, {len(self.ranks)} ranks. On another number of ranks a "
                 "new rank finds no key of its own. `nemo-rng-dcp import` reads such keys."
             )
             if missing := sorted(self.missing(writers)):
-                ranks = f"rank{'s' * (len(missing) > 1)} {short_spans(missing)}"
+                ranks = numbered("rank", missing)
                 yield f"{where}: {ranks} wrote to this checkpoint, but no RNG state."
         elif self.each_its_own:
-            yield (
-                f"{where}: one state a rank, each in a .metadata of its own. On more ranks a new "
-                "rank finds none."
-            )
+            yield f"{where}: one state a rank, each in a .metadata of its own. New ranks find none."
         elif len(writers) > 1:
             kept = [f"{name or where} is rank {rank}'s" for name, rank in self.writers.items()]
             yield (
@@ -65,23 +62,21 @@ class ForeignState:
                 "ranks draw the same numbers."
             )
         else:
-            yield (
-                f"{where}: one state, and one rank wrote the checkpoint. Loaded by several ranks, "
-                "all would draw the same numbers."
-            )
+            yield f"{where}: one rank's state. Loaded by several ranks, all draw the same numbers."
         if any(stored.dtype is None for stored in self.contents.values()):
             yield f"{where}: stored as pickles, which were not read."
 
 
 def find_foreign(checkpoint: Checkpoint) -> list[ForeignState]:
-    """Return the RNG state that no ``StatefulRNG`` stored, in the order of its paths."""
+    """Return the RNG state that no ``StatefulRNG`` stored, in the order of its keys."""
     found: dict[tuple[str, bool], ForeignState] = {}
-    for key, path, rank, rest in find_keys(checkpoint):
-        its_own = checkpoint.each_rank_reads_its_own
-        state = found.setdefault((path, rank is not None), ForeignState(path, each_its_own=its_own))
+    own = checkpoint.each_rank_reads_its_own
+    for key, prefix, rank, rest in find_keys(checkpoint):
+        state = ForeignState(prefix, each_its_own=own)
+        state = found.setdefault((prefix, rank is not None), state)
         state.contents[rest] = checkpoint.keys[key]
         if rank is not None:
             state.ranks.add(rank)
-        elif its := ranks_that_wrote(chunk.file for chunk in checkpoint.chunks(key)):
-            state.writers[rest] = min(its)
+        elif ranks := ranks_that_wrote(chunk.file for chunk in checkpoint.chunks(key)):
+            state.writers[rest] = min(ranks)
     return list(found.values())

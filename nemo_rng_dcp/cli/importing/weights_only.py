@@ -11,21 +11,20 @@ import os
 import re
 import zipfile
 from datetime import timedelta
-from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 import torch
 
 from nemo_rng_dcp.automodel import RNGState
-from nemo_rng_dcp.cli.checkpoint.pickles import ForbiddenError
-from nemo_rng_dcp.cli.checkpoint.tensors import require_as_large
+from nemo_rng_dcp.cli.reading.pickles import ForbiddenError
+from nemo_rng_dcp.cli.reading.tensors import require_as_large
 from nemo_rng_dcp.errors import RNGStateError
 
 _OLDER_RNG_STATE = "nemo_automodel.components.training.rng.RNGState"
 
 
-def load(source: Path | IO[bytes], where: str) -> Any:
+def load(source: IO[bytes], where: str) -> Any:
     """Return what is in a file, on the CPU.
 
     Args:
@@ -43,7 +42,10 @@ def load(source: Path | IO[bytes], where: str) -> Any:
     for module in ("numpy._core.multiarray", "numpy.core.multiarray"):  # NumPy 2 and 1
         allowed += [(reconstruct, f"{module}._reconstruct"), (scalar, f"{module}.scalar")]
     try:
-        _require_as_large(source)
+        if zipfile.is_zipfile(source):
+            with zipfile.ZipFile(source) as archive:
+                require_as_large(archive, source.seek(0, os.SEEK_END))
+        source.seek(0)
         with torch.serialization.safe_globals(allowed):
             return torch.load(source, map_location="cpu", weights_only=True)
     except OSError:
@@ -58,14 +60,3 @@ def load(source: Path | IO[bytes], where: str) -> Any:
         else:
             reason = "damaged, or not written by torch.save"
         raise RNGStateError(f"{where}: {reason}") from error
-
-
-def _require_as_large(source: Path | IO[bytes]) -> None:
-    if isinstance(source, Path):
-        with source.open("rb") as file:
-            _require_as_large(file)
-        return
-    if zipfile.is_zipfile(source):
-        with zipfile.ZipFile(source) as archive:
-            require_as_large(archive, source.seek(0, os.SEEK_END))
-    source.seek(0)

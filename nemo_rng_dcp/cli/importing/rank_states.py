@@ -54,6 +54,9 @@ class JobStates:
     global_ranks: bool = True
     unread: tuple[str, ...] = ()
 
+    def __str__(self) -> str:
+        return self.where
+
 
 def require_ranks(where: str, found: set[int], expected: set[int]) -> None:
     """Make sure that no rank is missing.
@@ -69,11 +72,9 @@ def require_ranks(where: str, found: set[int], expected: set[int]) -> None:
     ranks = max(found | expected) + 1
     if len(found) < ranks:
         # Not all of them: a number in a name may be anything.
-        missing = islice((rank for rank in range(ranks) if rank not in found), 10)
-        raise RNGStateError(
-            f"{where}: the states of rank {', '.join(map(str, missing))} are missing; there are "
-            f"those of {len(found)} of {ranks} ranks"
-        )
+        missing = islice((str(rank) for rank in range(ranks) if rank not in found), 10)
+        text = f"the states of rank {', '.join(missing)} are missing"
+        raise RNGStateError(f"{where}: {text}; there are those of {len(found)} of {ranks} ranks")
 
 
 def to_records(job: JobStates) -> list[Record]:
@@ -86,9 +87,9 @@ def to_records(job: JobStates) -> list[Record]:
     Raises:
         RNGStateError: A state is malformed, or ranks have other states than rank 0.
     """
-    streams = {rank: _streams(job, rank) for rank in sorted(job.ranks)}
-    states = [{name: its.state for name, its in each.items()} for each in streams.values()]
-    sizes = [{name: len(state) for name, state in each.items()} for each in states]
+    streams = [_streams(job, rank) for rank in sorted(job.ranks)]
+    states = [{name: stream.state for name, stream in row.items()} for row in streams]
+    sizes = [{name: len(state) for name, state in row.items()} for row in states]
     for rank, size in enumerate(sizes):
         if size != sizes[0]:
             raise RNGStateError(
@@ -101,28 +102,27 @@ def to_records(job: JobStates) -> list[Record]:
         world_size=len(streams),
         # As torch's state begins; its generator uses 32 bits of it.
         seed=int.from_bytes(states[0].get("torch", b"")[:4], "little"),
-        ranked=any(each != states[0] for each in states),
+        ranked=any(state != states[0] for state in states),
         resizes=0,
         mesh=None,
         hash_seed=UNSEEDED,  # that of the job is not known, and not this command's
     )
     return [
-        record(row=rank, taken_at=job.ranks[rank].taken_at, streams=its)
-        for rank, its in streams.items()
+        record(row=rank, taken_at=job.ranks[rank].taken_at, streams=streams[rank])
+        for rank in range(len(streams))
     ]
 
 
 def _streams(job: JobStates, rank: int) -> dict[str, Stream]:
-    its, streams = job.ranks[rank], {}
+    saved, streams = job.ranks[rank], {}
     for name, (kind, pack) in _GENERATORS.items():
-        state = its.states.get(name)
+        state, where = saved.states.get(name), f"{job.where}: {saved.place}: {name}"
         if name == "cuda" and isinstance(state, list):
             # One process saves one device's, or a list of all that it sees.
             if len(state) > 1 and not job.global_ranks:
                 raise RNGStateError(
-                    f"{job.where}: {its.place}: cuda: found the states of {len(state)} devices; "
-                    f"{rank} is no global rank and does not tell which was this rank's. Keep that "
-                    "one alone in the list"
+                    f"{where}: found the states of {len(state)} devices; {rank} is no global rank "
+                    "and does not tell which was this rank's. Keep that one alone in the list"
                 )
             state = state[rank % len(state)] if state else None
         if state is None:
@@ -131,9 +131,7 @@ def _streams(job: JobStates, rank: int) -> dict[str, Stream]:
             _require_small(state)
             streams[name] = Stream(kind, False, pack(state))
         except (RNGStateError, ValueError, TypeError) as error:
-            raise RNGStateError(
-                f"{job.where}: {its.place}: {name}: the state is malformed: {error}"
-            ) from error
+            raise RNGStateError(f"{where}: the state is malformed: {error}") from error
     return streams
 
 

@@ -6,8 +6,8 @@ from collections.abc import Collection
 
 import torch
 
-from nemo_rng_dcp.cli.checkpoint.checkpoint import Checkpoint
-from nemo_rng_dcp.cli.checkpoint.index import Chunk
+from nemo_rng_dcp.cli.reading.checkpoint import Checkpoint
+from nemo_rng_dcp.cli.reading.index import Chunk
 from nemo_rng_dcp.errors import RNGStateError
 from nemo_rng_dcp.record import KEY, Record
 from nemo_rng_dcp.table import records_in
@@ -18,29 +18,19 @@ def find_tables(checkpoint: Checkpoint) -> list[Table]:
     return [Table(checkpoint, key) for key in checkpoint.records]
 
 
-def require_tables(checkpoint: Checkpoint) -> list[Table]:
-    """Return the tables of a checkpoint.
-
-    Raises:
-        RNGStateError: It has none.
-    """
-    if not checkpoint.records:
-        raise RNGStateError(f"{checkpoint.where}: no StatefulRNG's record in it; see inspect")
-    return find_tables(checkpoint)
-
-
 class Table:
     """The records that one ``StatefulRNG`` stored.
 
     Attributes:
-        path: The dotted path of the ``StatefulRNG``, "" at the top level of the checkpoint.
+        key: Where the ``StatefulRNG`` was in what was saved: "rng" for "rng.rng_streams", "" at
+            the top level.
         count: Rows, by what the checkpoint says. Nothing here is as long as it says.
         placed: The numbers of the rows that it has a place for, in their order.
         missing: How many of the ``count`` rows have none.
     """
 
     def __init__(self, checkpoint: Checkpoint, key: str) -> None:
-        self.path = key.rpartition(".")[0]
+        self.key = key.rpartition(".")[0]
         self._checkpoint = checkpoint
         self._places: dict[int, Chunk | torch.Tensor | str] = {}
         self._readers: dict[int, set[int | None]] = {}
@@ -63,6 +53,10 @@ class Table:
         self.placed = sorted(self._places)
         self.missing = self.count - sum(row < self.count for row in self.placed)
 
+    def expects(self, row: int) -> bool:
+        """Return whether there should be such a row, or is one."""
+        return row < self.count or row in self._places
+
     def read(self, row: int) -> Record | str:
         """Return the record of a row, checked as a load checks it, or the reason why not."""
         place = self._places.get(row, "missing: the checkpoint has no place for it")
@@ -80,8 +74,8 @@ class Table:
                 f"damaged: it says that it is row {record.row} of {record.rows}, and stands in the "
                 f"place of row {row} of {self.count}"
             )
-        texts = [*record.streams, *(name for name, _ in record.mesh or []), record.hash_seed]
-        if not all(text.isprintable() for text in texts):
+        names = [*record.streams, *(name for name, _ in record.mesh or []), record.hash_seed]
+        if not all(name.isprintable() for name in names):
             return "damaged: a text in it is not printable"
         return record
 

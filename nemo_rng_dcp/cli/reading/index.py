@@ -7,7 +7,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
+
+from nemo_rng_dcp.cli.reading.pickles import typed
 from nemo_rng_dcp.errors import RNGStateError
+from nemo_rng_dcp.table import is_record
 
 _DIMENSIONS = 64  # torch's own limit
 _NAME_LENGTH = 4096
@@ -24,6 +28,13 @@ class Stored:
 
     dtype: str | None
     size: tuple[int, ...]
+
+    def is_record(self, key: str) -> bool:
+        """Return whether a load takes it for records, if it is stored under ``key``."""
+        return is_record(key, getattr(torch, self.dtype or "", None), self.size)
+
+    def __str__(self) -> str:
+        return "a pickle" if self.dtype is None else f"{self.dtype} {list(self.size)}"
 
 
 @dataclass(frozen=True)
@@ -83,17 +94,6 @@ def malformed_if_wrong(name: str) -> Iterator[None]:
         raise RNGStateError(f"{name} is malformed: it has no {error}") from error
     except (TypeError, ValueError, RecursionError) as error:
         raise RNGStateError(f"{name} is malformed: {error}") from error
-
-
-def typed(value: Any, kind: type) -> Any:
-    """Return a value if it is of a kind.
-
-    Raises:
-        TypeError: It is not.
-    """
-    if not isinstance(value, kind):
-        raise TypeError(f"found {type(value).__name__}, expected {kind.__name__}")
-    return value
 
 
 def printable(value: Any) -> str:

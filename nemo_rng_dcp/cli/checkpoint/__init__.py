@@ -1,1 +1,0 @@
-"""What DCP stored, read as data: nothing in a checkpoint is executed."""

@@ -1,0 +1,1 @@
+"""A checkpoint read as data: nothing in it is executed."""

@@ -1,0 +1,84 @@
+"""The checkpoint that a path means: the folder itself, or the one below it that has records."""
+
+from __future__ import annotations
+
+from nemo_rng_dcp.cli.reading.checkpoint import Checkpoint
+from nemo_rng_dcp.cli.reading.dcp_metadata import Metadata, metadata_files
+from nemo_rng_dcp.cli.reading.folder import Folder
+from nemo_rng_dcp.cli.reading.safetensors import Safetensors
+from nemo_rng_dcp.cli.reading.table import Table, find_tables
+from nemo_rng_dcp.errors import RNGStateError
+
+
+def open_checkpoint(where: str) -> Checkpoint:
+    """Return the checkpoint at a path or URL, or one folder below it.
+
+    Frameworks keep records beside or below other things: the one folder that has records is taken.
+
+    Raises:
+        RNGStateError: There is none, there are several to choose from, or it is damaged.
+        OSError: It cannot be read.
+    """
+    folder = Folder(where)
+    own = checkpoint_in(folder)
+    if own is not None and own.records:
+        return own
+    below, error = checkpoints_below(folder)
+    chosen = [checkpoint for checkpoint in below if checkpoint.records]
+    if not chosen and error is not None:
+        raise error
+    chosen = chosen or ([own] if own else below)
+    if len(chosen) == 1:
+        return chosen[0]
+    if chosen:
+        names = ", ".join(checkpoint.where for checkpoint in chosen[:6])
+        raise RNGStateError(f"{where}: it holds {len(chosen)} checkpoints, name one: {names}")
+    inside = [*folder.sizes, *folder.folders]
+    shown = f"only {', '.join(inside[:3])}{', ...' * (len(inside) > 3)}" if inside else "nothing"
+    raise RNGStateError(
+        f"{where}: no .metadata in it, {shown}. It is no DCP checkpoint, or its save did not finish"
+    )
+
+
+def open_tables(where: str) -> list[Table]:
+    """Return the tables of the checkpoint that :func:`open_checkpoint` finds.
+
+    Raises:
+        RNGStateError: It has none, or there is no such checkpoint.
+        OSError: It cannot be read.
+    """
+    checkpoint = open_checkpoint(where)
+    if not checkpoint.records:
+        raise RNGStateError(f"{checkpoint.where}: no StatefulRNG's record in it; see inspect")
+    return find_tables(checkpoint)
+
+
+def checkpoint_in(folder: Folder) -> Checkpoint | None:
+    """Return the checkpoint in a folder, if it is one, by the index that ``dcp.load`` uses.
+
+    Raises:
+        RNGStateError: It is damaged.
+        OSError: It cannot be read.
+    """
+    if names := metadata_files(folder):
+        return Checkpoint(folder, {rank: Metadata(folder, name) for rank, name in names.items()})
+    index = Safetensors(folder)
+    return Checkpoint(folder, {None: index}) if index.files else None
+
+
+def checkpoints_below(folder: Folder) -> tuple[list[Checkpoint], RNGStateError | None]:
+    """Return the checkpoints one folder below, and why the first that is damaged cannot be read.
+
+    It may not be the one asked for, so the caller decides whether it matters. A folder that cannot
+    be opened is somebody else's.
+    """
+    found, first_error = [], None
+    for name in folder.folders:
+        try:
+            if checkpoint := checkpoint_in(folder.inner(name)):
+                found.append(checkpoint)
+        except RNGStateError as error:
+            first_error = first_error or error
+        except OSError:
+            continue
+    return found, first_error

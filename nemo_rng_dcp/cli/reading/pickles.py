@@ -1,0 +1,180 @@
+"""A pickle read as data: nothing in it is imported, called or built.
+
+Time and memory grow with the bytes of the pickle. Python's own unpickler cannot promise that, even
+if it is given no classes: a few bytes make it allocate gigabytes (``LONG_BINPUT``) or hash nested
+tuples for ever (a dict's key).
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import pickletools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+_NAME_LENGTH = 200
+
+
+class ForbiddenError(ValueError):
+    """A pickle names something that has no business there."""
+
+
+@dataclass(eq=False)
+class Global:
+    """What a pickle would import, such as ``"torch Size"``."""
+
+    name: str
+
+
+@dataclass(eq=False)
+class Made:
+    """What a pickle would build.
+
+    Attributes:
+        name: The class or function, such as ``"torch Size"``; empty for a reference to something
+            stored outside the pickle.
+        arguments: What it would be called with.
+        state: What it would be given afterwards.
+    """
+
+    name: str
+    arguments: tuple[Any, ...]
+    state: Any = None
+
+
+def parse(content: bytes, known: Callable[[str], bool]) -> Any:
+    """Return what a pickle describes, with :class:`Made` in the place of objects.
+
+    Args:
+        content: The pickle.
+        known: Whether it may name a class or function, given as ``"module name"``.
+
+    Raises:
+        ForbiddenError: It names another one.
+        ValueError: It is damaged, truncated, or uses what DCP and ``torch.save`` never use.
+    """
+    machine, stream = _Machine(known), io.BytesIO(content)
+    try:
+        while (code := stream.read(1)) != pickle.STOP:
+            if code not in _OPCODES:
+                raise ValueError(f"found {code!r} at byte {stream.tell() - 1}, expected an opcode")
+            read = _READERS[code]
+            _OPCODES[code](machine, read(stream) if read else None)
+        return machine.stack.pop()
+    except (IndexError, KeyError, TypeError) as error:
+        raise ValueError(f"{error!r} before byte {stream.tell()}") from error
+
+
+def typed(value: Any, kind: type) -> Any:
+    """Return a value if it is of a kind.
+
+    Raises:
+        TypeError: It is not.
+    """
+    if not isinstance(value, kind):
+        raise TypeError(f"found {type(value).__name__}, expected {kind.__name__}")
+    return value
+
+
+class _Machine:
+    def __init__(self, known: Callable[[str], bool]) -> None:
+        self.known = known
+        self.stack: list[Any] = []
+        self.marks: list[int] = []
+        self.memo: dict[int, Any] = {}
+
+    def pop(self, count: int) -> list[Any]:
+        """Take the last values from the stack."""
+        if count > len(self.stack) - (self.marks[-1] if self.marks else 0):
+            raise ValueError("a value is missing")
+        first = len(self.stack) - count
+        values = self.stack[first:]
+        del self.stack[first:]
+        return values
+
+    def pop_to_mark(self) -> list[Any]:
+        return self.pop(len(self.stack) - self.marks.pop())
+
+
+def _push(machine: _Machine, value: Any) -> None:
+    machine.stack.append(value)
+
+
+def _extend(machine: _Machine, values: list[Any]) -> None:
+    typed(machine.stack[-1], list).extend(values)
+
+
+def _update(machine: _Machine, values: list[Any]) -> None:
+    target = typed(machine.stack[-1], dict)
+    for key, value in zip(values[::2], values[1::2], strict=True):
+        # A tuple of tuples of tuples takes for ever to hash.
+        if not isinstance(key, (str, Made)):
+            raise ValueError(f"a {type(key).__name__} as a key")
+        target[key] = value
+
+
+def _import(machine: _Machine, module: Any, name: Any) -> None:
+    # Before anything looks at it: a pickle can name one long name again and again.
+    length = len(typed(module, str)) + len(typed(name, str))
+    if length > _NAME_LENGTH:
+        raise ForbiddenError(f"a name of {length} characters")
+    if not machine.known(f"{module} {name}"):
+        raise ForbiddenError(f"{module:.60}.{name:.60}")
+    machine.stack.append(Global(f"{module} {name}"))
+
+
+def _make(machine: _Machine, _: None) -> None:
+    called, arguments = machine.pop(2)
+    name, arguments = typed(called, Global).name, typed(arguments, tuple)
+    ordered_dict = name == "collections OrderedDict" and not arguments
+    machine.stack.append({} if ordered_dict else Made(name, arguments))
+
+
+def _set_state(machine: _Machine, _: None) -> None:
+    (state,) = machine.pop(1)
+    typed(machine.stack[-1], Made).state = state
+
+
+def _memoize(machine: _Machine, place: int) -> None:
+    machine.memo[place] = machine.stack[-1]
+
+
+_OPCODES: dict[bytes, Callable[[_Machine, Any], object]] = {
+    pickle.PROTO: lambda m, _: None,
+    pickle.FRAME: lambda m, _: None,
+    pickle.MARK: lambda m, _: m.marks.append(len(m.stack)),
+    pickle.NONE: lambda m, _: m.stack.append(None),
+    pickle.NEWTRUE: lambda m, _: m.stack.append(True),
+    pickle.NEWFALSE: lambda m, _: m.stack.append(False),
+    **dict.fromkeys([pickle.BININT1, pickle.BININT2, pickle.BININT, pickle.LONG1], _push),
+    **dict.fromkeys([pickle.SHORT_BINUNICODE, pickle.BINUNICODE, pickle.BINUNICODE8], _push),
+    pickle.EMPTY_TUPLE: lambda m, _: m.stack.append(()),
+    pickle.TUPLE1: lambda m, _: m.stack.append(tuple(m.pop(1))),
+    pickle.TUPLE2: lambda m, _: m.stack.append(tuple(m.pop(2))),
+    pickle.TUPLE3: lambda m, _: m.stack.append(tuple(m.pop(3))),
+    pickle.TUPLE: lambda m, _: m.stack.append(tuple(m.pop_to_mark())),
+    pickle.EMPTY_LIST: lambda m, _: m.stack.append([]),
+    pickle.APPEND: lambda m, _: _extend(m, m.pop(1)),
+    pickle.APPENDS: lambda m, _: _extend(m, m.pop_to_mark()),
+    pickle.EMPTY_DICT: lambda m, _: m.stack.append({}),
+    pickle.SETITEM: lambda m, _: _update(m, m.pop(2)),
+    pickle.SETITEMS: lambda m, _: _update(m, m.pop_to_mark()),
+    pickle.GLOBAL: lambda m, names: _import(m, *names.split(" ", 1)),
+    pickle.STACK_GLOBAL: lambda m, _: _import(m, *m.pop(2)),
+    pickle.NEWOBJ: _make,
+    pickle.REDUCE: _make,
+    pickle.BUILD: _set_state,
+    pickle.BINPERSID: lambda m, _: m.stack.append(Made("", tuple(m.pop(1)))),
+    pickle.MEMOIZE: lambda m, _: _memoize(m, len(m.memo)),
+    pickle.BINPUT: _memoize,
+    pickle.LONG_BINPUT: _memoize,
+    pickle.BINGET: lambda m, place: m.stack.append(m.memo[place]),
+    pickle.LONG_BINGET: lambda m, place: m.stack.append(m.memo[place]),
+}
+_READERS = {
+    opcode.code.encode("latin-1"): opcode.arg and opcode.arg.reader
+    for opcode in pickletools.opcodes
+}
+"""What reads the argument that stands behind an opcode, if it has one."""

@@ -1,0 +1,36 @@
+"""Recipes on forked ranks, which start in no time."""
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from scripts.demo import recipes
+from scripts.demo.launch import POLL_SECONDS, kill_if
+from scripts.demo.recipes import Job, Recipe
+from tests.support.jobs import JobError, job
+from tests.support.scripts import agent, execute, run_script
+
+
+def train_forked(recipe: Recipe, size: Job, out: Path, kill: bool = False) -> None:
+    """As ``recipes.train``, which uses torchrun."""
+    if kill:
+        killed = f"rank {recipe.killed_rank} ended with SIGKILL"
+        with agent() as variables, pytest.raises(JobError, match=killed):
+            job(size.ranks, train_and_die, recipe, size, out, variables, group=False)
+    script, arguments = recipes.command(recipe, size, out)
+    run_script(size.ranks, script, *arguments)
+
+
+def train_and_die(recipe: Recipe, size: Job, out: Path, variables: dict[str, str]) -> None:
+    def now() -> bool:
+        return recipes.is_the_moment(recipe, out)
+
+    rank = os.getpid()
+    if os.environ["RANK"] == str(recipe.killed_rank) and os.fork() == 0:
+        while os.getppid() == rank and not (now() and kill_if(rank, now)):
+            time.sleep(POLL_SECONDS)
+        os._exit(0)
+    script, arguments = recipes.command(recipe, size, out)
+    execute(script, arguments, variables)
