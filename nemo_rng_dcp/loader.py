@@ -16,8 +16,8 @@ from nemo_rng_dcp.position import (
     POSITION_LAYOUT,
     Position,
     figures_of,
+    loaded_positions,
     mismatch,
-    positions_in,
 )
 from nemo_rng_dcp.seeding import derive_seed, is_integer
 from nemo_rng_dcp.stateful import StatefulRNG
@@ -211,7 +211,7 @@ class ResumableLoader:
                 "it: move the loader with set_epoch(), and add it to what is saved."
             )
             return
-        saved = positions_in(table, [position.row for position in own])
+        saved = loaded_positions(table, [position.row for position in own])
         self._check_that_it_goes_on(saved, own)
         at = saved[0]
         self._seed = at.seed
@@ -265,7 +265,7 @@ class ResumableLoader:
         """Return whether DCP left in a table what :meth:`state_dict` had put there."""
         if self._handed_out is None or self._handed_out[0] is not table:
             return False
-        (found, *_) = positions_in(table, [self._rng._rows().row])
+        (found, *_) = loaded_positions(table, [self._rng._rows().row])
         return found.saved_at == self._handed_out[1]
 
     def _move(self, epoch: int, batches: int = 0, fetched: int = 0, begun_again: int = 0) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -60,7 +60,35 @@ class Position(NamedTuple):
         return self.fetched > 0
 
 
-def positions_in(table: torch.Tensor, rows: list[int]) -> list[Position]:
+def is_positions(key: str, dtype: object, size: Sequence[int]) -> bool:
+    """Return whether what a checkpoint has under a key is a loader's table; see ``is_record``."""
+    return key.rpartition(".")[2] == POSITION_KEY and dtype == torch.int64 and len(size) == 1
+
+
+def positions_in(numbers: torch.Tensor) -> list[Position]:
+    """Return the positions that stand one after the other in a tensor.
+
+    Raises:
+        RNGStateError: It holds something else.
+    """
+    width = len(Position._fields)
+    if numbers.dtype != torch.int64 or numbers.numel() == 0 or numbers.numel() % width:
+        raise RNGStateError(
+            f"{POSITION_KEY}: found {numbers.dtype} {tuple(numbers.shape)}, expected torch.int64 "
+            f"(rows * {width},). No ResumableLoader of this version wrote that."
+        )
+    positions = [Position(*row) for row in numbers.view(-1, width).tolist()]
+    for position in positions:
+        if position.layout != POSITION_LAYOUT or not 0 <= position.row < position.rows:
+            raise RNGStateError(
+                f"{POSITION_KEY}: found layout {position.layout}, row {position.row} of "
+                f"{position.rows}, expected layout {POSITION_LAYOUT}. A newer nemo_rng_dcp wrote "
+                "it, or it was altered."
+            )
+    return positions
+
+
+def loaded_positions(table: torch.Tensor, rows: list[int]) -> list[Position]:
     """Return the positions in a table that are loaded into these rows of the job.
 
     Args:
@@ -70,25 +98,10 @@ def positions_in(table: torch.Tensor, rows: list[int]) -> list[Position]:
     Raises:
         RNGStateError: It holds no positions, or those of other rows.
     """
-    numbers = table.to_local() if isinstance(table, DTensor) else table
-    width = len(Position._fields)
-    if numbers.dtype != torch.int64 or numbers.numel() == 0 or numbers.numel() % width:
-        raise RNGStateError(
-            f"{POSITION_KEY}: found {numbers.dtype} {tuple(numbers.shape)}, expected torch.int64 "
-            f"(rows * {width},). No ResumableLoader of this version wrote that."
-        )
-    found = [Position(*row) for row in numbers.view(-1, width).tolist()]
-    for position in found:
-        if position.layout != POSITION_LAYOUT or not 0 <= position.row < position.rows:
-            raise RNGStateError(
-                f"{POSITION_KEY}: found layout {position.layout}, row {position.row} of "
-                f"{position.rows}, expected layout {POSITION_LAYOUT}. A newer nemo_rng_dcp wrote "
-                "it, or it was altered."
-            )
+    found = positions_in(table.to_local() if isinstance(table, DTensor) else table)
     by_row = {position.row: position for position in found}
     wanted = [source_row(row, found[0].rows) for row in rows]
-    absent = [row for row in wanted if row not in by_row]
-    if absent:
+    if not by_row.keys() >= set(wanted):
         raise RNGStateError(
             f"{POSITION_KEY}: rows {rows} were given the positions of rows {sorted(by_row)}, "
             f"expected {wanted}. Save on all ranks with dcp.save, and load with dcp.load."

@@ -31,7 +31,7 @@ from tests.support.loaders import (
     check_resumes,
     loader_of,
 )
-from tests.support.streams import draw, said, unmoved
+from tests.support.streams import draw, unmoved, warned
 
 EVERYWHERE: list[Any] = [(0, 0), (0, 1), (0, 2), (0, "last"), (0, "end"), (1, 2), (1, "end")]
 
@@ -357,7 +357,7 @@ def test_a_pass_that_was_left_is_said_once() -> None:
         for _ in range(2):
             next(iter(loader))
 
-    (message,) = said(leave)
+    (message,) = warned(leave)
     assert "pass of epoch 0 was left behind batch 1, and epoch 0 begins anew" in message
     assert "batches_per_epoch=" in message
 
@@ -369,14 +369,14 @@ def test_a_loop_over_epochs_says_once_that_passes_are_left() -> None:
         for _ in loader.epochs(3):
             next(iter(loader))
 
-    (message,) = said(leave)
+    (message,) = warned(leave)
     assert "left behind batch 1, and the next epoch begins" in message
     assert (loader.epoch, loader.batches) == (3, 0)
 
 
 def test_an_epoch_without_a_pass_is_counted_and_nothing_is_said() -> None:
     loader = ResumableLoader(DataLoader(range(4)), StatefulRNG(1))
-    assert said(lambda: list(loader.epochs(3))) == []
+    assert warned(lambda: list(loader.epochs(3))) == []
     assert loader.epoch == 3
 
 
