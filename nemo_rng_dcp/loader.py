@@ -22,6 +22,7 @@ from nemo_rng_dcp.position import (
 from nemo_rng_dcp.seeding import derive_seed, is_integer
 from nemo_rng_dcp.stateful import StatefulRNG
 from nemo_rng_dcp.table import NOT_SAVED
+from nemo_rng_dcp.versions import __version__, version_number
 
 
 class ResumableLoader:
@@ -171,7 +172,7 @@ class ResumableLoader:
         """Return the position of this rank's row as its row of a table; moves no stream.
 
         Returns:
-            ``{"loader_position": table}``: int64, shape ``(rows * 14,)``, a DTensor sharded on dim
+            ``{"loader_position": table}``: int64, shape ``(rows * 16,)``, a DTensor sharded on dim
             0 of which each rank has its row (a plain tensor without a process group).
 
         Raises:
@@ -247,6 +248,8 @@ class ResumableLoader:
         return [
             Position(
                 layout=POSITION_LAYOUT,
+                version=version_number(__version__),
+                length=len(Position._fields),
                 row=row,
                 rows=rows.count,
                 saved_at=now,

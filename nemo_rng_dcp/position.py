@@ -23,8 +23,12 @@ UNKNOWN = -1
 class Position(NamedTuple):
     """Where a loader of one row is. All are int64 in the checkpoint, in this order.
 
+    It begins as a record does, so a table of positions is read as one of records.
+
     Attributes:
         layout: Of these numbers; 1.
+        version: Of the library that wrote them.
+        length: How many numbers they are.
         row: The row that the loader belongs to.
         rows: Rows of the job.
         saved_at: When ``state_dict()`` was called, in nanoseconds since 1970.
@@ -34,13 +38,15 @@ class Position(NamedTuple):
         begun_again: How often this pass was begun anew.
         batches: Handed out in this pass.
         fetched: ``batches``, and those for which the loader raised instead.
-        length: ``len(loader)``.
-        size: Samples of the dataset.
+        loader_length: ``len(loader)``.
+        samples: In the dataset.
         batch_size: Samples of a batch.
         workers: Worker processes.
     """
 
     layout: int
+    version: int
+    length: int
     row: int
     rows: int
     saved_at: int
@@ -50,8 +56,8 @@ class Position(NamedTuple):
     begun_again: int
     batches: int
     fetched: int
-    length: int
-    size: int
+    loader_length: int
+    samples: int
     batch_size: int
     workers: int
 
@@ -111,8 +117,12 @@ def loaded_positions(table: torch.Tensor, rows: list[int]) -> list[Position]:
 
 def mismatch(saved: Position, now: Position) -> str | None:
     """Return why batch k of this loader would not be the saved one's, if so."""
-    names = {"batch_size": "batch size", "size": "dataset's size", "length": "length"}
-    names["rows"] = "number of rows"
+    names = {
+        "batch_size": "batch size",
+        "samples": "dataset's size",
+        "loader_length": "length",
+        "rows": "number of rows",
+    }
     for field, name in names.items():
         then, here = getattr(saved, field), getattr(now, field)
         if then != here:
@@ -123,8 +133,8 @@ def mismatch(saved: Position, now: Position) -> str | None:
 def figures_of(loader: Any) -> dict[str, int]:
     """Return what a loader tells of itself, by the names of :class:`Position`."""
     return {
-        "length": _told(lambda: len(loader)),
-        "size": _told(lambda: len(loader.dataset)),
+        "loader_length": _told(lambda: len(loader)),
+        "samples": _told(lambda: len(loader.dataset)),
         "batch_size": _told(lambda: loader.batch_size),
         "workers": _told(lambda: loader.num_workers),
     }

@@ -141,7 +141,7 @@ def _time(nanoseconds: int) -> str:
 def _loader_lines(key: str, positions: Sequence[Position]) -> list[str]:
     """Return where a loader is and what it says of itself."""
     at = positions[0]
-    figures = {"length": at.length, "samples": at.size, "batch size": at.batch_size}
+    figures = {"length": at.loader_length, "samples": at.samples, "batch size": at.batch_size}
     told = [f"{name} {number:,}" for name, number in figures.items() if number != UNKNOWN]
     of_rows = f"a loader of {plural(at.rows, 'row')}"
     where = f"behind batch {at.batches:,} of epoch {at.epoch:,}"

@@ -54,7 +54,7 @@ def test_inspect_shows_where_a_loader_is(tmp_path: Path, capsys: Capture) -> Non
 
 def test_inspect_finds_a_damaged_position(tmp_path: Path, capsys: Capture) -> None:
     dcp.save(
-        {"data": {"loader_position": torch.zeros(14, dtype=torch.int64)}}, checkpoint_id=tmp_path
+        {"data": {"loader_position": torch.zeros(16, dtype=torch.int64)}}, checkpoint_id=tmp_path
     )
     code, text = ask(capsys, "inspect", tmp_path)
     assert "damage: data: loader_position: loader_position: found layout 0" in text
