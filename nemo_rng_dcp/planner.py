@@ -11,7 +11,11 @@ from typing import Any
 
 import torch
 from torch.distributed.checkpoint import DefaultLoadPlanner, LoadPlan, LoadPlanner, ReadItem
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import (
+    Metadata,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 from torch.distributed.tensor import DTensor
 
 from nemo_rng_dcp.errors import RNGStateError, warn
@@ -19,6 +23,13 @@ from nemo_rng_dcp.record import KEY, Record
 from nemo_rng_dcp.table import NOT_SAVED, read_of_row, record_keys
 
 _Path = tuple[tuple[Any, Any], ...]
+
+# Below a list nothing can be taken out: the elements behind it would get other keys. A tensor of
+# which no chunk was stored takes its place there, so that the other planner reads nothing for it.
+_PLACEHOLDER = torch.empty(1, dtype=torch.int64, device="cpu")
+_PLACEHOLDER_SAVED = TensorStorageMetadata(
+    TensorProperties(dtype=torch.int64), _PLACEHOLDER.size(), []
+)
 
 
 @dataclasses.dataclass
@@ -36,10 +47,16 @@ class _Entry:
     value: torch.Tensor
     row: int
 
+    @property
+    def is_below_a_list(self) -> bool:
+        return any(isinstance(container, list) for container, _ in self.path)
+
     def take_out(self) -> None:
+        if self.is_below_a_list:
+            container, key = self.path[-1]
+            container[key] = _PLACEHOLDER
+            return
         for container, key in reversed(self.path):
-            if isinstance(container, list):
-                return
             del container[key]
             # A dict that is empty now goes too: for checkpoints of torch 2.3 it counts as a value.
             if container:
@@ -63,8 +80,23 @@ class RNGLoadPlanner(LoadPlanner):
     - For an entry that the checkpoint lacks, no stream moves, and ``StatefulRNG`` says so.
 
     RNG entries are found by themselves, at the top level or nested, in the state dict and in the
-    checkpoint. The other planner never sees them. What is loaded takes the place of the live table
-    in the state dict, so call ``state_dict()`` anew for each load.
+    checkpoint. The other planner never sees them; below a list it sees a tensor of which nothing
+    was stored. What is loaded takes the place of the live table in the state dict, so call
+    ``state_dict()`` anew for each load.
+
+    DCP calls it in this order:
+
+    1. :meth:`set_up_planner`, on every rank: finds the RNG entries and chooses the row that is
+       read for each. The other planner is set up with everything else.
+    2. :meth:`create_local_plan`, on every rank: the other planner's reads, then one per RNG entry.
+    3. :meth:`create_global_plan`, on the coordinator alone: the other planner's.
+    4. :meth:`finish_plan`, on every rank: the other planner's.
+    5. :meth:`resolve_tensor` and :meth:`commit_tensor`, or :meth:`load_bytes`, on every rank for
+       each read of its own: a record goes to a buffer here, all else to the other planner.
+
+    Every other public attribute and method is the other planner's own, since some readers ask for
+    them. Where the reader lists nothing (``BroadcastingTorchSaveReader``), the other planner reads
+    the RNG entries too, onto as many rows as were saved.
 
     Pass it to ``dcp.load`` on every rank. It communicates no more than the other planner. An RNG
     entry of the checkpoint for which the state dict has no place is named in an
@@ -97,6 +129,11 @@ class RNGLoadPlanner(LoadPlanner):
             raise TypeError(f"planner is {planner!r:.80}, expected a LoadPlanner or None")
         self.planner = DefaultLoadPlanner() if planner is None else planner
 
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or name == "planner":
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self.planner, name)
+
     def set_up_planner(
         self,
         state_dict: dict[str, Any],
@@ -105,7 +142,8 @@ class RNGLoadPlanner(LoadPlanner):
     ) -> None:
         assert metadata is not None
         saved = metadata.state_dict_metadata
-        paths = dict(_find(state_dict))
+        # A reader that lists nothing leaves it to its own planner to say what is stored.
+        paths = dict(_find(state_dict)) if saved else {}
         entries = {key: _entry(path) for key, path in paths.items()}
         self._entries: dict[str, _Entry]
         self._entries = {key: entry for key, entry in entries.items() if entry is not None}
@@ -115,10 +153,13 @@ class RNGLoadPlanner(LoadPlanner):
             if key in saved
         ]
         others = {key: stored for key, stored in saved.items() if key not in self._entries}
+        placeholders: dict[str, Any] = {
+            key: _PLACEHOLDER_SAVED for key, entry in self._entries.items() if entry.is_below_a_list
+        }
         with self._taken_out():
             self.planner.set_up_planner(
                 state_dict,
-                dataclasses.replace(metadata, state_dict_metadata=others),
+                dataclasses.replace(metadata, state_dict_metadata={**others, **placeholders}),
                 is_coordinator,
             )
         if is_coordinator:
@@ -132,7 +173,7 @@ class RNGLoadPlanner(LoadPlanner):
                 entry.value = NOT_SAVED
             for read in self._reads:
                 # The record comes as it was saved: StatefulRNG is given it instead of the live one.
-                buffer = torch.zeros(read.lengths, dtype=torch.int64)
+                buffer = torch.zeros(read.lengths, dtype=torch.int64, device="cpu")
                 self._entries[read.dest_index.fqn].value = buffer
         return dataclasses.replace(plan, items=[*plan.items, *self._reads])
 
@@ -171,19 +212,30 @@ class RNGLoadPlanner(LoadPlanner):
                 entry.put_in()
 
 
+def _passed_on(name: str) -> property:
+    return property(lambda self: getattr(self.planner, name))
+
+
+# A hook that a later torch adds to LoadPlanner: the class above would inherit it from there.
+for _name in dir(LoadPlanner):
+    if not _name.startswith("_") and _name not in vars(RNGLoadPlanner):
+        setattr(RNGLoadPlanner, _name, _passed_on(_name))
+
+
 def _find(value: Any, path: _Path = ()) -> Iterator[tuple[str, _Path]]:
     """Find the tensors named :data:`KEY`, with the keys that DCP's planners give them."""
-    items: Any = ()
-    if isinstance(value, MutableMapping):
-        items = value.items()
-    elif isinstance(value, list):
-        items = enumerate(value)
-    for key, inner in items:
-        here = (*path, (value, key))
-        if key == KEY and isinstance(inner, torch.Tensor):
-            yield ".".join(str(key) for _, key in here), here
-        else:
-            yield from _find(inner, here)
+    if any(container is value for container, _ in path):
+        return  # it contains itself
+    values = value if isinstance(value, list) else value.values()
+    # By type: a loader's list of a million numbers is looked at in a few milliseconds.
+    nested = {t for t in set(map(type, values)) if issubclass(t, (list, MutableMapping))}
+    if isinstance(value, MutableMapping) and isinstance(value.get(KEY), torch.Tensor):
+        here = (*path, (value, KEY))
+        yield ".".join(str(key) for _, key in here), here
+    if nested:
+        for key, inner in enumerate(value) if isinstance(value, list) else value.items():
+            if type(inner) in nested:
+                yield from _find(inner, (*path, (value, key)))
 
 
 def _entry(path: _Path) -> _Entry | None:

@@ -37,6 +37,30 @@ Mesh = tuple[tuple[str, int], ...]
 
 _WORD = 8
 _HEAD = struct.Struct("<14q")
+_HEAD_FIELDS = (
+    "layout_version",
+    "library_version",
+    "length",
+    "row",
+    "rows",
+    "world_size",
+    "seed",
+    "ranked",
+    "resizes",
+    "taken_at",
+    "python_version",
+    "numpy_version",
+    "torch_version",
+    "contents_bytes",
+)
+_HEAD_RANGES = {
+    "rows": (1, 2**31 - 1),
+    "world_size": (1, 2**31 - 1),
+    "seed": (0, 2**32 - 1),
+    "ranked": (0, 1),
+    "resizes": (0, 2**31 - 1),
+}
+_OTHER_RANGE = 0, 2**63 - 1
 LENGTH, ROWS = 2, 4  # places in the head
 _CHECK_BYTES = 8
 _ROOM = 128
@@ -153,27 +177,17 @@ class Record:
                 f"{KEY}: a record of {len(words)} numbers{_head_row(words)} does not fit its check "
                 "word: it was altered after it was written. Load another checkpoint."
             )
-        _, _, _, row, rows, *numbers = _HEAD.unpack_from(content)
-        world_size, seed, ranked, resizes, taken_at, python, numpy, torch_, size = numbers
-        if not 0 <= row < rows:
-            raise RNGStateError(f"{KEY}: a record says that it is row {row} of {rows}")
-        mesh, hash_seed, streams = _parse_contents(content, size)
-        return cls(
-            row,
-            rows,
-            world_size,
-            seed,
-            bool(ranked),
-            resizes,
-            taken_at,
-            mesh,
-            streams,
-            python,
-            numpy,
-            torch_,
-            library_version,
-            hash_seed,
-        )
+        head = dict(zip(_HEAD_FIELDS, _HEAD.unpack_from(content), strict=True))
+        bad = out_of_range(head)
+        if bad:
+            # Its check word fits, so it is no damage: another program wrote it.
+            raise RNGStateError(
+                f"{KEY}: a record{_head_row(words)} says {'; '.join(bad)}. Load another checkpoint."
+            )
+        del head["layout_version"], head["length"]
+        mesh, hash_seed, streams = _parse_contents(content, head.pop("contents_bytes"))
+        ranked = bool(head.pop("ranked"))
+        return cls(**head, ranked=ranked, mesh=mesh, streams=streams, hash_seed=hash_seed)
 
     def versions(self) -> dict[str, str]:
         """Return the versions that it was written with, by package, such as "2.13.0"."""
@@ -193,6 +207,18 @@ class Record:
         }
         then, now = self.versions(), {n: version_text(version_number(v)) for n, v in here.items()}
         return [f"{name} {then[name]}, now {now[name]}" for name in now if then[name] != now[name]]
+
+
+def out_of_range(head: Mapping[str, int]) -> list[str]:
+    """Return what is wrong with the numbers of a head, such as "seed -7, expected ..."."""
+    ranges = {field: _HEAD_RANGES.get(field, _OTHER_RANGE) for field in head}
+    if "row" in head and head.get("rows", 0) > 0:
+        ranges["row"] = 0, head["rows"] - 1
+    return [
+        f"{field} {head[field]}, expected {low} to {high}"
+        for field, (low, high) in ranges.items()
+        if not low <= head[field] <= high
+    ]
 
 
 def fingerprint(state: bytes) -> str:

@@ -143,8 +143,8 @@ def _remarks(record: Record, job: Job, saved: list[str], forked: list[str]) -> I
         yield f"{rows} rows were saved and {now} are loaded: {_rows(now, rows)} dropped"
     elif now > rows:
         as_it_is = [name for name in saved if name not in forked]
-        done = [f"{', '.join(forked)} forked"] * bool(forked)
-        done += [f"{', '.join(as_it_is)} taken as saved"] * bool(as_it_is)
+        done = [f"{_listed(forked)} forked"] * bool(forked)
+        done += [f"{_listed(as_it_is)} taken as saved"] * bool(as_it_is)
         yield (
             f"{rows} rows were saved and {now} are loaded: {_rows(rows, now)} new, "
             f"{_sources(rows, now)} ({'; '.join(done)})"
@@ -168,10 +168,10 @@ def _remarks(record: Record, job: Job, saved: list[str], forked: list[str]) -> I
             yield f"{name} was saved in {then}, now in {here}: {unchanged[shared]}"
     absent = [name for name in job.slots if name not in record.streams]
     if absent:
-        yield f"the checkpoint has no {', '.join(absent)}: the stream stays as it is"
+        yield f"the checkpoint has no {_listed(absent)}: the stream stays as it is"
     ignored = [name for name in record.streams if name not in job.slots]
     if ignored:
-        yield f"the checkpoint has {', '.join(ignored)}, which this job does not have: ignored"
+        yield f"the checkpoint has {_listed(ignored)}, which this job does not have: ignored"
     skew = record.version_skew()
     if skew:
         yield (
@@ -184,6 +184,11 @@ def _remarks(record: Record, job: Job, saved: list[str], forked: list[str]) -> I
             f"saved with PYTHONHASHSEED {record.hash_seed}, now {HASH_SEED}: a set of strings is "
             f"iterated in another order. Start the job with PYTHONHASHSEED={record.hash_seed}"
         )
+
+
+def _listed(names: list[str]) -> str:
+    """Return the generators of these streams; parts such as ``order.seed_seq`` go with theirs."""
+    return ", ".join(name for name in names if name.rpartition(".")[0] not in names)
 
 
 def _renumbered(saved: Mesh | None, now: Mesh | None) -> bool:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any, TypeVar
 
+import torch
+
 from nemo_rng_dcp.errors import warn
-from nemo_rng_dcp.generators import GeneratorSet, States, device_in_use
+from nemo_rng_dcp.generators import GeneratorSet, Parked, device_in_use
 from nemo_rng_dcp.ranks import global_rank
 from nemo_rng_dcp.seeding import check_ranked, check_seed
 
@@ -20,9 +23,15 @@ class ScopedRNG:
     """A scope with streams of its own: reseeds on entry, puts every stream back on exit.
 
     The streams are the global ones of this process: Python, NumPy, torch CPU and the accelerator
-    device that is current on entry. They come back after an exception too. Scopes nest, and each
-    is this process's own affair: nothing communicates. The streams are global to the process, so
-    draws of other threads inside the scope come from its streams and are undone with it.
+    device that is current on entry. They come back after an exception too. Nothing communicates.
+
+    Scopes nest. The streams are global to the process, so draws of other threads inside the scope
+    come from its streams and are undone with it. Scopes of several threads, asyncio tasks or
+    generator functions may end in another order than they began: the streams outside come back with
+    the last one, and the exit warns (``RNGStateWarning``), since draws came from another scope.
+
+    A ``StatefulRNG`` belongs to the scope in which it was constructed. Inside a further scope its
+    saves, loads and rewinds act on the streams that come back at the end, and warn.
 
     Other devices of the process are left alone: they are not seeded, and what is drawn on them
     inside stays drawn. So is the accelerator of a process that has not used it by then, such as a
@@ -58,21 +67,23 @@ class ScopedRNG:
     def __init__(self, seed: int | None = 95050, ranked: bool = False) -> None:
         self.seed = None if seed is None else check_seed(seed)
         self.ranked = check_ranked(ranked)
-        self._outside: tuple[GeneratorSet, States] | None = None
+        self._entered: tuple[GeneratorSet, Parked] | None = None
 
     def __enter__(self) -> ScopedRNG:
-        if self._outside is not None:
+        if self._entered is not None:
             raise RuntimeError(
                 "this ScopedRNG is entered already and keeps one set of streams to put back: "
                 "nest two objects instead"
             )
-        if self.seed is not None:
-            seed = check_seed(self.seed, global_rank() if self.ranked else 0)
+        seed = self.seed
+        if seed is not None:
+            seed = check_seed(seed, global_rank() if self.ranked else 0)
         generators = GeneratorSet(device_in_use())
-        outside = generators.take()
-        if self.seed is not None:
-            generators.restore({}, dict.fromkeys(generators.slots, seed))
-        self._outside = generators, outside
+        place = "compiled code"
+        if not torch.compiler.is_compiling():  # its tracer knows no frames, and warns
+            caller = sys._getframe(1)
+            place = f"{caller.f_code.co_filename}:{caller.f_lineno}"
+        self._entered = generators, generators.enter(place, seed)
         return self
 
     def __exit__(
@@ -81,10 +92,16 @@ class ScopedRNG:
         exc_value: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        assert self._outside is not None
-        generators, states = self._outside
-        self._outside = None
-        generators.put_back(states)
+        assert self._entered is not None
+        (generators, parked), self._entered = self._entered, None
+        inner = generators.leave(parked)
+        if inner is not None:
+            warn(
+                f"the ScopedRNG entered at {parked.place} ended before the one that was entered "
+                f"inside it, at {inner.place}: since then, draws in both came from the inner one's "
+                "streams. The streams outside of both come back when the inner one ends. Draw in "
+                "the two one after the other, or from generators of their own.",
+            )
         device = device_in_use()
         if device is not None and device.type not in generators.slots:
             warn(

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import warnings
-from collections.abc import Callable, Mapping
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from fsspec.core import url_to_fs  # type: ignore[import-untyped]
 from torch.distributed.checkpoint import (
     DefaultLoadPlanner,
     DefaultSavePlanner,
@@ -19,74 +22,125 @@ from torch.distributed.checkpoint import (
     StorageReader,
     StorageWriter,
 )
+from torch.distributed.checkpoint._storage_utils import _storage_setup
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.tensor import DTensor
 
 from nemo_rng_dcp.errors import RNGStateError
-from nemo_rng_dcp.record import KEY
-from nemo_rng_dcp.table import NOT_SAVED, read_of_row, record_keys
+from nemo_rng_dcp.places import OF_ANOTHER_WRITER, MissingRecordError, Place, Source, first_line
+from nemo_rng_dcp.record import KEY, Record
+from nemo_rng_dcp.table import NOT_SAVED, read_of_row, record_keys, records_in
 
 CheckpointId = str | os.PathLike[str] | None
 """A folder or URL as DCP's ``checkpoint_id`` takes it; ``None``: the storage object knows it."""
 
+Group = dist.ProcessGroup | None
+"""The ranks that take part; ``None``: all of the default process group."""
+
 
 def save(
-    take: Callable[[], dict[str, torch.Tensor]], path: CheckpointId, writer: StorageWriter | None
+    take: Callable[[], Mapping[str, torch.Tensor]],
+    path: CheckpointId,
+    writer: StorageWriter | None,
+    group: Group = None,
 ) -> None:
     """Write a checkpoint with nothing but a record; a collective, as ``dcp.save`` is.
 
     Args:
         take: Returns the table of which this rank has its row. What it raises, all ranks are told.
-        path: A folder for the record alone. One that is there already is replaced.
+        path: A folder for the record alone. One that is there already is replaced, and stays
+            until the new one is whole.
         writer: DCP's writer of the checkpoint; ``None``: one for ``path``.
+        group: The ranks that have rows, and call this.
 
     Raises:
-        RNGStateError: On every rank: there is no record on one of them, ``path`` holds a checkpoint
-            of other things, which would be lost, or the storage failed.
+        RNGStateError: On every rank: there is no record on one of them, ranks name different
+            places, the place holds anything but a record of the same generators, the storage
+            failed, or not all ranks called.
+        ValueError: This rank is not in ``group``.
     """
-    planner = _SavePlanner(take)
-    try:
-        dcp.save({}, checkpoint_id=path, storage_writer=writer, planner=planner)
-    except CheckpointException as error:
-        _raise_first_cause(error, f"the record was not saved to {path or writer}")
+    _check_member(group)
+    where = path or writer
+    writer = writer or cast(StorageWriter, _storage_setup(None, path, reader=False))
+    place = Place(writer, record_keys, _first_record)
+    with _told_on_every_rank(f"the record was not saved to {where}", group):
+        dcp.save(
+            {},
+            checkpoint_id=path,
+            storage_writer=cast(StorageWriter, place),
+            planner=_SavePlanner(take, place, path, group),
+            process_group=group,
+        )
 
 
 def load(
-    row: Callable[[], int], path: CheckpointId, reader: StorageReader | None, key: str | None
+    row: Callable[[], int],
+    path: CheckpointId,
+    reader: StorageReader | None,
+    key: str | None,
+    group: Group = None,
+    missing_ok: bool = False,
 ) -> dict[str, torch.Tensor]:
     """Return the saved record for a row, and read nothing else; a collective, as ``dcp.load`` is.
 
     Args:
         row: Returns this process's row. What it raises, all ranks are told.
-        path: A checkpoint that holds a record, alone or beside other things, at any depth.
+        path: A checkpoint that holds a record, alone or beside other things, at any depth; or a
+            folder of which one folder is such a checkpoint.
         reader: DCP's reader of the checkpoint; ``None``: one for ``path``.
         key: The record's key in the checkpoint, if there is more than one.
+        group: The ranks that call this.
+        missing_ok: Whether there may be no checkpoint, or none with a record.
 
     Returns:
-        ``{"rng_streams": record}``, not checked yet.
+        ``{"rng_streams": record}``, not checked yet; ``NOT_SAVED`` for one that may be missing.
 
     Raises:
         RNGStateError: On every rank: one of them has no row, there is no record, or several and no
-            ``key``, or the storage failed.
+            ``key``, ranks read different checkpoints, the storage failed, or not all ranks called.
+        ValueError: This rank is not in ``group``.
     """
-    planner = _LoadPlanner(row, key)
-    try:
-        dcp.load({}, checkpoint_id=path, storage_reader=reader, planner=planner)
-    except CheckpointException as error:
-        _raise_first_cause(error, f"no record was loaded from {path or reader}")
+    _check_member(group)
+    storage = reader or cast(StorageReader, _storage_setup(None, path, reader=True))
+    source = Source(storage, record_keys)
+    planner = _LoadPlanner(row, key, source)
+    hint = OF_ANOTHER_WRITER if reader is None else ""
+    with _told_on_every_rank(f"no record was loaded from {path or reader}", group, hint):
+        try:
+            dcp.load(
+                {},
+                checkpoint_id=path,
+                storage_reader=cast(StorageReader, source),
+                planner=planner,
+                process_group=group,
+            )
+        except CheckpointException as error:
+            causes = [cause for cause, _ in error.failures.values()]
+            is_missing = all(isinstance(cause, MissingRecordError) for cause in causes)
+            if not (missing_ok and is_missing and len(causes) == _size(group)):
+                raise
     return {KEY: planner.record}
 
 
 class _SavePlanner(DefaultSavePlanner):
-    """Takes the record, and replaces no checkpoint that holds anything but records.
+    """Takes the record, and has the place checked before any rank writes.
 
     Here and not before ``dcp.save``, because DCP tells every rank what is raised in a planner.
     """
 
-    def __init__(self, take: Callable[[], dict[str, torch.Tensor]]) -> None:
+    def __init__(
+        self,
+        take: Callable[[], Mapping[str, torch.Tensor]],
+        place: Place,
+        path: CheckpointId,
+        group: Group,
+    ) -> None:
         super().__init__()
         self._take = take
-        self._path: str | None = None
+        self._place = place
+        self._path: object = path
+        self._group = group
 
     def set_up_planner(
         self,
@@ -95,18 +149,53 @@ class _SavePlanner(DefaultSavePlanner):
         is_coordinator: bool = False,
     ) -> None:
         if storage_meta is not None and storage_meta.checkpoint_id is not None:
-            self._path = os.fspath(storage_meta.checkpoint_id)
-        super().set_up_planner(self._take(), storage_meta, is_coordinator)
+            self._path = storage_meta.checkpoint_id
+        state = self._take()
+        if not isinstance(state, Mapping) or len(state) != 1:
+            raise RNGStateError(f"the state is {state!r:.80}, expected what state_dict() returns")
+        table = next(iter(state.values()))
+        records = records_in(table.to_local() if isinstance(table, DTensor) else table)
+        self._record = Record.from_tensor(records[0])
+        if isinstance(table, DTensor):
+            _check_rows(table, self._group)
+        super().set_up_planner(dict(state), storage_meta, is_coordinator)
+
+    def create_local_plan(self) -> SavePlan:
+        # Absolute: ranks may have different working directories.
+        path = self._path
+        place = os.path.abspath(path) if isinstance(path, Path) else str(path)
+        plan = super().create_local_plan()
+        return dataclasses.replace(plan, planner_data=(place, plan.planner_data))
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
         # The coordinator alone is asked, once every rank has its record and before any writes it.
-        if self._path is not None:
-            _make_room(self._path)
+        places = [plan.planner_data[0] for plan in all_plans]
+        for rank, place in enumerate(places):
+            if place != places[0]:
+                raise RNGStateError(
+                    f"ranks name different places: rank {_global(0, self._group)} {places[0]}, "
+                    f"rank {_global(rank, self._group)} {place}. Nothing was written. Let one rank "
+                    "choose the place and broadcast it."
+                )
+        self._place.check(self._record)
+        all_plans = [
+            dataclasses.replace(plan, planner_data=plan.planner_data[1]) for plan in all_plans
+        ]
         return super().create_global_plan(all_plans)
 
 
-class _ContentsPlanner(DefaultLoadPlanner):
-    """Reads nothing, and knows what a checkpoint holds."""
+class _LoadPlanner(DefaultLoadPlanner):
+    """Reads one record, wherever it lies in the checkpoint.
+
+    The record is chosen in here, because DCP tells every rank what is raised in a planner.
+    """
+
+    def __init__(self, row: Callable[[], int], key: str | None, source: Source) -> None:
+        super().__init__()
+        self._row = row
+        self._key = key
+        self._source = source
+        self.record = NOT_SAVED
 
     def set_up_planner(
         self,
@@ -114,36 +203,40 @@ class _ContentsPlanner(DefaultLoadPlanner):
         metadata: Metadata | None = None,
         is_coordinator: bool = False,
     ) -> None:
+        if self._source.error is not None:
+            raise self._source.error
         assert metadata is not None
         self.saved = metadata.state_dict_metadata
-
-    def create_local_plan(self) -> LoadPlan:
-        return LoadPlan([])
-
-
-class _LoadPlanner(_ContentsPlanner):
-    """Reads one record, wherever it lies in the checkpoint.
-
-    The record is chosen in here, because DCP tells every rank what is raised in a planner.
-    """
-
-    def __init__(self, row: Callable[[], int], key: str | None) -> None:
-        super().__init__()
-        self._row = row
-        self._key = key
-        self.record = NOT_SAVED
+        self._save = getattr(metadata.storage_meta, "save_id", None)
 
     def create_local_plan(self) -> LoadPlan:
         key = _chosen(self.saved, self._key)
         read = read_of_row(key, self._row(), self.saved[key])
-        self.record = torch.zeros(read.lengths, dtype=torch.int64)
-        return LoadPlan([read])
+        self.record = torch.zeros(read.lengths, dtype=torch.int64, device="cpu")
+        return LoadPlan([read], planner_data=self._save)
+
+    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
+        if len({plan.planner_data for plan in global_plan}) > 1:
+            raise RNGStateError(
+                "ranks read different checkpoints: each of them named a place of its own. Let one "
+                "rank choose the place and broadcast it."
+            )
+        return global_plan
 
     def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
         return self.record
 
     def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
         pass  # it was read into the record itself
+
+
+def _first_record(reader: StorageReader) -> Record:
+    """Return the record of row 0 that ``rng.save`` wrote; does not communicate."""
+    planner = _LoadPlanner(lambda: 0, KEY, Source(reader, record_keys))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        dcp.load({}, storage_reader=reader, planner=planner, no_dist=True)
+    return Record.from_tensor(planner.record)
 
 
 def _chosen(saved: Mapping[str, Any], key: str | None) -> str:
@@ -154,10 +247,11 @@ def _chosen(saved: Mapping[str, Any], key: str | None) -> str:
         if chosen in found:
             return chosen
     if not found:
-        raise RNGStateError(
+        raise MissingRecordError(
             f"the checkpoint holds no record ({KEY}) of a StatefulRNG, only "
             f"{', '.join(sorted(saved)[:5]) or 'nothing'}{', ...' if len(saved) > 5 else ''}. Load "
-            "the folder to which the StatefulRNG was saved."
+            "the folder to which the StatefulRNG was saved. If the checkpoint is from before the "
+            "job had one, go on with the streams as they are: rng.load(path, missing_ok=True)"
         )
     if key is None:
         raise RNGStateError(
@@ -167,39 +261,50 @@ def _chosen(saved: Mapping[str, Any], key: str | None) -> str:
     raise RNGStateError(f"the checkpoint holds no record {key!r}, only {', '.join(found)}")
 
 
-def _make_room(path: str) -> None:
-    """Take away an earlier record, so that a save which is interrupted leaves none.
+def _size(group: Group) -> int:
+    return dist.get_world_size(group) if dist.is_initialized() else 1
 
-    DCP would leave the old metadata, which fits the rows of both moments.
-    """
-    # The second is that of a save with use_collectives=False.
-    storage, folder = url_to_fs(path)
-    files = [f"{folder}/{name}" for name in (".metadata", "__0.metadata")]
-    files = [file for file in files if storage.exists(file)]
-    if not files:
-        return
-    planner = _ContentsPlanner()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")
-        try:
-            dcp.load({}, checkpoint_id=path, planner=planner, no_dist=True)
-        except CheckpointException as error:
-            _raise_first_cause(error, f"the checkpoint in {path} cannot be read")
-    others = sorted(planner.saved.keys() - record_keys(planner.saved))
-    if others:
+
+def _global(rank: int, group: Group) -> int:
+    return rank if group is None else dist.get_global_rank(group, rank)
+
+
+def _check_member(group: Group) -> None:
+    if group is not None and dist.get_rank(group) < 0:
+        raise ValueError("this rank is not in process_group: let only ranks of the group call this")
+
+
+def _check_rows(table: DTensor, group: Group) -> None:
+    ranks = set(table.device_mesh.mesh.flatten().tolist())
+    calling = set(dist.get_process_group_ranks(group))
+    if not ranks <= calling:
         raise RNGStateError(
-            f"{path} holds a checkpoint of other things ({others[0]}, for one), which would be "
-            f"lost. Save the record to a folder of its own, such as {path}/rng."
+            f"the ranks {sorted(ranks)} have rows, and of these process_group lacks "
+            f"{sorted(ranks - calling)}: pass a group that has them all, or construct the "
+            "StatefulRNG with a mesh= of the group's ranks"
         )
-    for file in files:
-        storage.rm_file(file)
 
 
-def _raise_first_cause(error: CheckpointException, what: str) -> NoReturn:
+@contextmanager
+def _told_on_every_rank(what: str, group: Group, hint: str = "") -> Iterator[None]:
     """Raise DCP's exception, which ``except Exception`` misses, as this library's own."""
-    rank = min(error.failures)
-    cause, _ = error.failures[rank]
-    kind = "" if isinstance(cause, RNGStateError) else f"{type(cause).__name__}: "
-    # torch 2.9 asserts that it has read metadata, and says no more.
-    reason = str(cause) or "is there a .metadata, which a save writes last?"
-    raise RNGStateError(f"{what} (rank {rank}): {kind}{reason}") from error
+    try:
+        yield
+    except CheckpointException as error:
+        failures = error.failures
+        own, _ = failures.get(dist.get_rank(group) if dist.is_initialized() else 0, (None, None))
+        if own is not None and not isinstance(own, Exception):
+            raise own from None  # Ctrl-C and SystemExit stay what they are
+        rank = min(failures)
+        cause, _ = failures[rank]
+        if isinstance(cause, RNGStateError):
+            raise RNGStateError(f"{what} (rank {_global(rank, group)}): {cause}") from None
+        text = f"{what} (rank {_global(rank, group)}): {first_line(cause)}{hint}"
+        raise RNGStateError(text) from error
+    except RuntimeError as error:  # of a collective: DCP wraps all others
+        of_whom = "the default process group" if group is None else "process_group"
+        raise RNGStateError(
+            f"{what}: {first_line(error)}. Every rank of {of_whom} has to call it, and no other "
+            "save may run on that group at the same time: pass process_group= for a part of the "
+            "ranks, or a new_group() of all beside an async_save."
+        ) from error

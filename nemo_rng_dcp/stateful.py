@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 import time
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NoReturn, SupportsIndex, overload
 
 import torch
+import torch.distributed as dist
 from torch.distributed.checkpoint import StorageReader, StorageWriter
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -117,6 +119,7 @@ class StatefulRNG:
         self._seeded_row = self._row_number()
         row_seed = check_seed(seed, self._seeded_row if ranked else 0)
         self.seed = int(seed)
+        self._thread = threading.get_ident()
         self._resizes = 0
         # The tables that state_dict() handed out and that are still in use, by their time.
         self._handed_out: weakref.WeakValueDictionary[int, torch.Tensor] = (
@@ -163,6 +166,8 @@ class StatefulRNG:
         rows = self._rows()
         self._watch.warn_if_another_is_current()
         self._watch.warn_if_reseeded(rows.row)
+        self._warn_in_a_scope("the record holds")
+        self._warn_of_exchanged_generators()
         slots = self._generators.slots
         record = Record(
             row=rows.row,
@@ -236,23 +241,51 @@ class StatefulRNG:
         path: standalone.CheckpointId = None,
         *,
         storage_writer: StorageWriter | None = None,
+        state: Mapping[str, torch.Tensor] | None = None,
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
         """Write the record by itself, for frameworks that own the checkpoint; moves no stream.
 
-        Every rank of the default process group must call it: it is a ``dcp.save`` of this entry
-        alone, to a folder of its own.
+        Every rank of the process group must call it, with the same path: it is a ``dcp.save`` of
+        this entry alone, to a folder of its own. It harms nothing that is there: a record of the
+        same generators is replaced, once the new one is whole, and everything else is refused.
+
+        A framework that saves asynchronously tells of it later, on another thread, where the
+        streams have gone on. Take the state with the framework's save, and write it then::
+
+            captured = rng.state_dict()
+            group = dist.new_group(backend="gloo")  # once: async_save uses the default one
+            rng.save(path, state=captured, process_group=group)
 
         Args:
-            path: A folder, or what else DCP takes as ``checkpoint_id``. A record saved there
-                before is replaced.
-            storage_writer: DCP's writer for another storage; ``path`` may then be left out.
+            path: A folder, or what else DCP takes as ``checkpoint_id``.
+            storage_writer: DCP's writer for another storage; ``path`` may then be left out. One
+                that names its files itself, such as ``HuggingFaceStorageWriter``, takes an empty
+                folder alone. The storage of one that is no ``FileSystemWriter`` cannot be asked:
+                give it a new place.
+            state: What :meth:`state_dict` gave at the moment that is meant; ``None``: now.
+            process_group: The ranks that call it, all that have rows among them; ``None``: the
+                default process group. Beside a running ``dcp.async_save`` a group of its own, as
+                two saves on one would mix their messages.
+
+        Warns:
+            RNGStateWarning: It runs on another thread than the construction, without ``state``.
 
         Raises:
-            RNGStateError: On every rank: one of them has no record, as for :meth:`state_dict`; the
-                folder holds a checkpoint of other things, which would be lost; or the storage
-                failed. If that was while records were written, an earlier one is gone as well.
+            RNGStateError: On every rank: one of them has no record, as for :meth:`state_dict`;
+                ranks name different paths; the folder holds anything else, or another save runs in
+                it; the storage failed; or not all ranks called within the group's time-out. An
+                earlier record is still there.
+            ValueError: This rank is not in ``process_group``.
         """
-        standalone.save(self.state_dict, path, storage_writer)
+        if state is None and threading.get_ident() != self._thread:
+            warn(
+                "rng.save() runs on another thread than the one that constructed the StatefulRNG, "
+                "so the record may be of a later moment than the checkpoint: take captured = "
+                "rng.state_dict() with the checkpoint, and rng.save(path, state=captured) here"
+            )
+        take = self.state_dict if state is None else lambda: state
+        standalone.save(take, path, storage_writer, process_group)
 
     def load(
         self,
@@ -260,24 +293,35 @@ class StatefulRNG:
         *,
         storage_reader: StorageReader | None = None,
         key: str | None = None,
+        process_group: dist.ProcessGroup | None = None,
+        missing_ok: bool = False,
     ) -> None:
         """Restore the streams from any DCP checkpoint with a record in it, on any world size.
 
         The record is found by its name, alone or beside a model, and nothing else is read. Every
-        rank of the default process group must call it: it is a ``dcp.load``. The rules and the
-        warnings are those of ``RNGLoadPlanner`` and :meth:`load_state_dict`.
+        rank of the process group must call it: it is a ``dcp.load``. The rules and the warnings are
+        those of ``RNGLoadPlanner`` and :meth:`load_state_dict`.
 
         Args:
-            path: A folder, or what else DCP takes as ``checkpoint_id``.
+            path: A folder, or what else DCP takes as ``checkpoint_id``. Without a record in it, the
+                one folder in it that has a record.
             storage_reader: DCP's reader for another storage; ``path`` may then be left out.
             key: Which record, if the checkpoint holds several; the error that says so lists them.
+            process_group: The ranks that call it; ``None``: the default process group.
+            missing_ok: Go on with the streams as they are, with a warning and ``loaded`` ``None``,
+                if there is no checkpoint or none with a record: for checkpoints from before the
+                job had a StatefulRNG. A save that was interrupted is an error all the same.
 
         Raises:
             RNGStateError: As for :meth:`load_state_dict`; or, on every rank, the checkpoint holds
-                no record or several, one of the ranks has no row, or the storage failed. No stream
+                no record or several, one of the ranks has no row, ranks read different checkpoints,
+                the storage failed, or not all ranks called within the group's time-out. No stream
                 of this rank has moved.
+            ValueError: This rank is not in ``process_group``.
         """
-        loaded = standalone.load(lambda: self._rows().row, path, storage_reader, key)
+        loaded = standalone.load(
+            lambda: self._rows().row, path, storage_reader, key, process_group, missing_ok
+        )
         self.load_state_dict(loaded)
 
     def rewind(self) -> None:
@@ -392,8 +436,8 @@ class StatefulRNG:
         self.loaded, self._is_rewound = Loaded(), False
 
     def _restore(self, states: States, seeds: Mapping[str, int] | None = None) -> None:
-        self._generators.restore(states, seeds)
-        self._loaded_states = self._generators.take()
+        self._warn_in_a_scope("what is loaded or rewound are")
+        self._loaded_states = self._generators.restore(states, seeds)
         self._watch.note_seeds()
 
     def _rewind_once(self) -> None:
@@ -408,6 +452,23 @@ class StatefulRNG:
             return self._loaded_states
         set_aside = self._set_aside or {}
         return {name: set_aside.get(name, state) for name, state in self._generators.take().items()}
+
+    def _warn_in_a_scope(self, what: str) -> None:
+        place = self._generators.parked_at
+        if place is not None:
+            warn(
+                f"inside the ScopedRNG entered at {place}: {what} the streams that come back when "
+                "it ends, not the scope's own"
+            )
+
+    def _warn_of_exchanged_generators(self) -> None:
+        for name in self._generators.exchanged():
+            warn(
+                f"{name}: nothing but this StatefulRNG holds the registered generator any more, so "
+                "nothing draws from it. If its owner has another one now (copy.deepcopy, "
+                "unpickling, a reset), that one is not stored: register a function that returns "
+                f"the one in use, such as {name}=lambda: sampler.generator"
+            )
 
     def _packed(self) -> dict[str, bytes]:
         return self._generators.pack(self._generators.take())

@@ -4,12 +4,14 @@ from nemo_rng_dcp.generators.adapter import GeneratorAdapter
 from nemo_rng_dcp.generators.device import device_in_use, own_device
 from nemo_rng_dcp.generators.device_watch import DeviceWatch
 from nemo_rng_dcp.generators.generator_set import GeneratorSet, Slot, States
+from nemo_rng_dcp.generators.parked import Parked
 from nemo_rng_dcp.generators.registry import is_reserved, source_of, sources_of_process
 
 __all__ = [
     "DeviceWatch",
     "GeneratorAdapter",
     "GeneratorSet",
+    "Parked",
     "Slot",
     "States",
     "device_in_use",

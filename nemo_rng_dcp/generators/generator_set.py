@@ -11,6 +11,15 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from nemo_rng_dcp.errors import RNGStateError
+from nemo_rng_dcp.generators.held import Held
+from nemo_rng_dcp.generators.parked import (
+    Parked,
+    first_inside,
+    next_inside,
+    open_scopes,
+    park,
+    unpark,
+)
 from nemo_rng_dcp.generators.registry import generators_of_process, registered_generators
 
 _Result = TypeVar("_Result")
@@ -45,8 +54,12 @@ class Slot(NamedTuple):
 class GeneratorSet:
     """Generators by name, in the order in which a record has them. Nothing here communicates.
 
-    Threads may use it at the same time: what is taken and what is restored is whole. Draws of other
-    threads are not synchronised.
+    Threads and signal handlers may use it at any time: what is taken and what is restored is whole.
+    Draws of other threads are not synchronised.
+
+    The global streams in it are those of the scope in which it was made (``ScopedRNG``). While
+    another scope inside that one has its own in place, they are parked: they are taken and
+    restored where they wait.
 
     Args:
         device: The accelerator device whose global generator is this rank's; ``None``: no device's.
@@ -80,10 +93,22 @@ class GeneratorSet:
         of_process = generators_of_process(device) if global_generators else {}
         self.device, self.has_global = device, global_generators
         self._adapters = {**of_process, **registered}
+        self._scopes = open_scopes()
+        self._held = Held(generators, shared)
         self.slots = {
-            name: Slot(adapter.kind, name in shared, name in of_process)
+            name: Slot(adapter.kind, name.partition(".")[0] in shared, name in of_process)
             for name, adapter in self._adapters.items()
         }
+
+    @property
+    def parked_at(self) -> str | None:
+        """Where the scope was entered that has other global streams in place, ``file:line``."""
+        parked = self._parked()
+        return None if parked is None else parked.place
+
+    def exchanged(self) -> list[str]:
+        """Return the registered generators that nobody else holds any more, see :class:`Held`."""
+        return self._held.dropped()
 
     def take(self) -> States:
         """Return every generator's state by name; moves no stream.
@@ -92,10 +117,10 @@ class GeneratorSet:
             RNGStateError: A generator is in a state that cannot be stored.
         """
         with _LOCK:
-            return _by_name(self._adapters, lambda name: self._adapters[name].get())
+            return self._take(self._waiting())
 
     def pack(self, states: Mapping[str, Any]) -> dict[str, bytes]:
-        """Return states that :meth:`take` gave as bytes.
+        """Return states that :meth:`take` or :meth:`unpack` gave as bytes.
 
         Raises:
             RNGStateError: A state cannot be stored.
@@ -125,43 +150,121 @@ class GeneratorSet:
             RNGStateError: A generator raised. Its exception is the cause, and all are put back.
         """
         seeds = seeds or {}
-        with _LOCK:
-            before = self.take()
-            try:
+        with _undisturbed():
+            parked, waiting = self._parked(), self._waiting()
+            live = self._take({})
+            before = {**live, **waiting}
+
+            def write() -> States:
+                self._put(waiting)
                 for name in self._adapters:
                     with _accepts(name):
                         if name in seeds:
                             self._adapters[name].seed(seeds[name])
                         elif name in states:
                             self._adapters[name].set(states[name])
-                return {**before, **states, **{name: self._adapters[name].get() for name in seeds}}
-            except BaseException:
-                self.put_back(before)
-                raise
+                new = {name: self._adapters[name].get() for name in seeds}
+                after = {**before, **states, **new}
+                if parked is not None:
+                    parked.states = {**parked.states, **{name: after[name] for name in waiting}}
+                    self._put({name: live[name] for name in waiting})
+                return after
 
-    def start(self, seeds: Mapping[str, int]) -> None:
-        """Start streams from seeds; whoever calls it has the states from before.
+            return _Write(self, live, parked).run(write)
+
+    def enter(self, place: str, seed: int | None) -> Parked:
+        """Park the global streams and start others, until :meth:`leave`.
 
         Args:
-            seeds: By name, ``0 <= seed < 2**64``.
-        """
-        with _LOCK:
-            for name, seed in seeds.items():
-                self._adapters[name].seed(seed)
+            place: Where the scope is entered, ``file:line``.
+            seed: What they start from; ``None``: they go on.
 
-    def put_back(self, states: Mapping[str, Any]) -> None:
-        """Write states that :meth:`take` gave earlier; one that fails does not stop the others.
+        Raises:
+            RNGStateError: As for :meth:`take` and :meth:`restore`; the scope is not entered.
+        """
+        with _undisturbed():
+            parked = Parked(self.device, self._take(self._waiting()), place)
+            park(parked)
+            self._scopes = open_scopes()
+            try:
+                if seed is not None:
+                    self.restore({}, dict.fromkeys(self.slots, seed))
+            except BaseException:
+                unpark(parked)
+                raise
+            return parked
+
+    def leave(self, parked: Parked) -> Parked | None:
+        """End a scope and put back the streams that it parked.
+
+        Returns:
+            A scope that was entered inside it and is still open, which puts them back instead;
+            ``None``: they are back.
+
+        Raises:
+            RNGStateError: A generator did not take back its own state: it was exchanged meanwhile.
+        """
+        with _undisturbed():
+            inner = next_inside(parked)
+            try:
+                if inner is None:
+                    _Write(self, {}, None).run(lambda: self._put(parked.states))
+                else:
+                    for_inner = inner.names_on(parked.device) & set(parked.states)
+                    inner.states.update({name: parked.states[name] for name in for_inner})
+                    self._put({n: s for n, s in parked.states.items() if n not in for_inner})
+            finally:
+                unpark(parked)
+            return inner
+
+    def _parked(self) -> Parked | None:
+        return first_inside(self._scopes) if self.has_global else None
+
+    def _waiting(self) -> States:
+        """Return the states of this set's generators that are parked."""
+        parked = self._parked()
+        if parked is None:
+            return {}
+        states = parked.states
+        if _under_way is not None and _under_way.parked is parked:
+            states = _under_way.parked_before
+        names = parked.names_on(self.device)
+        return {
+            name: states[name]
+            for name, slot in self.slots.items()
+            if slot.is_global and name in names
+        }
+
+    def _take(self, waiting: States) -> States:
+        interrupted = {} if _under_way is None else _under_way.live
+
+        def state(name: str) -> Any:
+            if name in waiting:
+                return waiting[name]
+            key = self._key(name)
+            return interrupted[key] if key in interrupted else self._adapters[name].get()
+
+        return _by_name(self._adapters, state)
+
+    def _key(self, name: str) -> object:
+        """Return what tells a generator from those of other sets in this process."""
+        if not self.slots[name].is_global:
+            return self._adapters[name]
+        is_device = self.device is not None and name == self.device.type
+        return self.device if is_device else name
+
+    def _put(self, states: Mapping[str, Any]) -> None:
+        """Write states that were taken earlier; one that fails does not stop the others.
 
         Raises:
             RNGStateError: A generator did not take back its own state: it was exchanged meanwhile.
         """
         failed: tuple[str, BaseException] | None = None
-        with _LOCK:
-            for name, adapter in self._adapters.items():
-                try:
-                    adapter.set(states[name])
-                except BaseException as error:
-                    failed = failed or (name, error)
+        for name in states:
+            try:
+                self._adapters[name].set(states[name])
+            except BaseException as error:
+                failed = failed or (name, error)
         if failed is None:
             return
         name, reason = failed
@@ -173,6 +276,55 @@ class GeneratorSet:
             f"{name}: the generator does not take back its own earlier state "
             f"({type(reason).__name__}: {reason}). {hint}"
         ) from reason
+
+
+class _Write:
+    """A write under the lock that a signal handler of the same thread may come into.
+
+    A handler that reads gets the states from before. One that writes undoes it first, and it starts
+    again afterwards.
+    """
+
+    def __init__(self, generators: GeneratorSet, live: States, parked: Parked | None) -> None:
+        self._generators, self._states = generators, live
+        self.live = {generators._key(name): state for name, state in live.items()}
+        self.parked = parked
+        self.parked_before = {} if parked is None else parked.states
+        self._undone = False
+
+    def run(self, write: Callable[[], _Result]) -> _Result:
+        global _under_way
+        while True:
+            self._undone, _under_way = False, self
+            try:
+                result = write()
+            except BaseException:
+                self.undo()
+                raise
+            finally:
+                _under_way = None
+            if not self._undone:
+                return result
+
+    def undo(self) -> None:
+        if self.parked is not None:
+            self.parked.states = self.parked_before
+        self._generators._put(self._states)
+        self._undone = True
+
+
+_under_way: _Write | None = None
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Hold the lock, with no write half done."""
+    global _under_way
+    with _LOCK:
+        if _under_way is not None:
+            _under_way.undo()
+            _under_way = None
+        yield
 
 
 def _by_name(names: Iterable[str], function: Callable[[str], _Result]) -> dict[str, _Result]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,11 @@ import torch
 
 from nemo_rng_dcp.generators.adapter import GeneratorAdapter
 from nemo_rng_dcp.generators.device import default_generator
-from nemo_rng_dcp.generators.numpy_random import NumPyAdapter, NumPyGeneratorAdapter
+from nemo_rng_dcp.generators.numpy_random import (
+    NumPyAdapter,
+    NumPyGeneratorAdapter,
+    SeedSequenceAdapter,
+)
 from nemo_rng_dcp.generators.python_random import PythonAdapter
 from nemo_rng_dcp.generators.torch_random import AcceleratorAdapter, TorchAdapter
 
@@ -40,21 +44,26 @@ def registered_generators(
 ) -> dict[str, GeneratorAdapter]:
     """Return adapters for generators that a job keeps beside the global ones.
 
+    What a ``numpy.random.Generator`` spawns from is stored beside it, as ``name.seed_seq``.
+
     Args:
         generators: By name a ``torch.Generator``, ``numpy.random.Generator``,
-            ``numpy.random.RandomState`` or ``random.Random``, or a :class:`GeneratorAdapter` of
-            the caller's own.
+            ``numpy.random.RandomState`` or ``random.Random``, a :class:`GeneratorAdapter` of the
+            caller's own, or a function that returns one of them: the one that is in use. It is
+            called whenever the generator is read or written.
         shared: More of them.
         device: The accelerator device whose global generator is this rank's.
 
     Raises:
         ValueError: A name is no identifier, is one of the library's own or is given twice; one
             generator is given twice, or is Python's, NumPy's, torch CPU's or the device's global
-            one; or its state cannot be stored.
-        TypeError: An argument is no mapping, or an object is of another kind.
+            one; its state cannot be stored; or a function returns another one at each call.
+        TypeError: An argument is no mapping, an object is of another kind, or an adapter's ``kind``
+            is no string.
     """
     adapters: dict[str, GeneratorAdapter] = {}
     owners = sources_of_process(device)
+    fixed = dict(owners)  # what a function returns may change
     for argument, given in (("generators", generators), ("shared_generators", shared)):
         if not isinstance(given, Mapping):
             raise TypeError(
@@ -68,14 +77,30 @@ def registered_generators(
                 )
             if name in adapters:
                 raise ValueError(f"{name} is in generators and in shared_generators: choose one")
-            source = source_of(generator)
+            find = _finder(generator)
+            first = find()
+            source = source_of(first)
             if source in owners:
                 raise ValueError(
                     f"{name} is the same generator as {owners[source]}: register each stream once"
                 )
+            if source != source_of(find()):
+                raise ValueError(
+                    f"{name}: the function that was registered returned another generator at its "
+                    "second call: return the one that is in use"
+                )
             owners[source] = name
-            adapters[name] = _adapter(name, generator)
-            _check_that_it_can_be_stored(name, adapters[name])
+            parts = _parts(name, first)
+            if find is generator:
+                parts = {
+                    part: _Current(name, part, find, adapter.kind, fixed)
+                    for part, adapter in parts.items()
+                }
+            else:
+                fixed[source] = name
+            for part, adapter in parts.items():
+                _check_that_it_can_be_stored(part, adapter)
+            adapters.update(parts)
     return adapters
 
 
@@ -109,6 +134,65 @@ def is_reserved(name: str) -> bool:
     return True
 
 
+class _Current:
+    """The generator that a function of the job returns now, checked at each use."""
+
+    def __init__(
+        self,
+        name: str,
+        part: str,
+        find: Callable[[], Any],
+        kind: str,
+        owners: Mapping[int, str],
+    ) -> None:
+        self._name, self._part, self._find, self.kind = name, part, find, kind
+        self._owners = owners
+
+    def get(self) -> Any:
+        return self._now().get()
+
+    def set(self, state: Any) -> None:
+        self._now().set(state)
+
+    def pack(self, state: Any) -> bytes:
+        return self._now().pack(state)
+
+    def unpack(self, packed: bytes) -> Any:
+        return self._now().unpack(packed)
+
+    def seed(self, value: int) -> None:
+        self._now().seed(value)
+
+    def _now(self) -> GeneratorAdapter:
+        generator = self._find()
+        owner = self._owners.get(source_of(generator))
+        if owner is not None:
+            raise ValueError(f"the function returned the generator of {owner}")
+        try:
+            adapter = _parts(self._name, generator).get(self._part)
+        except TypeError as error:
+            raise ValueError(f"the function returned another object: {error}") from error
+        if adapter is None or adapter.kind != self.kind:
+            found = "another one" if adapter is None else f"a {adapter.kind} generator"
+            raise ValueError(f"the function returned {found}, after a {self.kind} one before")
+        return adapter
+
+
+def _finder(generator: Any) -> Callable[[], Any]:
+    """Return the function that was registered, or one that returns what was."""
+    if callable(generator) and not isinstance(generator, (type, GeneratorAdapter)):
+        return generator  # type: ignore[no-any-return]
+    return lambda: generator
+
+
+def _parts(name: str, generator: Any) -> dict[str, GeneratorAdapter]:
+    """Return what is stored of a registered generator, by the names in a record."""
+    parts: dict[str, GeneratorAdapter] = {name: _adapter(name, generator)}
+    if isinstance(generator, np.random.Generator) and SeedSequenceAdapter.fits(generator):
+        parts[f"{name}.seed_seq"] = SeedSequenceAdapter(generator)
+    return parts
+
+
 def _adapter(name: str, generator: Any) -> GeneratorAdapter:
     if isinstance(generator, torch.Generator):
         return TorchAdapter(generator)
@@ -118,13 +202,26 @@ def _adapter(name: str, generator: Any) -> GeneratorAdapter:
         return NumPyAdapter(generator)
     # SystemRandom is a Random without a state.
     if isinstance(generator, random.Random) and not isinstance(generator, random.SystemRandom):
+        own, base = type(generator), random.Random
+        if own.random is not base.random or own.getrandbits is not base.getrandbits:
+            raise TypeError(
+                f"{name} is a {own.__name__}, a random.Random with random() or getrandbits() of "
+                "its own, whose state getstate() may not tell: register an object with kind and "
+                "the methods get, set, pack, unpack and seed instead (GeneratorAdapter)"
+            )
         return PythonAdapter(generator)
     if isinstance(generator, GeneratorAdapter) and not isinstance(generator, type):
+        if not isinstance(generator.kind, str):
+            raise TypeError(
+                f"{name}: the adapter's kind is {generator.kind!r}, expected a string, such as "
+                "'counter': a checkpoint stores it"
+            )
         return generator
     raise TypeError(
         f"{name} is a {type(generator).__name__}, expected a torch.Generator, a "
-        "numpy.random.Generator or RandomState, a random.Random, or an object with kind and the "
-        "methods get, set, pack, unpack and seed (GeneratorAdapter)"
+        "numpy.random.Generator or RandomState, a random.Random, an object with kind and the "
+        "methods get, set, pack, unpack and seed (GeneratorAdapter), or a function that returns "
+        "one of them"
     )
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from nemo_rng_dcp import RNGState, RNGStateError, RNGStateWarning, StatefulRNG
+from nemo_rng_dcp import RNGState, RNGStateError, RNGStateWarning, ScopedRNG, StatefulRNG
 from nemo_rng_dcp.automodel import _get_rng_state, _restore_rng_state
 from nemo_rng_dcp.generators import own_device
 from tests.support.streams import draw, unmoved
@@ -46,6 +46,12 @@ def older_dataclass() -> OlderRNGState:
     return OlderRNGState(*states, torch.cuda.get_rng_state_all())
 
 
+def restore_by_object(state: Any) -> None:
+    with ScopedRNG(seed=None):  # without the seeding
+        rng = StatefulRNG(1)
+    rng.load_state_dict(state)
+
+
 def name_here(name: str) -> str:
     """Return what a stream is called on this machine, whose accelerator may be another one."""
     device = own_device()
@@ -54,7 +60,7 @@ def name_here(name: str) -> str:
 
 @pytest.fixture(params=["function", "object"])
 def restore(request: pytest.FixtureRequest) -> Callable[[Any], None]:
-    return _restore_rng_state if request.param == "function" else StatefulRNG(1).load_state_dict
+    return _restore_rng_state if request.param == "function" else restore_by_object
 
 
 @pytest.mark.parametrize("capture", [present_dict, older_dataclass, _get_rng_state])

@@ -1,6 +1,8 @@
 """Generators that a job registers beside the global ones."""
 
+import enum
 import random
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +14,7 @@ from hypothesis import strategies as st
 
 from nemo_rng_dcp import RNGStateError, StatefulRNG
 from nemo_rng_dcp.generators import GeneratorSet
-from nemo_rng_dcp.generators.numpy_random import NumPyGeneratorAdapter
+from nemo_rng_dcp.generators.numpy_random import NumPyGeneratorAdapter, SeedSequenceAdapter
 from nemo_rng_dcp.record import KEY
 from tests.support.records import record_of, with_stream
 from tests.support.streams import draw, unmoved
@@ -86,7 +88,8 @@ def test_reading_moves_nothing_and_the_length_is_fixed(kind: str) -> None:
 def test_bit_generators_of_one_seed_have_no_fingerprint_in_common() -> None:
     generators = {c.__name__: np.random.Generator(c(5)) for c in BIT_GENERATORS}
     rng = StatefulRNG(1, generators=generators)
-    assert len(set(rng.fingerprint().values())) == len(rng.fingerprint())
+    found = {name: digits for name, digits in rng.fingerprint().items() if "." not in name}
+    assert len(set(found.values())) == len(found) == 3 + len(generators)
 
 
 class Own(np.random.PCG64):
@@ -358,3 +361,197 @@ def test_numbers_that_numpy_would_take_and_stumble_over_are_refused(
     packed[place] = 255
     with pytest.raises(ValueError, match=message):
         adapter.unpack(bytes(packed))
+
+
+def test_an_adapter_whose_kind_is_no_string_is_refused() -> None:
+    for kind in (Kind.COUNTER, Kind, None, 5):
+        counter = Counter(1)
+        counter.kind = kind  # type: ignore[assignment]
+        with (
+            unmoved(),
+            pytest.raises(TypeError, match=r"^counter: the adapter's kind is .*a string"),
+        ):
+            StatefulRNG(1, generators={"counter": counter})
+
+
+class Kind(enum.IntEnum):
+    COUNTER = 1
+
+
+class OwnRandom(random.Random):
+    """The documented way to have another generator behind Python's methods."""
+
+    drawn = 0
+
+    def random(self) -> float:
+        self.drawn += 1
+        return self.drawn / 1000 % 1
+
+
+class OwnBits(random.Random):
+    def getrandbits(self, k: int) -> int:
+        return 5
+
+
+class Helpful(random.Random):
+    def coin(self) -> bool:
+        return self.random() < 0.5
+
+
+@pytest.mark.parametrize("kind", [OwnRandom, OwnBits])
+def test_a_random_with_numbers_of_its_own_is_refused(kind: type[random.Random]) -> None:
+    with unmoved(), pytest.raises(TypeError, match=f"^noise is a {kind.__name__}, .*GeneratorAdap"):
+        StatefulRNG(1, generators={"noise": kind()})
+    StatefulRNG(1, generators={"noise": Helpful()})
+
+
+# What a Generator spawns from.
+
+
+def children(generator: np.random.Generator, count: int = 2) -> list[int]:
+    return [int(child.integers(2**62)) for child in generator.spawn(count)]
+
+
+@pytest.mark.parametrize("kind", BIT_GENERATORS)
+@pytest.mark.parametrize(
+    "entropy", [5, 0, 2**127 + 3, [5, 0], [2**40, 7], [], np.array([1, 2**33]), None]
+)
+@pytest.mark.parametrize("nested", [0, 2])
+def test_children_go_on_after_a_load(kind: Any, entropy: Any, nested: int) -> None:
+    generator = np.random.Generator(kind(np.random.SeedSequence(entropy, pool_size=4 + nested)))
+    for _ in range(nested):
+        generator = generator.spawn(3)[2]
+    rng = StatefulRNG(1, generators={"noise": generator})
+    used = children(generator)
+    state = rng.state_dict()
+    expected, drawn = children(generator), generator.random()
+    # Another process has another seed, and its own generator is restored in place.
+    other = np.random.Generator(kind(99))
+    resumed = StatefulRNG(1, generators={"noise": other})
+    resumed.load_state_dict(state)
+    assert children(other) == expected != used
+    assert other.random() == drawn
+    resumed.rewind()
+    assert children(other) == expected
+    assert resumed.state_dict()[KEY].shape == state[KEY].shape
+
+
+def test_a_sequence_that_was_taken_does_not_count_on() -> None:
+    generator = np.random.default_rng(5)
+    adapter = SeedSequenceAdapter(generator)
+    state = adapter.get()
+    packed = adapter.pack(state)
+    generator.spawn(1)
+    assert adapter.pack(state) == packed != adapter.pack(adapter.get())
+
+
+def test_an_entropy_that_is_a_number_stays_one() -> None:
+    generator = np.random.default_rng(2**100 + 1)
+    rng = StatefulRNG(1, generators={"noise": generator})
+    rng.load_state_dict(rng.state_dict())
+    draw()
+    rng.load_state_dict(rng.state_dict())
+    assert generator.bit_generator.seed_seq.entropy == 2**100 + 1  # type: ignore[attr-defined]
+
+
+def test_a_seed_sequence_for_which_there_is_no_room_is_refused() -> None:
+    message = r"^noise.seed_seq: its SeedSequence has 13 words .* room for 12 .*derive_seed"
+    with unmoved(), pytest.raises(ValueError, match=message):
+        StatefulRNG(1, generators={"noise": np.random.default_rng(range(13))})
+    StatefulRNG(1, generators={"noise": np.random.default_rng(range(12))})
+
+
+def test_spawned_generators_of_shared_ranks_that_differ_have_other_fingerprints() -> None:
+    generator = np.random.default_rng(5)
+    rng = StatefulRNG(1, shared_generators={"order": generator})
+    before = rng.fingerprint()
+    generator.spawn(1)
+    after = rng.fingerprint()
+    assert {name for name in before if before[name] != after[name]} == {"order.seed_seq"}
+    assert record_of(rng.state_dict()).streams["order.seed_seq"].shared
+
+
+@given(st.dictionaries(st.integers(0, 63), st.integers(0, 255), max_size=6))
+def test_no_malformed_seed_sequence_is_half_taken(damage: dict[int, int]) -> None:
+    adapter = SeedSequenceAdapter(np.random.default_rng([3, 4]))
+    packed = bytearray(adapter.pack(adapter.get()))
+    assert len(packed) == 64
+    for index, value in damage.items():
+        packed[index] = value
+    try:
+        state = adapter.unpack(bytes(packed))
+    except ValueError:
+        return
+    adapter.set(state)
+    assert adapter.pack(adapter.get()) == packed
+
+
+# Threads that draw at the same time: NumPy draws arrays without the interpreter's lock.
+
+
+def advance(generator: Any) -> None:
+    if isinstance(generator, np.random.RandomState):
+        generator.random_sample(300_000)
+    else:
+        generator.random(300_000)
+
+
+@pytest.mark.parametrize("kind", ["RandomState", *(c.__name__ for c in BIT_GENERATORS)])
+def test_states_are_whole_while_a_thread_draws(kind: str) -> None:
+    """Every draw is of one size, so a whole state is one of the few between draws."""
+    draws = 40
+    chain, generator = KINDS[kind](5), KINDS[kind](5)
+    adapters = GeneratorSet(None, {"noise": chain}, global_generators=False)
+    whole = set()
+    for _ in range(draws + 1):
+        whole.add(adapters.pack(adapters.take())["noise"])
+        advance(chain)
+    generators = GeneratorSet(None, {"noise": generator}, global_generators=False)
+    start = generators.take()
+    for _ in range(3):
+        thread = threading.Thread(target=lambda: [advance(generator) for _ in range(draws)])
+        thread.start()
+        while thread.is_alive():
+            assert generators.pack(generators.take())["noise"] in whole
+        generators.restore(start)
+    for _ in range(20):
+        thread = threading.Thread(target=advance, args=(generator,))
+        thread.start()
+        generators.restore(start)
+        thread.join()
+        assert generators.pack(generators.take())["noise"] in whole, "restored beside a draw"
+        generators.restore(start)
+    for _ in range(20):
+        thread = threading.Thread(target=advance, args=(generator,))
+        thread.start()
+        generators.restore({}, {"noise": 5})
+        thread.join()
+        assert generators.pack(generators.take())["noise"] in whole, "seeded beside a draw"
+
+
+def test_the_global_numpy_generator_is_whole_while_a_thread_draws() -> None:
+    chain, whole = np.random.RandomState(5), set()
+    adapters = GeneratorSet(None, {"noise": chain}, global_generators=False)
+    for _ in range(61):
+        whole.add(adapters.pack(adapters.take())["noise"])
+        chain.random_sample(300_000)
+    generators = GeneratorSet(None)
+    np.random.seed(5)
+    target = lambda: [np.random.random_sample(300_000) for _ in range(60)]  # noqa: E731
+    thread = threading.Thread(target=target)
+    thread.start()
+    while thread.is_alive():
+        assert generators.pack(generators.take())["numpy"] in whole
+
+
+def test_numpys_lock_is_free_after_an_error() -> None:
+    generator = np.random.Generator(Own(1))
+    adapter = NumPyGeneratorAdapter(generator)
+    with pytest.raises(KeyError):
+        adapter.set({})
+    found: list[bool] = []
+    lock = generator.bit_generator.lock
+    thread = threading.Thread(target=lambda: found.append(lock.acquire(blocking=False)))
+    thread.start()
+    thread.join()
+    assert found == [True]

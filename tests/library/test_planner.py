@@ -1,8 +1,11 @@
 """RNGLoadPlanner: any number of rows, any set of generators, around any planner."""
 
 import dataclasses
+import importlib
+import io
 import random
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,19 +17,25 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.distributed.checkpoint import DefaultLoadPlanner, LoadPlan, _version
+from torch.distributed.checkpoint import DefaultLoadPlanner, LoadPlan, LoadPlanner, _version
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.format_utils import (
+    BroadcastingTorchSaveReader,
+    DynamicMetaLoadPlanner,
+)
 from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+import nemo_rng_dcp.planner
 from nemo_rng_dcp import RNGLoadPlanner, StatefulRNG
 from nemo_rng_dcp.record import KEY
 from nemo_rng_dcp.table import read_of_row
@@ -509,6 +518,195 @@ def test_a_checkpoint_of_torch_2_3_loads_as_with_the_default_planner(
     dcp.load(state, checkpoint_id=tmp_path, planner=planner)
     assert state["options"] == {"rate": 1.5}
     assert draw() == expected
+
+
+# As torch's own readers and later versions use a planner.
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_torchs_reader_of_a_torch_file_finds_what_it_asks_of_a_planner(tmp_path: Path) -> None:
+    begin_group_of_one(tmp_path)
+    try:
+        rng = StatefulRNG(1)
+        saved = rng.state_dict()[KEY]
+        assert isinstance(saved, DTensor)
+        torch.save({KEY: saved.to_local(), "weight": torch.ones(3)}, tmp_path / "whole.pt")
+        expected = draw()
+        state = {**rng.state_dict(), "weight": torch.zeros(3)}
+        dcp.load(
+            state,
+            checkpoint_id=tmp_path / "whole.pt",
+            storage_reader=BroadcastingTorchSaveReader(),
+            planner=RNGLoadPlanner(DynamicMetaLoadPlanner()),
+        )
+        rng.load_state_dict({KEY: state[KEY]})
+        assert draw() == expected
+        assert state["weight"].tolist() == [1, 1, 1]
+    finally:
+        dist.destroy_process_group()
+
+
+def begin_group_of_one(path: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{path}/store", rank=0, world_size=1)
+
+
+def test_the_other_planners_attributes_are_answered() -> None:
+    inner = DefaultLoadPlanner(allow_partial_load=True)
+    planner = RNGLoadPlanner(RNGLoadPlanner(inner))
+    inner.note = "of a later torch"  # type: ignore[attr-defined]
+    for name in (*vars(inner), "lookup_tensor", "transform_tensor"):
+        assert getattr(planner, name) == getattr(inner, name)
+    for missing in ("no_such_name", "_private"):
+        with pytest.raises(AttributeError, match=f"no attribute '{missing}'"):
+            getattr(RNGLoadPlanner(LoadPlanner()), missing)  # type: ignore[abstract]
+
+
+class Recording(LoadPlanner):
+    """Knows nothing but which of its methods were called."""
+
+    def __init__(self) -> None:
+        self.called: list[str] = []
+
+    def __getattribute__(self, name: str) -> Any:
+        if name.startswith("_") or name == "called":
+            return super().__getattribute__(name)
+
+        def method(*arguments: Any) -> Any:
+            self.called.append(name)
+            return LoadPlan([]) if name.endswith("_plan") else arguments[-1] if arguments else None
+
+        return method
+
+
+def hooks_that_are_passed_on(hook: str | None) -> list[str]:
+    """Return the public methods of LoadPlanner that did not reach the wrapped planner."""
+    if hook is not None:  # a later torch has it; this process ends with the test
+        setattr(LoadPlanner, hook, lambda self, *arguments: None)
+        importlib.reload(nemo_rng_dcp.planner)
+    inner = Recording()
+    planner = nemo_rng_dcp.planner.RNGLoadPlanner(inner)
+    read = ReadItem(
+        LoadItemType.TENSOR,
+        *[MetadataIndex("w"), torch.Size([0])] * 2,  # type: ignore[arg-type]
+        torch.Size([1]),
+    )
+    arguments: dict[str, tuple[Any, ...]] = {
+        "set_up_planner": ({}, Metadata({})),
+        "create_local_plan": (),
+        "load_bytes": (read, io.BytesIO()),
+        "commit_tensor": (read, torch.zeros(1)),
+    }
+    names = [name for name in dir(LoadPlanner) if not name.startswith("_")]
+    for name in sorted(names, key="set_up_planner".__ne__):
+        getattr(planner, name)(*arguments.get(name, (read,)))
+    assert hook is None or hook in names
+    return sorted(set(names) - set(inner.called))
+
+
+@pytest.mark.parametrize("hook", [None, "of_a_later_torch"])
+def test_every_public_method_reaches_the_other_planner(hook: str | None) -> None:
+    assert job(1, hooks_that_are_passed_on, hook, group=False) == [[]]
+
+
+def test_buffers_are_on_the_cpu_whatever_the_default_device(tmp_path: Path) -> None:
+    rng = StatefulRNG(1)
+    dcp.save({"rng": rng}, checkpoint_id=tmp_path)
+    expected = draw()
+    with torch.device("meta"):
+        dcp.load({"rng": rng}, checkpoint_id=tmp_path, planner=RNGLoadPlanner())
+    assert draw() == expected
+
+
+# Where an entry may lie: as the default planner finds it.
+
+
+def random_state(rng: StatefulRNG, choose: random.Random, depth: int = 4) -> Any:
+    """Return a random nested state with records somewhere in it."""
+    kind = choose.random()
+    if depth == 0 or kind < 0.35:
+        leaves = [torch.full((choose.randint(1, 3),), 7.0), choose.randint(0, 9), "x", None]
+        return choose.choice(leaves)
+    if kind < 0.45:
+        return {KEY: rng.state_dict()[KEY]}
+    inner = [random_state(rng, choose, depth - 1) for _ in range(choose.randint(0, 3))]
+    if kind < 0.85:
+        return {choose.choice(["a", "b", "c", "d.e", 3, "rng", KEY]): value for value in inner}
+    return inner
+
+
+def emptied(state: Any, rng: StatefulRNG) -> Any:
+    if isinstance(state, torch.Tensor):
+        is_record = state.dtype == torch.int64
+        return rng.state_dict()[KEY] if is_record else torch.zeros_like(state)
+    if isinstance(state, dict):
+        return {key: emptied(value, rng) for key, value in state.items()}
+    if isinstance(state, list):
+        return [emptied(value, rng) for value in state]
+    return None if state is None else "?"
+
+
+def comparable(state: Any) -> Any:
+    if isinstance(state, torch.Tensor):
+        return state.tolist()
+    if isinstance(state, dict):
+        return {key: comparable(value) for key, value in state.items()}
+    return [comparable(value) for value in state] if isinstance(state, list) else state
+
+
+def loaded_with(planner: RNGLoadPlanner | None, state: Any, rng: StatefulRNG, path: Path) -> Any:
+    draw()
+    found = emptied(state, rng)
+    try:
+        dcp.load(found, checkpoint_id=path, no_dist=True, planner=planner)
+    except CheckpointException as error:
+        return str(error).strip().splitlines()[-1]
+    return comparable(found)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("seed", range(40))
+def test_a_nested_state_is_loaded_as_by_the_default_planner(seed: int, tmp_path: Path) -> None:
+    rng, choose = StatefulRNG(1), random.Random(seed)
+    state = {f"k{number}": random_state(rng, choose) for number in range(choose.randint(1, 3))}
+    state["rng"] = rng.state_dict()
+    try:
+        dcp.save(state, checkpoint_id=tmp_path, no_dist=True)
+    except CheckpointException:
+        pytest.skip("torch saves no state with two equal keys")
+    expected = loaded_with(None, state, rng, tmp_path)
+    assert loaded_with(RNGLoadPlanner(), state, rng, tmp_path) == expected
+
+
+def test_elements_of_a_list_behind_an_entry_are_loaded(tmp_path: Path) -> None:
+    rng = StatefulRNG(1)
+    dcp.save({"list": [rng.state_dict(), torch.ones(2), 5]}, checkpoint_id=tmp_path)
+    expected = draw()
+    state: dict[str, list[Any]] = {"list": [rng.state_dict(), torch.zeros(2), 0]}
+    dcp.load(state, checkpoint_id=tmp_path, planner=RNGLoadPlanner())
+    rng.load_state_dict(state["list"][0])
+    assert draw() == expected
+    assert state["list"][1].tolist() == [1, 1]
+    assert state["list"][2] == 5
+
+
+def test_an_entry_below_a_list_that_was_not_saved_stops_nothing(tmp_path: Path) -> None:
+    rng = StatefulRNG(1)
+    dcp.save({"list": [{"weight": torch.ones(2)}]}, checkpoint_id=tmp_path)
+    state = {"list": [{"weight": torch.zeros(2), **rng.state_dict()}]}
+    dcp.load(state, checkpoint_id=tmp_path, planner=RNGLoadPlanner())
+    assert state["list"][0]["weight"].tolist() == [1, 1]
+    with unmoved():
+        assert len(warned(lambda: rng.load_state_dict(state["list"][0]))) == 1
+
+
+def test_a_long_list_is_searched_in_no_time_and_a_ring_ends() -> None:
+    order = list(range(1_000_000))
+    ring: dict[str, Any] = {}
+    ring["a"] = [ring]
+    start = time.perf_counter()
+    planner = RNGLoadPlanner(Recording())
+    planner.set_up_planner({"order": order, "ring": ring}, Metadata({"w": BytesStorageMetadata()}))
+    assert time.perf_counter() - start < 0.3
 
 
 # Metadata that does not place the record.

@@ -100,3 +100,26 @@ def test_records_that_stand_in_one_tensor_are_told_apart() -> None:
 
 def test_fingerprints_never_change() -> None:
     assert fingerprint(b"state") == "1f7f89034ba8"
+
+
+@pytest.mark.parametrize(
+    ("place", "number", "message"),
+    [
+        (3, 8, "row 8, expected 0 to 7"),
+        (3, -1, "row -1, expected 0 to 7"),
+        (4, 0, "rows 0, expected 1 to"),
+        (5, -5, "world_size -5, expected 1 to"),
+        (6, -7, "seed -7, expected 0 to 4294967295"),
+        (6, 2**32, "seed 4294967296, expected 0 to 4294967295"),
+        (7, 2, "ranked 2, expected 0 to 1"),
+        (8, -3, "resizes -3, expected 0 to"),
+        (8, 2**63 - 1, "resizes 9223372036854775807, expected 0 to"),
+        (9, -(2**63), "taken_at -9223372036854775808, expected 0 to"),
+        (10, -1, "python_version -1, expected 0 to"),
+    ],
+)
+def test_a_head_out_of_range_is_refused_by_field(place: int, number: int, message: str) -> None:
+    content = bytearray(RECORD.to_tensor().numpy().tobytes())
+    content[8 * place : 8 * place + 8] = number.to_bytes(8, "little", signed=True)
+    with pytest.raises(RuntimeError, match=f"^rng_streams: a record, .* says {message}"):
+        Record.from_tensor(resealed(bytes(content)))

@@ -1,6 +1,11 @@
+import asyncio
 import functools
+import itertools
 import random
-from collections.abc import Iterator
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -10,9 +15,10 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from nemo_rng_dcp import RNGStateError, ScopedRNG, StatefulRNG, init_all_rng
+from nemo_rng_dcp import RNGStateError, RNGStateWarning, ScopedRNG, StatefulRNG, init_all_rng
+from tests.library.test_generators import Counter
 from tests.support.jobs import job
-from tests.support.streams import draw, unmoved
+from tests.support.streams import draw, said, unmoved
 
 
 def weights_of_replicas(scoped: bool) -> list[float]:
@@ -173,3 +179,163 @@ def test_a_generator_exchanged_inside_is_named_and_the_others_come_back() -> Non
         np.random.set_bit_generator(before)
     assert random.getstate() == python
     assert torch.equal(torch.get_rng_state(), torch_state)
+
+
+# Scopes that end in another order than they began, and what uses the streams inside one.
+
+
+def batches(seed: int) -> Iterator[list[float]]:
+    with ScopedRNG(seed=seed):
+        while True:
+            yield draw()
+
+
+def test_scopes_of_generator_functions_may_end_in_any_order() -> None:
+    init_all_rng(1)
+    expected = draw(3)
+    for order in itertools.permutations(range(3)):
+        init_all_rng(1)
+        opened = [batches(seed) for seed in (7, 8, 9)]
+        for scope in opened:
+            next(scope)
+        messages = [message for place in order for message in said(opened[place].close)]
+        assert draw(3) == expected
+        late = [i for i, place in enumerate(order) if any(p > place for p in order[i + 1 :])]
+        assert len(messages) == len(late)
+        assert all("ended before the one that was entered inside it" in m for m in messages)
+        assert all(f"{__file__}:" in m for m in messages)
+
+
+def test_the_streams_outside_come_back_where_warnings_are_errors() -> None:
+    init_all_rng(1)
+    expected = draw()
+    init_all_rng(1)
+    outer, inner = batches(7), batches(8)
+    next(outer)
+    next(inner)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RNGStateWarning)
+        with pytest.raises(RNGStateWarning, match="ended before"):
+            outer.close()
+        inner.close()
+    assert draw() == expected
+
+
+def test_scopes_of_asyncio_tasks_and_threads_leave_the_streams_outside() -> None:
+    async def task(seed: int, seconds: float) -> None:
+        with ScopedRNG(seed=seed):
+            await asyncio.sleep(seconds)
+            draw()
+
+    async def tasks() -> None:
+        await asyncio.gather(task(7, 0.01), task(8, 0.03))
+
+    def threads() -> None:
+        barrier, first_left = threading.Barrier(2), threading.Event()
+
+        def run(first: bool) -> None:
+            if not first:
+                barrier.wait()
+            with ScopedRNG(seed=7 + first):
+                if first:
+                    barrier.wait()
+                    time.sleep(0.05)
+                else:
+                    first_left.wait()
+            first_left.set()
+
+        both = [threading.Thread(target=run, args=(first,)) for first in (True, False)]
+        for thread in both:
+            thread.start()
+        for thread in both:
+            thread.join()
+
+    init_all_rng(1)
+    expected = draw()
+    for run in (lambda: asyncio.run(tasks()), threads):
+        init_all_rng(1)
+        [message] = said(run)
+        assert "ended before the one" in message
+        assert draw() == expected
+
+
+def test_inside_a_scope_a_save_holds_the_streams_that_come_back_and_says_so() -> None:
+    noise = np.random.default_rng(5)
+    rng = StatefulRNG(1, generators={"noise": noise})
+    at_save = rng.fingerprint()
+    with ScopedRNG(seed=7), ScopedRNG(seed=8):
+        state: dict[str, torch.Tensor] = {}
+        [message] = said(lambda: state.update(rng.state_dict()))
+        assert rng.fingerprint() == at_save
+        inside = draw()
+    assert message.startswith(f"inside the ScopedRNG entered at {__file__}:")
+    assert "the record holds the streams that come back" in message
+    with ScopedRNG(seed=8):
+        assert draw() == inside
+    draw()
+    noise.random()
+    rng.load_state_dict(state)
+    assert rng.fingerprint() == at_save
+
+
+@pytest.mark.parametrize("rewind", [False, True])
+def test_inside_a_scope_a_load_or_rewind_acts_on_the_streams_that_come_back(rewind: bool) -> None:
+    noise = np.random.default_rng(5)
+    rng = StatefulRNG(1, generators={"noise": noise})
+    state, loaded = rng.state_dict(), rng.fingerprint()
+    draw()
+    rng.load_state_dict(state)
+    draw(2)
+    noise.random()
+    with ScopedRNG(seed=7):
+        expected = draw(5)
+    with ScopedRNG(seed=7):
+        found = draw(2)
+        [message] = said(rng.rewind if rewind else lambda: rng.load_state_dict(state))
+        found += draw(3)
+        assert found == expected, "the scope's own streams go on"
+    assert "what is loaded or rewound are the streams that come back" in message
+    assert rng.fingerprint() == loaded
+    with ScopedRNG(seed=7), warnings.catch_warnings():
+        warnings.simplefilter("error", RNGStateWarning)
+        with unmoved(), pytest.raises(RNGStateWarning):
+            rng.rewind()
+
+
+def test_new_rows_fork_inside_a_scope_as_outside(fake_group: Callable[[int, int], None]) -> None:
+    state = StatefulRNG(1, ranked=True).state_dict()
+    fake_group(1, 2)
+    found = []
+    for scope in (nullcontext(), ScopedRNG(seed=7)):
+        rng = StatefulRNG(1, ranked=True)
+        with scope, warnings.catch_warnings():
+            warnings.simplefilter("ignore", RNGStateWarning)
+            rng.load_state_dict(state)
+        found.append(rng.fingerprint())
+    assert found[0] == found[1]
+
+
+def test_a_load_that_fails_inside_a_scope_moves_nothing() -> None:
+    rng = StatefulRNG(1, generators={"failing": (failing := Counter(0))})
+    state = rng.state_dict()
+    draw()
+    before = rng.fingerprint()
+    with ScopedRNG(seed=7), warnings.catch_warnings():
+        warnings.simplefilter("ignore", RNGStateWarning)
+        failing.set = lambda state: 1 / 0  # type: ignore[method-assign, assignment]
+        with unmoved(), pytest.raises(RNGStateError):
+            rng.load_state_dict(state)
+    assert rng.fingerprint() == before
+
+
+def test_a_job_inside_a_scope_is_silent_and_its_own() -> None:
+    with ScopedRNG(seed=3):
+        with ScopedRNG(seed=4):
+            rng = StatefulRNG(1)  # in a scope that ends
+        inner = StatefulRNG(1)
+        for job in (rng, inner):
+            state, expected = job.state_dict(), draw()
+            assert not said(functools.partial(job.load_state_dict, state))
+            assert draw() == expected
+            job.rewind()
+            assert draw() == expected

@@ -1,8 +1,12 @@
 """A record saved by itself, and found in whatever checkpoint holds one."""
 
 import datetime
+import io
+import logging
 import os
 import random
+import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +17,8 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save, torch_save_to_dcp
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from nemo_rng_dcp import RNGStateError, RNGStateWarning, StatefulRNG
 from nemo_rng_dcp.record import KEY
@@ -168,10 +173,13 @@ def test_other_things_behind_a_url_or_saved_by_rank_are_not_replaced(
 ) -> None:
     writer = dcp.FileSystemWriter(tmp_path / "by_rank")
     dcp.save({"weight": torch.rand(3)}, storage_writer=writer, use_collectives=False)
+    with pytest.raises(
+        RNGStateError, match=r"by_rank holds __0\.metadata, __0_0\.distcp: files of"
+    ):
+        StatefulRNG(1).save(tmp_path / "by_rank")
     dcp.save({"weight": torch.rand(3)}, checkpoint_id=tmp_path / "one")
-    for path in (tmp_path / "by_rank", f"file://{tmp_path}/one"):
-        with pytest.raises(RNGStateError, match=r"other things \(weight, for one\)"):
-            StatefulRNG(1).save(path)
+    with pytest.raises(RNGStateError, match=r"other things \(weight, for one\)"):
+        StatefulRNG(1).save(f"file://{tmp_path}/one")
 
 
 def test_nor_is_a_tensor_that_only_has_the_name_of_a_record(tmp_path: Path) -> None:
@@ -196,7 +204,7 @@ def test_a_key_may_be_named_as_inspect_shows_it(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:Detected an existing checkpoint")
 def test_a_checkpoint_that_cannot_be_read_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / ".metadata").write_bytes(b"junk")
-    with pytest.raises(RNGStateError, match=r"the checkpoint in .* cannot be read") as caught:
+    with pytest.raises(RNGStateError, match=r"holds a checkpoint that cannot be read") as caught:
         StatefulRNG(1).save(tmp_path)
     assert "Traceback" not in str(caught.value)
     assert (tmp_path / ".metadata").read_bytes() == b"junk"
@@ -235,11 +243,14 @@ def saved_twice(path: Path, second: str) -> tuple[Numbers, str]:
 
 
 @pytest.mark.filterwarnings("ignore:Detected an existing checkpoint")
-def test_a_save_over_another_that_fails_leaves_no_record_of_two_moments(tmp_path: Path) -> None:
-    for _, error in job(2, saved_twice, tmp_path, "write"):
+def test_a_save_over_another_that_fails_leaves_the_one_before(tmp_path: Path) -> None:
+    expected, errors = zip(*job(2, saved_twice, tmp_path, "write"), strict=True)
+    for error in errors:
         assert f"was not saved to {tmp_path} (rank 1): OSError: no space left" in error
-    for error in job(2, load_fails, tmp_path):
-        assert ".metadata" in error
+    assert job(2, loaded_from, tmp_path) == [(numbers, []) for numbers in expected]
+    # The next save takes away what both have left.
+    job(2, saved_alone, tmp_path)
+    assert len(list(tmp_path.glob("rng-*"))) == 2
 
 
 @pytest.mark.filterwarnings("ignore:Detected an existing checkpoint")
@@ -348,6 +359,399 @@ def test_a_load_that_restores_nothing_forgets_the_one_before() -> None:
     assert rng.loaded is None
     with unmoved(), pytest.raises(RuntimeError, match="nothing was loaded yet"):
         rng.rewind()
+
+
+# What is already there.
+
+
+def files(path: Path) -> list[str]:
+    return sorted(str(file.relative_to(path)) for file in path.rglob("*") if file.is_file())
+
+
+def refused(save: Callable[[], None], what: str) -> str:
+    with pytest.raises(RNGStateError, match=what) as caught:
+        save()
+    return str(caught.value)
+
+
+def test_a_models_safetensors_stay(tmp_path: Path) -> None:
+    def writer() -> dcp.HuggingFaceStorageWriter:
+        return dcp.HuggingFaceStorageWriter(str(tmp_path), save_distributed=True)
+
+    dcp.save({"weight": torch.ones(3)}, storage_writer=writer())
+    before = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    refused(lambda: StatefulRNG(1).save(storage_writer=writer()), "holds shard-.*which would be")
+    assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_a_writer_that_names_its_files_itself_takes_an_empty_folder_alone(tmp_path: Path) -> None:
+    rng = StatefulRNG(1)
+    rng.save(tmp_path)
+    writer = dcp.HuggingFaceStorageWriter(str(tmp_path), save_distributed=True)
+    refused(lambda: rng.save(storage_writer=writer), "HuggingFaceStorageWriter names its files")
+    rng.load(tmp_path)
+
+
+class ElsewhereWriter(dcp.FileSystemWriter):
+    """Stands for a client of a remote store: its name for a place is no path."""
+
+    def __init__(self, storage: Path, name: str) -> None:
+        super().__init__(storage)
+        self.name = name
+
+    def storage_meta(self) -> StorageMeta:
+        return StorageMeta(checkpoint_id=self.name)
+
+
+@pytest.mark.parametrize("name", ["s3://bucket/run/rng", "rng"])
+def test_the_writers_own_storage_is_asked(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rng = StatefulRNG(1)
+    rng.save("rng")  # a local folder that has nothing to do with the remote one
+    before = files(tmp_path / "rng")
+    for _ in range(2):
+        rng.save(storage_writer=ElsewhereWriter(tmp_path / "remote", name))
+    assert files(tmp_path / "rng") == before
+    assert len(files(tmp_path / "remote")) == 2
+    rng.load("rng")
+    rng.load("remote")
+
+
+class SlowWriter(dcp.FileSystemWriter):
+    """Has written its data, and its metadata not yet."""
+
+    written, go_on = threading.Event(), threading.Event()
+
+    def finish(self, metadata: Metadata, results: Any) -> None:
+        self.written.set()
+        assert self.go_on.wait(60)
+        super().finish(metadata, results)
+
+
+def beside_a_save_that_runs(path: Path) -> str:
+    state = {"weight": torch.arange(9.0)}
+    future = dcp.async_save(state, storage_writer=SlowWriter(path))
+    assert SlowWriter.written.wait(60)
+    group = dist.new_group(backend="gloo")
+    with pytest.raises(RNGStateError) as caught:
+        StatefulRNG(1).save(path, process_group=group)
+    SlowWriter.go_on.set()
+    future.result()  # type: ignore[union-attr]
+    found = {"weight": torch.zeros(9)}
+    dcp.load(found, checkpoint_id=path)
+    assert torch.equal(found["weight"], state["weight"])
+    return str(caught.value)
+
+
+def test_a_save_that_is_still_running_in_the_folder_is_not_disturbed(tmp_path: Path) -> None:
+    [text] = job(1, beside_a_save_that_runs, tmp_path)
+    assert f"{tmp_path} holds __0_0.distcp: files of another checkpoint, or of a save" in text
+
+
+class OvertakenWriter(dcp.FileSystemWriter):
+    """Another save begins in the folder while the record is written."""
+
+    def write_data(self, *arguments: Any) -> Any:
+        dcp.save({"weight": torch.ones(3)}, checkpoint_id=self.path)
+        return super().write_data(*arguments)
+
+
+def test_nor_is_one_that_begins_while_the_record_is_written(tmp_path: Path) -> None:
+    writer = OvertakenWriter(tmp_path)
+    refused(lambda: StatefulRNG(1).save(storage_writer=writer), "holds __0_0.distcp")
+    assert files(tmp_path) == [".metadata", "__0_0.distcp"]
+    found = {"weight": torch.zeros(3)}
+    dcp.load(found, checkpoint_id=tmp_path)
+    assert found["weight"].tolist() == [1, 1, 1]
+
+
+def test_the_record_of_other_generators_stays(tmp_path: Path) -> None:
+    rng = StatefulRNG(1)
+    rng.save(tmp_path)
+    expected = draw()
+    other = StatefulRNG(
+        1, generators={"noise": random.Random(1)}, global_generators=False, device="cpu"
+    )
+    text = refused(lambda: other.save(tmp_path), "the record of another StatefulRNG")
+    assert "streams of numpy, python, torch" in text
+    # The same streams and one more: nothing gets lost.
+    more = StatefulRNG(1, generators={"noise": random.Random(1)})
+    rng.load(tmp_path)
+    assert draw() == expected
+    more.save(tmp_path)
+    refused(lambda: rng.save(tmp_path), "streams of noise")
+
+
+def of_two_meshes(path: Path) -> str:
+    mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("dp", "tp"))
+    noise: dict[str, Any] = {"generators": {"noise": random.Random(1)}, "global_generators": False}
+    StatefulRNG(1, mesh=mesh["dp"], **noise).save(path)
+    with pytest.raises(RNGStateError) as caught:
+        StatefulRNG(1, mesh=mesh["tp"], **noise).save(path)
+    return str(caught.value)
+
+
+def test_the_record_of_another_mesh_stays(tmp_path: Path) -> None:
+    for text in job(2, of_two_meshes, tmp_path):
+        assert "the record of another StatefulRNG (rows along mesh dp)" in text
+
+
+@pytest.mark.filterwarnings("ignore:Detected an existing checkpoint")
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_folders_below_and_hidden_files_are_no_obstacle(scheme: str, tmp_path: Path) -> None:
+    path = f"{scheme}{tmp_path}"
+    rng = StatefulRNG(1)
+    (tmp_path / ".nfs0001").touch()
+    for _ in range(2):
+        rng.save(path)
+        rng.save(f"{path}/more")
+    rng.load(path)
+    assert len(files(tmp_path)) == 5
+
+
+def to_places_of_their_own(path: Path) -> list[str]:
+    rng, rank = StatefulRNG(1), dist.get_rank()
+    places: list[Any] = [path / f"step-{rank}", "rng", str(path / "same")]
+    (path / str(rank)).mkdir()
+    os.chdir(path / str(rank))
+    messages = []
+    for place in places[:2]:
+        with pytest.raises(RNGStateError, match="ranks name different places") as caught:
+            rng.save(place)
+        messages.append(str(caught.value))
+    rng.save(places[2])
+    # And what they read: one of them finds another checkpoint.
+    if rank == 1:
+        dcp.save({"rng": rng.state_dict()}, checkpoint_id=path / "other", no_dist=True)
+        record = next(iter(rng.state_dict().values()))
+        dcp.save({KEY: record.to_local()}, checkpoint_id=path / "alone", no_dist=True)  # type: ignore[operator]
+    dist.barrier()
+    with unmoved(), pytest.raises(RNGStateError, match="ranks read different checkpoints"):
+        rng.load(path / "alone" if rank else places[2])
+    return messages
+
+
+def test_ranks_that_name_different_places_are_told_before_anything_is_written(
+    tmp_path: Path,
+) -> None:
+    for messages in job(2, to_places_of_their_own, tmp_path):
+        assert f"rank 0 {tmp_path}/step-0, rank 1 {tmp_path}/step-1" in messages[0]
+        assert f"rank 0 {tmp_path}/0/rng, rank 1 {tmp_path}/1/rng" in messages[1]
+    assert {name.partition("/")[0] for name in files(tmp_path)} == {"same", "other", "alone"}
+
+
+# Interrupts.
+
+
+class InterruptedWriter(dcp.FileSystemWriter):
+    def write_data(self, *arguments: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        return super().write_data(*arguments)
+
+
+class EndingReader(dcp.FileSystemReader):
+    def read_data(self, *arguments: Any) -> Any:
+        raise SystemExit(143)  # as a SIGTERM handler does
+
+
+def interrupted(path: Path) -> list[str]:
+    rng, own = StatefulRNG(1), dist.get_rank() == 1
+    with pytest.raises(KeyboardInterrupt if own else RNGStateError) as saving:
+        rng.save(storage_writer=(InterruptedWriter if own else dcp.FileSystemWriter)(path))
+    rng.save(path)
+    with unmoved(), pytest.raises(SystemExit if own else RNGStateError) as loading:
+        rng.load(storage_reader=(EndingReader if own else dcp.FileSystemReader)(path))
+    if own:
+        assert loading.value.code == 143  # type: ignore[union-attr]
+    return [str(saving.value), str(loading.value)]
+
+
+@pytest.mark.filterwarnings("ignore:Detected an existing checkpoint")
+def test_an_interrupt_stays_one_and_the_other_ranks_are_told(tmp_path: Path) -> None:
+    saving, loading = job(2, interrupted, tmp_path)[0]
+    assert "(rank 1): KeyboardInterrupt" in saving
+    assert "(rank 1): SystemExit: 143" in loading
+
+
+# A part of the ranks, another moment, another thread.
+
+
+def by_two_of_three(path: Path) -> tuple[Numbers, Numbers, str] | str:
+    group = dist.new_group([0, 2])
+    if dist.get_rank() == 1:
+        with pytest.raises(ValueError, match="this rank is not in process_group") as outside:
+            StatefulRNG(1).save(path, process_group=group)
+        return str(outside.value)
+    mesh = DeviceMesh.from_group(group, "cpu", [0, 2], mesh_dim_names=("dp",))
+    rng = StatefulRNG(1, ranked=True, mesh=mesh)
+    rng.save(path, process_group=group)
+    expected = draw()
+    rng.load(path, process_group=group)
+    found = draw()
+    with pytest.raises(RNGStateError) as caught:
+        StatefulRNG(1, ranked=True).save(path / "all", process_group=group)
+    return expected, found, str(caught.value)
+
+
+def test_a_part_of_the_ranks_saves_and_loads_with_its_group(tmp_path: Path) -> None:
+    first, _, last = job(3, by_two_of_three, tmp_path)
+    for expected, found, text in (first, last):
+        assert expected == found
+        assert "the ranks [0, 1, 2] have rows, and of these process_group lacks [1]" in text
+        assert "mesh= of the group's ranks" in text
+
+
+def without_the_other_rank(path: Path) -> str:
+    group = dist.new_group(timeout=datetime.timedelta(seconds=1))
+    rng = StatefulRNG(1)
+    if dist.get_rank() == 1:
+        return ""
+    with unmoved(), pytest.raises(RNGStateError) as caught:
+        rng.save(path, process_group=group)
+    return str(caught.value)
+
+
+def test_a_rank_that_does_not_call_is_an_error_within_the_time_out(tmp_path: Path) -> None:
+    text, _ = job(2, without_the_other_rank, tmp_path)
+    assert "Every rank of process_group has to call it" in text
+    assert "pass process_group= for a part of the ranks" in text
+
+
+def when_the_framework_says_saved(path: Path) -> tuple[bool, list[str]]:
+    rng, beside = StatefulRNG(1, ranked=True), dist.new_group(backend="gloo")
+    captured, expected = rng.state_dict(), rng.fingerprint()
+    future: Any = dcp.async_save({"weight": torch.ones(9)}, checkpoint_id=path / "model")
+    done, messages = threading.Event(), []
+
+    def saved(_: Any) -> None:
+        messages.extend(warned(lambda: rng.save(path / "late", process_group=beside)))
+        messages.extend(
+            warned(lambda: rng.save(path / "rng", state=captured, process_group=beside))
+        )
+        done.set()
+
+    draw()  # training goes on
+    future.add_done_callback(saved)
+    assert done.wait(60)
+    rng.load(path / "rng")
+    return rng.fingerprint() == expected, messages
+
+
+def test_the_state_of_an_earlier_moment_is_saved_on_another_thread(tmp_path: Path) -> None:
+    for is_of_the_save, messages in job(2, when_the_framework_says_saved, tmp_path):
+        assert is_of_the_save
+        assert len(messages) == 1
+        assert "another thread" in messages[0]
+        assert "rng.save(path, state=captured)" in messages[0]
+
+
+@pytest.mark.parametrize("state", [{}, {"a": 1}, {KEY: torch.zeros(3)}, {"a": 1, "b": 2}, 5])
+def test_a_state_that_is_none_of_a_stateful_rng_is_not_saved(state: Any, tmp_path: Path) -> None:
+    refused(lambda: StatefulRNG(1).save(tmp_path, state=state), "was not saved to")
+    assert files(tmp_path) == []
+
+
+# Where nothing was saved yet, and where else it may be.
+
+
+def first_resume(path: Path, missing_ok: bool) -> tuple[list[str], str, str]:
+    rng = StatefulRNG(1)
+    logged = io.StringIO()
+    logging.basicConfig(stream=logged)
+
+    def load() -> None:
+        with unmoved():
+            rng.load(path, missing_ok=missing_ok)
+
+    if missing_ok:
+        messages = warned(load)
+        assert rng.loaded is None
+        return messages, "", logged.getvalue()
+    with pytest.raises(RNGStateError) as caught:
+        load()
+    assert caught.value.__cause__ is None
+    assert caught.value.__suppress_context__
+    return [], str(caught.value), logged.getvalue()
+
+
+@pytest.mark.parametrize("place", ["nowhere", "before"])
+def test_at_the_first_resume_every_rank_says_in_a_line_how_to_go_on(
+    place: str, tmp_path: Path
+) -> None:
+    dcp.save({"weight": torch.ones(2)}, checkpoint_id=tmp_path / "before", no_dist=True)
+    for _, text, logged in job(2, first_resume, tmp_path / place, False):
+        assert ("no checkpoint at" if place == "nowhere" else "only weight") in text
+        assert str(tmp_path / place) in text
+        assert "rng.load(path, missing_ok=True)" in text
+        assert "\n" not in text
+        assert logged == ""
+    for messages, _, logged in job(2, first_resume, tmp_path / place, True):
+        assert len(messages) == 1
+        assert "restored no random stream" in messages[0]
+        assert logged == ""
+
+
+def where_one_rank_sees_nothing(path: Path) -> str:
+    place = path / "rng" if dist.get_rank() == 0 else path / "nowhere"
+    rng = StatefulRNG(1)
+    with unmoved(), pytest.raises(RNGStateError) as caught:
+        rng.load(place, missing_ok=True)
+    return str(caught.value)
+
+
+def test_what_is_missing_for_one_rank_alone_is_an_error(tmp_path: Path) -> None:
+    job(2, saved_alone, tmp_path / "rng")
+    for text in job(2, where_one_rank_sees_nothing, tmp_path):
+        assert "(rank 1): no checkpoint at" in text
+
+
+def test_an_interrupted_save_is_not_missing(tmp_path: Path) -> None:
+    rng = StatefulRNG(1)
+    rng.save(tmp_path)
+    (tmp_path / ".metadata").unlink()
+    with unmoved(), pytest.raises(RNGStateError, match=r"no \.metadata in it, only rng-.*finish"):
+        rng.load(tmp_path, missing_ok=True)
+    rng.save(tmp_path)  # what is left of it is no obstacle
+    rng.load(tmp_path)
+    assert len(files(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_the_record_may_be_one_folder_below(beside: bool, tmp_path: Path) -> None:
+    if beside:
+        dcp.save({"weight": torch.ones(3)}, checkpoint_id=tmp_path, no_dist=True)
+    dcp.save({"weight": torch.ones(3)}, checkpoint_id=tmp_path / "optimizer", no_dist=True)
+    expected = job(2, saved_alone, tmp_path / "rng")
+    assert job(2, loaded_from, tmp_path) == [(numbers, []) for numbers in expected]
+    rng = StatefulRNG(1)
+    rng.save(tmp_path / "second")
+    with unmoved(), pytest.raises(RNGStateError, match=r"2 records, name one: .*/rng, .*/second"):
+        rng.load(tmp_path)
+
+
+class ForeignWriter(dcp.FileSystemWriter):
+    """Knows alone where in its storage a tensor is."""
+
+    def finish(self, metadata: Metadata, results: Any) -> None:
+        super().finish(metadata, [])
+
+
+def test_where_another_writer_saved_the_message_asks_for_its_reader(tmp_path: Path) -> None:
+    rng = StatefulRNG(1)
+    dcp.save({"rng": rng}, storage_writer=ForeignWriter(tmp_path))
+    with unmoved(), pytest.raises(RNGStateError, match=r"rng\.load\(path, storage_reader=\.\.\.\)"):
+        rng.load(tmp_path)
+
+
+def test_the_default_device_has_no_part_in_it(tmp_path: Path) -> None:
+    rng = StatefulRNG(1)
+    with torch.device("meta"):
+        rng.save(tmp_path)
+        expected = rng.fingerprint()
+        rng.load(tmp_path)
+    assert rng.fingerprint() == expected
 
 
 # What frameworks that do not know of rows make of a state_dict().
