@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import copy
 import itertools
-import random
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
-import numpy as np
-import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from nemo_rng_dcp.errors import RNGStateError
-from nemo_rng_dcp.generators import GeneratorSet, source_of, sources_of_process
+from nemo_rng_dcp.generators import LentGenerators, can_be_registered, source_of
 from nemo_rng_dcp.position import Position
 from nemo_rng_dcp.record import fingerprint
 from nemo_rng_dcp.seeding import derive_seed
@@ -43,29 +40,22 @@ class Fetcher:
         self._loader, self._rng = loader, rng
         parts = list(_parts(loader))
         self._with_epoch = [p.value for p in parts if hasattr(p.value, "set_epoch")]
-        known = rng._generators.registered
-        names = {source_of(generator): name for name, generator in known.items()}
+        names = rng._generators.names_by_source
         own: dict[str, Any] = {}
         self._of_samplers = set[str]()
         for part in parts:
             for attribute, generator in part.generators():
                 source = source_of(generator)
-                if source in sources_of_process(None):
-                    continue
                 if source not in names:
                     names[source] = f"_{part.name}_{attribute}"
                     own[names[source]] = generator
                 if not part.is_data:
                     self._of_samplers.add(names[source])
         self._own = own.keys()
-        slots = rng._generators.slots
-        shared = {name: known[name] for name in known if slots[name].shared}
-        others = {name: known[name] for name in known if name not in shared}
-        self._generators = GeneratorSet(None, {**others, **own}, shared)
+        self._generators = LentGenerators(rng._generators, own)
         packed = self._generators.pack(self._generators.take())
-        self.order = int(
-            fingerprint(b"".join(packed[name] for name in sorted(self._of_samplers))), 16
-        )
+        states = [packed[name] for name in sorted(self._of_samplers)]
+        self.order = int(fingerprint(b"".join(states)), 16)
 
     def begin(self, position: Position) -> None:
         """Begin the pass of a position, behind what was fetched in it; moves no stream.
@@ -123,12 +113,13 @@ class Fetcher:
         of_rank = of_row if self._rng.ranked else ()
         owners: dict[str, tuple[int, ...]] = {}
         for name, slot in self._generators.slots.items():
+            generator = name.partition(".")[0]
             if slot.shared:
                 owners[name] = ()
-            elif name in self._of_samplers:
+            elif generator in self._of_samplers:
                 owners[name] = (position.order,)
             else:
-                owners[name] = of_rank if slot.is_global or name in self._own else of_row
+                owners[name] = of_rank if slot.is_global or generator in self._own else of_row
         return owners
 
     def _start(self, number: int) -> None:
@@ -216,10 +207,8 @@ class _Part(NamedTuple):
     is_data: bool
 
     def generators(self) -> Iterator[tuple[str, Any]]:
-        kinds = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
         for attribute, value in getattr(self.value, "__dict__", {}).items():
-            # SystemRandom is a Random without a state.
-            if isinstance(value, kinds) and not isinstance(value, random.SystemRandom):
+            if can_be_registered(value):
                 yield attribute, value
 
 

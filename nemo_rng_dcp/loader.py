@@ -14,6 +14,7 @@ from nemo_rng_dcp.fetcher import Fetcher
 from nemo_rng_dcp.position import (
     POSITION_KEY,
     POSITION_LAYOUT,
+    UNREAD,
     Position,
     figures_of,
     loaded_positions,
@@ -21,7 +22,7 @@ from nemo_rng_dcp.position import (
 )
 from nemo_rng_dcp.seeding import derive_seed, is_integer
 from nemo_rng_dcp.stateful import StatefulRNG
-from nemo_rng_dcp.table import NOT_SAVED
+from nemo_rng_dcp.unread import load_is_asking
 from nemo_rng_dcp.versions import __version__, version_number
 
 
@@ -98,7 +99,6 @@ class ResumableLoader:
         # Loaded, and no pass was begun since.
         self._is_loaded = False
         self._current: _Pass | None = None
-        self._handed_out: tuple[torch.Tensor, int] | None = None
         self._said_left = False
 
     @property
@@ -125,7 +125,7 @@ class ResumableLoader:
             :attr:`epoch`.
         """
         if self._is_loaded and self._fetched == 0:
-            self._rng._rewind_once()
+            self._rng._rewind_for_a_loader()
         while self._epoch < n:
             epoch, loads = self._epoch, self._loads
             yield epoch
@@ -179,9 +179,10 @@ class ResumableLoader:
             RuntimeError: As for ``StatefulRNG.state_dict()``.
         """
         positions = self._positions()
-        table = self._rng._rows().table(torch.tensor(positions).flatten())
-        self._handed_out = table, positions[0].saved_at
-        return {POSITION_KEY: table}
+        if load_is_asking():
+            # If the load finds none, this is what it gives back.
+            positions = [position._replace(saved_at=UNREAD) for position in positions]
+        return {POSITION_KEY: self._rng._rows().table(torch.tensor(positions).flatten())}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go to the position in ``state_dict``; the next batch is the one behind it.
@@ -203,8 +204,9 @@ class ResumableLoader:
         """
         if not isinstance(state_dict, Mapping) or POSITION_KEY not in state_dict:
             raise RNGStateError(f"{POSITION_KEY}: the state is none of a ResumableLoader")
-        table, own = state_dict[POSITION_KEY], self._positions()
-        if table is NOT_SAVED or self._is_untouched(table):
+        own = self._positions()
+        saved = loaded_positions(state_dict[POSITION_KEY], [position.row for position in own])
+        if saved[0].saved_at == UNREAD:
             self._is_loaded = True
             warn(
                 f"the checkpoint holds no {POSITION_KEY} for a ResumableLoader, which stays behind "
@@ -212,7 +214,6 @@ class ResumableLoader:
                 "it: move the loader with set_epoch(), and add it to what is saved."
             )
             return
-        saved = loaded_positions(table, [position.row for position in own])
         self._check_that_it_goes_on(saved, own)
         at = saved[0]
         self._seed = at.seed
@@ -264,13 +265,6 @@ class ResumableLoader:
             for row, order, loader in zip([rows.row], self._orders, self._loaders, strict=True)
         ]
 
-    def _is_untouched(self, table: torch.Tensor) -> bool:
-        """Return whether DCP left in a table what :meth:`state_dict` had put there."""
-        if self._handed_out is None or self._handed_out[0] is not table:
-            return False
-        (found, *_) = loaded_positions(table, [self._rng._rows().row])
-        return found.saved_at == self._handed_out[1]
-
     def _move(self, epoch: int, batches: int = 0, fetched: int = 0, begun_again: int = 0) -> None:
         self._epoch, self._batches, self._fetched = epoch, batches, fetched
         self._begun_again = begun_again
@@ -291,7 +285,7 @@ class ResumableLoader:
         for fetcher, position in zip(self._fetchers, self._positions(), strict=True):
             fetcher.begin(position)
         if goes_on:
-            self._rng._rewind_once()
+            self._rng._rewind_for_a_loader()
         self._is_loaded = False
         self._rng._waiting.discard(self)
 

@@ -16,11 +16,11 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.tensor import DTensor
 
 from nemo_rng_dcp.errors import RNGStateError, warn
 from nemo_rng_dcp.record import KEY, Record
-from nemo_rng_dcp.table import NOT_SAVED, read_of_row, record_keys
+from nemo_rng_dcp.table import local, read_of_row, record_keys, with_record
+from nemo_rng_dcp.unread import marked
 
 _Path = tuple[tuple[Any, Any], ...]
 
@@ -38,14 +38,14 @@ class _Entry:
 
     Attributes:
         path: The containers that it is nested in, from the outside in, each with the key in it.
-        value: The live table; once it is planned, the buffer for the record that is read instead,
-            or ``NOT_SAVED``.
-        row: This process's row.
+        value: The live table; once it is planned, one with room for the record that is read
+            instead, or with a mark if there is none.
+        record: What the live table holds.
     """
 
     path: _Path
     value: torch.Tensor
-    row: int
+    record: Record
 
     @property
     def is_below_a_list(self) -> bool:
@@ -148,7 +148,7 @@ class RNGLoadPlanner(LoadPlanner):
         self._entries: dict[str, _Entry]
         self._entries = {key: entry for key, entry in entries.items() if entry is not None}
         self._reads = [
-            read_of_row(key, entry.row, saved[key])
+            read_of_row(key, entry.record.row, saved[key])
             for key, entry in self._entries.items()
             if key in saved
         ]
@@ -169,12 +169,14 @@ class RNGLoadPlanner(LoadPlanner):
         # The default planner may flatten the state dict a second time here.
         with self._taken_out():
             plan = self.planner.create_local_plan()
-            for entry in self._entries.values():
-                entry.value = NOT_SAVED
-            for read in self._reads:
+            lengths = {read.dest_index.fqn: read.lengths for read in self._reads}
+            for key, entry in self._entries.items():
                 # The record comes as it was saved: StatefulRNG is given it instead of the live one.
-                buffer = torch.zeros(read.lengths, dtype=torch.int64, device="cpu")
-                self._entries[read.dest_index.fqn].value = buffer
+                # Either is a table still, since a state dict that is kept may be saved again.
+                record = marked(entry.record).to_tensor()
+                if key in lengths:
+                    record = torch.zeros(lengths[key], dtype=torch.int64, device="cpu")
+                entry.value = with_record(entry.value, record)
         return dataclasses.replace(plan, items=[*plan.items, *self._reads])
 
     def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
@@ -191,7 +193,7 @@ class RNGLoadPlanner(LoadPlanner):
 
     def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
         entry = self._entries.get(read_item.dest_index.fqn)
-        return self.planner.resolve_tensor(read_item) if entry is None else entry.value
+        return self.planner.resolve_tensor(read_item) if entry is None else local(entry.value)
 
     def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
         if read_item.dest_index.fqn not in self._entries:
@@ -243,10 +245,10 @@ def _entry(path: _Path) -> _Entry | None:
     container, key = path[-1]
     value = container[key]
     try:
-        record = Record.from_tensor(value.to_local() if isinstance(value, DTensor) else value)
+        record = Record.from_tensor(local(value))
     except RNGStateError:
         return None
-    return _Entry(path, value, record.row)
+    return _Entry(path, value, record)
 
 
 def _warn_of_ignored(saved: Mapping[str, Any], asked_for: Collection[str]) -> None:

@@ -16,6 +16,9 @@ POSITION_KEY = "loader_position"
 
 POSITION_LAYOUT = 1
 
+UNREAD = 0
+"""Stands for the time in a position that ``dcp.load`` is given to read into."""
+
 UNKNOWN = -1
 """Stands for what a loader does not tell, such as the length of a stream."""
 

@@ -99,6 +99,9 @@ class Record:
         taken_at: When the streams were taken, in ns since 1970, UTC.
         mesh: The mesh along which streams differ; ``None``: all ranks.
         streams: By generator.
+        unread: Whether a load was given it to read into, see ``unread.py``.
+        parts: The dimensions that a flattened mesh is made of; ``None``: it is none, or nobody
+            knows.
         python_version, numpy_version, torch_version, library_version: Of the job that wrote it, as
             ``major * 10**6 + minor * 10**3 + micro``.
         hash_seed: ``PYTHONHASHSEED`` of that job; "random" if it had none, or none was stored.
@@ -118,6 +121,8 @@ class Record:
     torch_version: int = field(default_factory=lambda: version_number(str(torch.__version__)))
     library_version: int = field(default_factory=lambda: version_number(__version__))
     hash_seed: str = HASH_SEED
+    unread: bool = False
+    parts: Mesh | None = None
 
     def to_tensor(self) -> torch.Tensor:
         """Return the record as int64, shape ``(length,)``, on the CPU.
@@ -127,6 +132,7 @@ class Record:
         contents = _contents(
             self.mesh,
             self.hash_seed,
+            self.parts,
             tuple((name, s.kind, len(s.state), s.shared) for name, s in self.streams.items()),
         )
         body = b"".join([_padded(contents), *(_padded(s.state) for s in self.streams.values())])
@@ -140,7 +146,7 @@ class Record:
             self.seed,
             self.ranked,
             self.resizes,
-            self.taken_at,
+            -self.taken_at if self.unread else self.taken_at,
             self.python_version,
             self.numpy_version,
             self.torch_version,
@@ -178,6 +184,9 @@ class Record:
                 "word: it was altered after it was written. Load another checkpoint."
             )
         head = dict(zip(_HEAD_FIELDS, _HEAD.unpack_from(content), strict=True))
+        unread = -(2**63) < head["taken_at"] < 0
+        if unread:
+            head["taken_at"] *= -1
         bad = out_of_range(head)
         if bad:
             # Its check word fits, so it is no damage: another program wrote it.
@@ -185,9 +194,15 @@ class Record:
                 f"{KEY}: a record{_head_row(words)} says {'; '.join(bad)}. Load another checkpoint."
             )
         del head["layout_version"], head["length"]
-        mesh, hash_seed, streams = _parse_contents(content, head.pop("contents_bytes"))
-        ranked = bool(head.pop("ranked"))
-        return cls(**head, ranked=ranked, mesh=mesh, streams=streams, hash_seed=hash_seed)
+        mesh, hash_seed, parts, streams = _parse_contents(content, head.pop("contents_bytes"))
+        return cls(
+            **head | {"ranked": bool(head["ranked"])},
+            mesh=mesh,
+            streams=streams,
+            hash_seed=hash_seed,
+            unread=unread,
+            parts=parts,
+        )
 
     def versions(self) -> dict[str, str]:
         """Return the versions that it was written with, by package, such as "2.13.0"."""
@@ -228,7 +243,10 @@ def fingerprint(state: bytes) -> str:
 
 @lru_cache(maxsize=64)
 def _contents(
-    mesh: Mesh | None, hash_seed: str, streams: tuple[tuple[str, str, int, bool], ...]
+    mesh: Mesh | None,
+    hash_seed: str,
+    parts: Mesh | None,
+    streams: tuple[tuple[str, str, int, bool], ...],
 ) -> bytes:
     generators = [
         {"name": name, "kind": kind, "bytes": size, "shared": shared}
@@ -238,18 +256,21 @@ def _contents(
     # With room to spare, so that a job on another mesh, or with another hash seed, has records of
     # the same length: plain dcp.load takes no other.
     room = -(-len(text) // _ROOM) * _ROOM
-    addition = f',"hash_seed":{json.dumps(hash_seed)}'
-    if hash_seed != UNSEEDED and len(text + addition) <= room:
-        text += addition
+    additions = {"hash_seed": None if hash_seed == UNSEEDED else hash_seed, "parts": parts}
+    for name, value in additions.items():
+        addition = f',"{name}":{json.dumps(value, separators=(",", ":"))}'
+        if value is not None and len(text + addition) <= room:
+            text += addition
     text = text.ljust(room)
     return f'{{"generators":{listed},"mesh":{text}}}'.encode()
 
 
-def _parse_contents(content: bytes, size: int) -> tuple[Mesh | None, str, dict[str, Stream]]:
-    """Return mesh, hash seed and streams of a record whose check word fits."""
+def _parse_contents(
+    content: bytes, size: int
+) -> tuple[Mesh | None, str, Mesh | None, dict[str, Stream]]:
+    """Return mesh, hash seed, parts and streams of a record whose check word fits."""
     try:
         contents = json.loads(content[_HEAD.size : _HEAD.size + size])
-        mesh = contents["mesh"]
         place = _HEAD.size + _padded_size(size)
         streams: dict[str, Stream] = {}
         for entry in contents["generators"]:
@@ -258,8 +279,11 @@ def _parse_contents(content: bytes, size: int) -> tuple[Mesh | None, str, dict[s
             place += _padded_size(end - place)
         if place != len(content) - _CHECK_BYTES:
             raise ValueError(f"{len(content) - _CHECK_BYTES} bytes, of which {place} are described")
-        mesh = None if mesh is None else tuple((str(n), int(s)) for n, s in mesh)
-        return mesh, str(contents.get("hash_seed", UNSEEDED)), streams
+        mesh, parts = (
+            None if sizes is None else tuple((str(n), int(s)) for n, s in sizes)
+            for sizes in (contents["mesh"], contents.get("parts"))
+        )
+        return mesh, str(contents.get("hash_seed", UNSEEDED)), parts, streams
     except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
         # Its check word fits, so it is no damage: another program wrote it.
         raise RNGStateError(f"{KEY}: a record's contents make no sense: {error!r}") from error

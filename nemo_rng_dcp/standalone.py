@@ -30,7 +30,7 @@ from torch.distributed.tensor import DTensor
 from nemo_rng_dcp.errors import RNGStateError
 from nemo_rng_dcp.places import OF_ANOTHER_WRITER, MissingRecordError, Place, Source, first_line
 from nemo_rng_dcp.record import KEY, Record
-from nemo_rng_dcp.table import NOT_SAVED, read_of_row, record_keys, records_in
+from nemo_rng_dcp.table import local, read_of_row, record_keys, records_in
 
 CheckpointId = str | os.PathLike[str] | None
 """A folder or URL as DCP's ``checkpoint_id`` takes it; ``None``: the storage object knows it."""
@@ -81,7 +81,7 @@ def load(
     key: str | None,
     group: Group = None,
     missing_ok: bool = False,
-) -> dict[str, torch.Tensor]:
+) -> dict[str, torch.Tensor] | None:
     """Return the saved record for a row, and read nothing else; a collective, as ``dcp.load`` is.
 
     Args:
@@ -94,7 +94,7 @@ def load(
         missing_ok: Whether there may be no checkpoint, or none with a record.
 
     Returns:
-        ``{"rng_streams": record}``, not checked yet; ``NOT_SAVED`` for one that may be missing.
+        ``{"rng_streams": record}``, not checked yet; ``None``: it is missing and may be.
 
     Raises:
         RNGStateError: On every rank: one of them has no row, there is no record, or several and no
@@ -120,6 +120,7 @@ def load(
             is_missing = all(isinstance(cause, MissingRecordError) for cause in causes)
             if not (missing_ok and is_missing and len(causes) == _size(group)):
                 raise
+            return None
     return {KEY: planner.record}
 
 
@@ -154,7 +155,7 @@ class _SavePlanner(DefaultSavePlanner):
         if not isinstance(state, Mapping) or len(state) != 1:
             raise RNGStateError(f"the state is {state!r:.80}, expected what state_dict() returns")
         table = next(iter(state.values()))
-        records = records_in(table.to_local() if isinstance(table, DTensor) else table)
+        records = records_in(local(table))
         self._record = Record.from_tensor(records[0])
         if isinstance(table, DTensor):
             _check_rows(table, self._group)
@@ -195,7 +196,7 @@ class _LoadPlanner(DefaultLoadPlanner):
         self._row = row
         self._key = key
         self._source = source
-        self.record = NOT_SAVED
+        self.record = torch.empty(0, dtype=torch.int64, device="cpu")
 
     def set_up_planner(
         self,

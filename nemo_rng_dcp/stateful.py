@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NoReturn, SupportsIndex, overload
 
 import torch
@@ -16,13 +16,15 @@ from torch.distributed.device_mesh import DeviceMesh
 from nemo_rng_dcp import standalone
 from nemo_rng_dcp.automodel import RNGState, is_automodel_state, packed_states
 from nemo_rng_dcp.errors import RNGStateError, warn
-from nemo_rng_dcp.first_forward import rewind_at_first_forward
+from nemo_rng_dcp.first_forward import FirstForward
 from nemo_rng_dcp.generators import DeviceWatch, GeneratorSet, States, own_device
 from nemo_rng_dcp.ranks import drifted, gather_fingerprints, global_rank, world_size
+from nemo_rng_dcp.recompute import ContextFn, recompute_of
 from nemo_rng_dcp.record import KEY, Record, Stream, fingerprint
 from nemo_rng_dcp.resume import Job, Loaded, resume
 from nemo_rng_dcp.seeding import check_ranked, check_seed, seed_all
-from nemo_rng_dcp.table import NOT_SAVED, Rows
+from nemo_rng_dcp.table import Rows
+from nemo_rng_dcp.unread import load_is_asking, marked, was_read
 
 
 class StatefulRNG:
@@ -113,6 +115,7 @@ class StatefulRNG:
             shared_generators,
             global_generators=global_generators,
         )
+        self._recompute = recompute_of(self._generators)
         if mesh is not None and not isinstance(mesh, DeviceMesh):
             raise TypeError(f"mesh is {mesh!r}, expected a DeviceMesh or None")
         self.mesh = mesh
@@ -121,17 +124,18 @@ class StatefulRNG:
         self.seed = int(seed)
         self._thread = threading.get_ident()
         self._resizes = 0
-        # The tables that state_dict() handed out and that are still in use, by their time.
-        self._handed_out: weakref.WeakValueDictionary[int, torch.Tensor] = (
-            weakref.WeakValueDictionary()
-        )
         self._loaded_states: States | None = None
-        # What loaders keep here: how many were made, which are going to rewind, whether that was
-        # done since the last load, and the streams of the job while a loader's are in place.
+        self._is_rewound = True  # nothing was loaded, or rewind() was called since
+        self._first_forward = FirstForward(
+            lambda: self._rewind_is_due() and self._generators.parked_at is None, self.rewind
+        )
+        # Loaders that were made; those that go on in the middle of a pass with their next batch;
+        # whether one of them did since the load; and the streams of the job while a loader's are
+        # in place.
         self._loaders = 0
         self._waiting: weakref.WeakSet[Any] = weakref.WeakSet()
-        self._is_rewound = True
-        self._set_aside: States | None = None
+        self._loader_went_on = True
+        self._set_aside: Mapping[str, Any] = {}
         self.loaded: Loaded | None = None
         """What the last load restored, with its rows, world size and time; ``None``: nothing."""
         if global_generators:
@@ -154,8 +158,10 @@ class StatefulRNG:
             described in ``record.py``.
 
         Warns:
-            RNGStateWarning: Another accelerator device is current than this object's; or other code
-                gave it another stream, as torch's DTensor does. The message has the remedy.
+            RNGStateWarning: Another accelerator device is current than this object's; other code
+                gave it another stream, as torch's DTensor does; or a rewind that
+                :meth:`rewind_at_first_forward` was asked for did not happen since the load. The
+                message has the remedy.
 
         Raises:
             RNGStateError: A generator cannot be stored, such as NumPy's global one if it does not
@@ -183,9 +189,12 @@ class StatefulRNG:
                 for name, state in self._generators.pack(self._states_of_job()).items()
             },
         )
-        table = rows.table(record.to_tensor())
-        self._handed_out[record.taken_at] = table
-        return {KEY: table}
+        if load_is_asking():
+            record = marked(record)
+        else:
+            self._warn_of_a_missed_rewind()
+            self._warn_of_a_coming_rewind()
+        return {KEY: rows.table(record.to_tensor())}
 
     def load_state_dict(self, state_dict: Mapping[str, Any] | RNGState) -> None:
         """Put every stream of this rank back to where ``state_dict`` has it; all or nothing.
@@ -219,14 +228,9 @@ class StatefulRNG:
                 f"{KEY}: the state has no such entry, only {sorted(map(str, state_dict))}; it is "
                 "no state of a StatefulRNG"
             )
-        table = state_dict[KEY]
-        record = None if table is NOT_SAVED else rows.own_record(table)
-        if record is None or self._is_untouched(record, table):
-            warn(
-                f"rank {global_rank()}: the load restored no random stream: the checkpoint holds "
-                f"no {KEY} for row {rows.row}, or this is what state_dict() has just returned.",
-            )
-            self.loaded = self._loaded_states = None
+        record = rows.own_record(state_dict[KEY])
+        if not was_read(record):
+            self._note_that_nothing_was_loaded(rows)
             return
         outcome = resume(record, self._job(rows))
         self._watch.warn_if_another_is_current()
@@ -235,6 +239,7 @@ class StatefulRNG:
             warn("RNG state: " + ". ".join(outcome.remarks))
         self._restore(self._generators.unpack(outcome.states), outcome.seeds)
         self.loaded, self._resizes, self._is_rewound = outcome.loaded, outcome.resizes, False
+        self._loader_went_on = False
 
     def save(
         self,
@@ -322,7 +327,10 @@ class StatefulRNG:
         loaded = standalone.load(
             lambda: self._rows().row, path, storage_reader, key, process_group, missing_ok
         )
-        self.load_state_dict(loaded)
+        if loaded is None:
+            self._note_that_nothing_was_loaded(self._rows())
+        else:
+            self.load_state_dict(loaded)
 
     def rewind(self) -> None:
         """Put every stream back to where the last load left it; does not communicate.
@@ -337,32 +345,71 @@ class StatefulRNG:
         if self._loaded_states is None:
             raise RuntimeError("rewind() goes back to the last load, and nothing was loaded yet")
         self._restore(self._loaded_states)
+        self._is_rewound = True
 
-    def rewind_at_first_forward(self, model: torch.nn.Module | Sequence[torch.nn.Module]) -> None:
-        """Rewind once, before the first forward after a load; does not communicate.
+    def rewind_at_first_forward(
+        self,
+        model: torch.nn.Module | Sequence[torch.nn.Module],
+        *,
+        when: Callable[[torch.nn.Module], bool] | None = None,
+    ) -> None:
+        """Rewind once, before the first training forward after a load; does not communicate.
+
+        A training forward is one with ``model.training``, with gradients enabled, and outside of
+        any ``ScopedRNG``: a validation that comes before it does not count, whatever it draws.
 
         For training loops that are another's, and draw between the load and the first step, such
         as by a fresh ``iter(dataloader)``. It may be called before or after the load, and does
-        nothing while nothing was loaded. Call it again for another load.
+        nothing while nothing was loaded or if :meth:`rewind` was called since. Call it again for
+        another load. Where a step never calls the forward of ``model`` (``training_step``,
+        ``generate``), no rewind happens: the next save says so (``RNGStateWarning``), and none will
+        for this load.
 
-        Wrong where the loop itself draws for a step before its forward: random augmentation with
-        ``num_workers=0``, noise or time steps of a diffusion model. The rewind would repeat these
-        numbers. There, call :meth:`rewind` once the data iterator exists. Wrong also after a
-        checkpoint from the end of an epoch, if the iterator of the next one draws from the global
-        streams: it drew in the uninterrupted run too, so there nothing is to be rewound.
+        Wrong where the loop itself draws for a step before its training forward: random
+        augmentation with ``num_workers=0``, noise or time steps of a diffusion model, the rollout
+        of a reinforcement-learning step. The rewind would repeat these numbers. There, call
+        :meth:`rewind` once the data iterator exists. Wrong also after a checkpoint from the end of
+        an epoch, if the iterator of the next one draws from the global streams: it drew in the
+        uninterrupted run too, so there nothing is to be rewound.
 
         Args:
             model: The module that the training step calls, such as an FSDP2, DDP or compiled one,
                 or a list of such parts, as pipeline schedules have them: the one that runs first
-                rewinds. If the step itself is a compiled function, call this before its first run:
-                torch does not notice later that a module in it has got a hook.
+                rewinds, of several calls too. If the step itself is a compiled function, call this
+                before its first run: torch does not notice later that a module in it has got a
+                hook.
+            when: Says instead whether the forward that a module is about to run counts, such as
+                ``lambda module: True`` where a step begins with a forward in evaluation and no
+                validation comes before.
 
         Raises:
             TypeError: ``model`` is neither a module with a forward nor a sequence of them.
             RuntimeError: In that forward: it runs inside an activation checkpoint. Checkpoints
                 inside the model are fine.
         """
-        rewind_at_first_forward(model, lambda: self.loaded is not None, self.rewind)
+        self._first_forward.wait_for(model, when)
+
+    @property
+    def recompute(self) -> ContextFn:
+        """For activation checkpointing: a recomputation draws what its forward drew.
+
+        ``checkpoint(block, x, use_reentrant=False, context_fn=rng.recompute)``, with the function
+        of ``torch.utils.checkpoint``. Every generator of this object then draws the same in the
+        recomputation, and is afterwards where it would be without checkpointing; torch alone sees
+        to its default generators only. ``preserve_rng_state=False`` may be set beside it.
+
+        Does not communicate. Exceptions pass, with the streams put back. Draws of other threads
+        during a recomputation are undone with it. Where ``torch.compile`` traces the checkpoint
+        itself, torch has the draws in its graph, and nothing is done here.
+
+        To combine it with another ``context_fn``, such as one of
+        ``create_selective_checkpoint_contexts``: ``functools.partial(rng.recompute, context_fn)``.
+
+        Raises:
+            RNGStateError: In the forward or the backward: as for :meth:`state_dict`, or a generator
+                does not take its state back.
+        """
+        return self._recompute
 
     @overload
     def fingerprint(self, gather: Literal[False] = False) -> dict[str, str]: ...
@@ -423,6 +470,36 @@ class StatefulRNG:
             "it to dcp.save at the top level of the dict: DCP pickles what lies deeper."
         )
 
+    def _rewind_is_due(self) -> bool:
+        """Return whether a load put streams back that nobody has rewound to since."""
+        return self._loaded_states is not None and not self._is_rewound
+
+    def _warn_of_a_missed_rewind(self) -> None:
+        names = self._first_forward.names
+        if not names or not self._rewind_is_due():
+            return
+        assert self._loaded_states is not None
+        if self._packed() == self._generators.pack(self._loaded_states):
+            return  # a save right after the load: the rewind may still come
+        warn(
+            f"rank {global_rank()}: this save comes before the rewind that "
+            f"rewind_at_first_forward() was asked for: since the load, no forward of "
+            f"{' or '.join(names)} has run in training mode, with gradients enabled and outside of "
+            "a ScopedRNG (or when= has counted none). Whatever drew since the load has moved the "
+            "streams, the resume is not exact, and no rewind follows now. Give it the module whose "
+            "forward the step calls, or call rewind() right before the first step"
+        )
+        self._first_forward.release()
+
+    def _note_that_nothing_was_loaded(self, rows: Rows) -> None:
+        self.loaded = self._loaded_states = None
+        warn(
+            f"rank {global_rank()}: the load restored no random stream: the checkpoint holds "
+            f"no RNG state ({KEY}) for row {rows.row}. The streams stay where they are, and a "
+            "job that was just seeded draws its first numbers again: resume once with another "
+            "seed, as docs/elastic.md shows under 'A checkpoint without RNG state'"
+        )
+
     def _load_automodel_state(self, state: Any) -> None:
         """Restore the global streams, which are all that NeMo Automodel's state knows."""
         if not self._generators.has_global:
@@ -434,24 +511,42 @@ class StatefulRNG:
         self._watch.warn_if_another_is_current()
         self._restore(states)
         self.loaded, self._is_rewound = Loaded(), False
+        self._loader_went_on = False
 
     def _restore(self, states: States, seeds: Mapping[str, int] | None = None) -> None:
         self._warn_in_a_scope("what is loaded or rewound are")
         self._loaded_states = self._generators.restore(states, seeds)
         self._watch.note_seeds()
 
-    def _rewind_once(self) -> None:
-        """Rewind, unless a loader did since the last load."""
-        if self._loaded_states is not None and not self._is_rewound:
+    def _rewind_for_a_loader(self) -> None:
+        """Rewind, unless a loader had it done since the last load."""
+        if self._loaded_states is not None and not self._loader_went_on:
             self.rewind()
-            self._is_rewound = True
+        self._loader_went_on = True
 
     def _states_of_job(self) -> States:
-        """Return the streams that a checkpoint holds, also while a loader is about to rewind."""
-        if self._waiting and not self._is_rewound and self._loaded_states is not None:
+        """Return the streams that a checkpoint holds, whatever a loader has done or will do."""
+        if self._waiting and not self._loader_went_on and self._loaded_states is not None:
             return self._loaded_states
-        set_aside = self._set_aside or {}
-        return {name: set_aside.get(name, state) for name, state in self._generators.take().items()}
+        states = self._generators.take()
+        if self._set_aside:
+            in_place = self._generators.parked_at is None
+            for name, slot in self._generators.slots.items():
+                # What a scope has parked is the job's already.
+                if name in self._set_aside and (in_place or not slot.is_global):
+                    states[name] = self._set_aside[name]
+        return states
+
+    def _warn_of_a_coming_rewind(self) -> None:
+        if not self._waiting or self._loader_went_on or self._loaded_states is None:
+            return
+        if self._packed() != self._generators.pack(self._loaded_states):
+            warn(
+                f"rank {global_rank()}: this save comes before the first batch of a "
+                "ResumableLoader that goes on in the middle of a pass, and something has drawn "
+                "since the load. What was loaded is stored, since that batch begins with a rewind. "
+                "If the loader is not used again, call its set_epoch()"
+            )
 
     def _warn_in_a_scope(self, what: str) -> None:
         place = self._generators.parked_at
@@ -475,17 +570,6 @@ class StatefulRNG:
 
     def _job(self, rows: Rows) -> Job:
         return Job(rows.row, rows.count, rows.mesh_sizes, self.ranked, self._generators.slots)
-
-    def _is_untouched(self, record: Record, table: torch.Tensor) -> bool:
-        """Return whether DCP left in a table what :meth:`state_dict` had put there.
-
-        The table of an earlier moment may be given back on purpose, and is then restored. While no
-        stream has moved, there is nothing to restore either way.
-        """
-        if self._handed_out.get(record.taken_at) is not table:
-            return False
-        saved = {name: stream.state for name, stream in record.streams.items()}
-        return saved == self._packed()
 
     def _row_number(self) -> int:
         """Return the row that this process must own, with or without a process group."""

@@ -22,9 +22,6 @@ from nemo_rng_dcp.errors import RNGStateError
 from nemo_rng_dcp.ranks import global_rank, world_size
 from nemo_rng_dcp.record import KEY, LENGTH, ROWS, Mesh, Record, words_of
 
-NOT_SAVED = torch.empty(0, dtype=torch.int64)
-"""Stands for a record that a checkpoint does not have."""
-
 
 @dataclass(frozen=True)
 class Rows:
@@ -81,15 +78,7 @@ class Rows:
         if self.mesh is None and not dist.is_initialized():
             return record
         mesh = _mesh_of_all_ranks() if self.mesh is None else _on_cpu(self.mesh)
-        return DTensor.from_local(
-            record,
-            mesh,
-            # Sharding dim 0 over every mesh dimension in order is the row-major numbering.
-            [Shard(0)] * mesh.ndim,
-            run_check=False,
-            shape=torch.Size((self.count * record.numel(),)),
-            stride=(1,),
-        )
+        return _sharded(record, mesh, self.count)
 
     def own_record(self, table: torch.Tensor) -> Record:
         """Return the record in a table that is loaded into this process's row.
@@ -104,7 +93,7 @@ class Rows:
         Raises:
             RNGStateError: It holds no record, an altered one, or another row's.
         """
-        records = records_in(table.to_local() if isinstance(table, DTensor) else table)
+        records = records_in(local(table))
         chosen = records[source_row(self.row, len(records))]
         record = Record.from_tensor(chosen)
         source = source_row(self.row, record.rows)
@@ -116,6 +105,23 @@ class Rows:
                 "dcp.save or StatefulRNG.save(), and load with dcp.load or StatefulRNG.load()."
             )
         return record
+
+
+def with_record(table: torch.Tensor, record: torch.Tensor) -> torch.Tensor:
+    """Return a table on the ranks of another one, with another record as this process's row.
+
+    Args:
+        table: As :meth:`Rows.table` makes it; it stays as it is.
+        record: Shape ``(length,)``, of any length that is the same on every rank; not copied.
+    """
+    if not isinstance(table, DTensor):
+        return record
+    return _sharded(record, table.device_mesh, table.numel() // local(table).numel())
+
+
+def local(table: torch.Tensor) -> torch.Tensor:
+    """Return what this process has of a table; a plain one has all that there is."""
+    return table.to_local() if isinstance(table, DTensor) else table
 
 
 def row_major(coordinate: Sequence[int], shape: Sequence[int]) -> int:
@@ -209,6 +215,18 @@ def read_of_row(key: str, row: int, saved: Any) -> ReadItem:
     raise RNGStateError(
         f"{key}: the checkpoint's metadata has no chunk of {length} numbers at {place[0]}, for row "
         f"{row}. It was saved by fewer ranks than it has rows, or is damaged."
+    )
+
+
+def _sharded(record: torch.Tensor, mesh: DeviceMesh, count: int) -> DTensor:
+    return DTensor.from_local(
+        record,
+        mesh,
+        # Sharding dim 0 over every mesh dimension in order is the row-major numbering.
+        [Shard(0)] * mesh.ndim,
+        run_check=False,
+        shape=torch.Size((count * record.numel(),)),
+        stride=(1,),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from nemo_rng_dcp.errors import RNGStateError
+from nemo_rng_dcp.generators.adapter import GeneratorAdapter
 from nemo_rng_dcp.generators.held import Held
 from nemo_rng_dcp.generators.parked import (
     Parked,
@@ -20,7 +22,11 @@ from nemo_rng_dcp.generators.parked import (
     park,
     unpark,
 )
-from nemo_rng_dcp.generators.registry import generators_of_process, registered_generators
+from nemo_rng_dcp.generators.registry import (
+    generators_of_process,
+    registered_generators,
+    source_of,
+)
 
 _Result = TypeVar("_Result")
 
@@ -72,11 +78,13 @@ class GeneratorSet:
         slots: By name.
         device: As given.
         has_global: Whether the process's global generators are in the set.
-        registered: Those that were given, by name.
+        lock: Held while generators are read or written. One for all sets, and reentrant.
 
     Raises:
         ValueError, TypeError: As for :func:`registered_generators`.
     """
+
+    lock = _LOCK
 
     def __init__(
         self,
@@ -89,7 +97,6 @@ class GeneratorSet:
         generators = {} if generators is None else generators
         shared = {} if shared is None else shared
         registered = registered_generators(generators, shared, device)
-        self.registered: dict[str, Any] = {**generators, **shared}
         of_process = generators_of_process(device) if global_generators else {}
         self.device, self.has_global = device, global_generators
         self._adapters = {**of_process, **registered}
@@ -101,6 +108,16 @@ class GeneratorSet:
         }
 
     @property
+    def registered(self) -> dict[str, GeneratorAdapter]:
+        """The adapters of those that the job registered, by name."""
+        return {n: adapter for n, adapter in self._adapters.items() if not self.slots[n].is_global}
+
+    @property
+    def names_by_source(self) -> dict[int, str]:
+        """The names of the registered objects by :func:`source_of`; of functions there is none."""
+        return {source_of(generator): name for name, generator in self._held.generators.items()}
+
+    @property
     def parked_at(self) -> str | None:
         """Where the scope was entered that has other global streams in place, ``file:line``."""
         parked = self._parked()
@@ -109,6 +126,12 @@ class GeneratorSet:
     def exchanged(self) -> list[str]:
         """Return the registered generators that nobody else holds any more, see :class:`Held`."""
         return self._held.dropped()
+
+    def in_this_scope(self) -> GeneratorSet:
+        """Return a set of the same generators whose global streams are those in place now."""
+        other = copy.copy(self)
+        other._scopes = open_scopes()
+        return other
 
     def take(self) -> States:
         """Return every generator's state by name; moves no stream.

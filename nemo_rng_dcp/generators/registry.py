@@ -62,7 +62,14 @@ def registered_generators(
             is no string.
     """
     adapters: dict[str, GeneratorAdapter] = {}
-    owners = sources_of_process(device)
+    owners: dict[int, str] = {
+        id(random.random.__self__): "python",  # type: ignore[attr-defined]
+        id(torch.default_generator): "torch",
+        id(np.random.get_bit_generator()): "numpy",  # type: ignore[attr-defined]
+    }
+    of_device = None if device is None else default_generator(device)
+    if of_device is not None:
+        owners[id(of_device)] = of_device.device.type
     fixed = dict(owners)  # what a function returns may change
     for argument, given in (("generators", generators), ("shared_generators", shared)):
         if not isinstance(given, Mapping):
@@ -104,23 +111,25 @@ def registered_generators(
     return adapters
 
 
+def can_be_registered(value: Any) -> bool:
+    """Return whether a value is a generator of torch, NumPy or Python, and none of the process's.
+
+    What only looks like one is none: a subclass without a state, or one in a state of its own.
+    """
+    kinds = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+    if not isinstance(value, kinds):
+        return False
+    try:
+        registered_generators({"trial": value}, {}, None)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
 def source_of(generator: Any) -> int:
     """Return what two handles of one stream have in common, while one of them lives."""
     # As two of NumPy's generators over one bit generator are.
     return id(getattr(generator, "_bit_generator", generator))
-
-
-def sources_of_process(device: torch.device | None) -> dict[int, str]:
-    """Return what :func:`source_of` gives for the global generators, with their names."""
-    sources: dict[int, str] = {
-        id(random.random.__self__): "python",  # type: ignore[attr-defined]
-        id(torch.default_generator): "torch",
-        id(np.random.get_bit_generator()): "numpy",  # type: ignore[attr-defined]
-    }
-    of_device = None if device is None else default_generator(device)
-    if of_device is not None:
-        sources[id(of_device)] = of_device.device.type
-    return sources
 
 
 def is_reserved(name: str) -> bool:

@@ -5,6 +5,7 @@ simulated device, through ``test_simulated_device.py``.
 """
 
 import os
+import random
 import re
 import threading
 import warnings
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.utils.checkpoint import checkpoint
 
 from nemo_rng_dcp import (
     RNGLoadPlanner,
@@ -80,6 +82,30 @@ def test_a_round_trip_is_exact(tmp_path: Path) -> None:
     expected = draw_on(0), draw()
     dcp.load({"rng": rng}, checkpoint_id=tmp_path)
     assert (draw_on(0), draw()) == expected
+
+
+@pytest.mark.parametrize("preserve", [True, False])
+def test_a_recomputation_draws_on_the_device_what_the_forward_drew(preserve: bool) -> None:
+    outcomes = []
+    for checkpointed in (False, True):
+        own = torch.Generator(f"{TYPE}:0").manual_seed(2)
+        rng = StatefulRNG(1, generators={"own": own})
+        weight = torch.ones(4, device=f"{TYPE}:0", requires_grad=True)
+
+        def block(
+            x: torch.Tensor, own: torch.Generator = own, weight: torch.Tensor = weight
+        ) -> torch.Tensor:
+            x = x * torch.randn(4, device=weight.device) * weight
+            return x * torch.randn(4, device=weight.device, generator=own) * random.random()
+
+        x = torch.ones(4, device=weight.device)
+        options = {"context_fn": rng.recompute, "preserve_rng_state": preserve}
+        for _ in range(2):
+            x = checkpoint(block, x, use_reentrant=False, **options) if checkpointed else block(x)
+        x.sum().backward()
+        assert weight.grad is not None
+        outcomes.append((weight.grad.tolist(), rng.fingerprint()))
+    assert outcomes[0] == outcomes[1]
 
 
 def test_the_record_is_on_the_cpu() -> None:

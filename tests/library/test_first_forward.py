@@ -1,20 +1,24 @@
 """A rewind at the first forward, on every kind of module that a training step calls."""
 
+import re
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from nemo_rng_dcp import StatefulRNG
+from nemo_rng_dcp import RNGStateWarning, ScopedRNG, StatefulRNG
 from tests.support.jobs import job
-from tests.support.streams import draw, unmoved
+from tests.support.streams import draw, said, unmoved
 
 Numbers = list[float]
 
@@ -173,6 +177,170 @@ def test_the_rewind_happens_once() -> None:
     step(model)
     assert draw() == expected
     assert not model._forward_pre_hooks
+
+
+@torch.no_grad()
+def validate_without_gradients(model: nn.Module) -> None:
+    model(torch.ones(1, 4))
+
+
+@torch.inference_mode()
+def sanity_check(model: nn.Module) -> None:
+    model.eval()
+    model(torch.ones(1, 4))
+    model.train()
+
+
+def validate_with_gradients(model: nn.Module) -> None:
+    model.eval()
+    model(torch.ones(1, 4))
+    model.train()
+
+
+def probe(model: nn.Module) -> None:
+    """A training forward whose draws and streams are undone."""
+    with ScopedRNG(seed=3):
+        model(torch.ones(1, 4))
+
+
+@pytest.mark.parametrize("create", [plain, compiled, with_activation_checkpoints])
+@pytest.mark.parametrize(
+    "before", [validate_without_gradients, sanity_check, validate_with_gradients, probe]
+)
+def test_what_comes_before_the_training_step_does_not_use_it_up(
+    create: Callable[[], nn.Module], before: Callable[[nn.Module], None]
+) -> None:
+    rng, model = StatefulRNG(1), create()
+    state = rng.state_dict()
+    expected = step(model) + draw()
+    rng.load_state_dict(state)
+    rng.rewind_at_first_forward(model)
+    draw()
+    before(model)
+    assert step(model) + draw() == expected
+
+
+@torch.no_grad()
+def rollout(model: nn.Module) -> Numbers:
+    numbers: Numbers = model(torch.ones(1, 4)).flatten().tolist()
+    return numbers + draw()
+
+
+def test_when_says_which_forward_counts() -> None:
+    """A step that begins in evaluation, as reinforcement learning has it."""
+    rng, model = StatefulRNG(1), Model()
+    steps = 0
+    state = rng.state_dict()
+    expected = rollout(model)
+    rng.load_state_dict(state)
+    rng.rewind_at_first_forward(model, when=lambda module: module is model and steps == 1)
+    draw()
+    assert rollout(model) != expected
+    steps = 1
+    assert rollout(model) == expected
+    assert rollout(model) != expected
+
+
+def test_a_rewind_in_between_is_enough() -> None:
+    rng, model = StatefulRNG(1), Model()
+    state = rng.state_dict()
+    draw()
+    rng.load_state_dict(state)
+    rng.rewind_at_first_forward(model)
+    draw()
+    rng.rewind()
+    draw()  # what the step draws for its batch
+    model.blocks = nn.ModuleList()  # which leaves a forward that draws nothing
+    with unmoved():
+        model(torch.ones(1, 4))
+
+
+def test_several_calls_wait_for_one_forward() -> None:
+    rng, models = StatefulRNG(1), [Model(), Model()]
+    state = rng.state_dict()
+    expected = step(models[1]) + step(models[0])
+    rng.load_state_dict(state)
+    for model in models:
+        rng.rewind_at_first_forward(model)
+    draw()
+    assert step(models[1]) + step(models[0]) == expected
+    assert not any(model._forward_pre_hooks for model in models)
+
+
+def never_in_forward(model: nn.Module) -> None:
+    """A step as ``training_step`` or ``generate`` has it: it calls the parts."""
+    assert isinstance(model, Model)
+    x = torch.ones(1, 4)
+    for block in model.blocks:
+        x = block(x)
+    x.sum().backward()
+
+
+@pytest.mark.parametrize("missed", [never_in_forward, sanity_check, probe])
+def test_a_save_before_it_says_so_once_and_ends_it(missed: Callable[[nn.Module], None]) -> None:
+    rng, model = StatefulRNG(1), Model()
+    state = rng.state_dict()
+    draw()
+    rng.load_state_dict(state)
+    rng.rewind_at_first_forward(model)
+    draw()
+    missed(model)
+    [message] = said(rng.state_dict)
+    assert re.search(r"rank 0: .*no forward of Model has run in training.*call rewind\(\)", message)
+    assert not model._forward_pre_hooks
+    assert said(rng.state_dict) == []
+    before = draw()
+    step(model)
+    assert draw() != before
+
+
+def missed_on_each_rank(path: str) -> list[str]:
+    rng, model = StatefulRNG(1, ranked=True), Model()
+    dcp.save({"rng": rng}, checkpoint_id=path)
+    rng.rewind_at_first_forward(model)
+    dcp.load({"rng": rng}, checkpoint_id=path)
+    draw()
+    if dist.get_rank() == 1:
+        step(model)
+    return said(lambda: dcp.save({"rng": rng}, checkpoint_id=path))
+
+
+def test_each_rank_speaks_for_itself(tmp_path: Path) -> None:
+    [first, second] = job(2, missed_on_each_rank, str(tmp_path))
+    assert [message.partition(":")[0] for message in first] == ["rank 0"]
+    assert second == []
+
+
+def test_as_an_error_it_is_said_again() -> None:
+    rng, model = StatefulRNG(1), Model()
+    rng.load_state_dict(rng.state_dict())
+    rng.rewind_at_first_forward(model)
+    draw()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RNGStateWarning)
+        for _ in range(2):
+            with pytest.raises(RNGStateWarning, match="no rewind follows"):
+                rng.state_dict()
+
+
+def test_saves_and_loads_without_a_missed_rewind_say_nothing(tmp_path: Path) -> None:
+    rng, model = StatefulRNG(1), Model()
+
+    def life() -> None:
+        rng.rewind_at_first_forward(model)
+        draw()
+        dcp.save({"rng": rng}, checkpoint_id=tmp_path)  # nothing was loaded yet
+        for _ in range(2):
+            dcp.load({"rng": rng}, checkpoint_id=tmp_path)
+            rng.state_dict()  # nothing has moved yet
+            draw()  # then another load
+        step(model)
+        dcp.save({"rng": rng}, checkpoint_id=tmp_path)
+        dcp.load({"rng": rng}, checkpoint_id=tmp_path)
+        step(model)
+        dcp.save({"rng": rng}, checkpoint_id=tmp_path)  # nobody had asked for a rewind
+
+    assert said(life) == []
 
 
 def test_before_any_load_nothing_moves() -> None:

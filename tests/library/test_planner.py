@@ -214,7 +214,7 @@ def test_a_row_that_was_not_saved_is_not_missed_in_silence(tmp_path: Path) -> No
     assert first == []
     [said_by_rank_1] = second
     assert "rank 1: the load restored no random stream" in said_by_rank_1
-    assert "the checkpoint holds no rng_streams for row 1" in said_by_rank_1
+    assert "the checkpoint holds no RNG state (rng_streams) for row 1" in said_by_rank_1
     assert "the checkpoint's metadata has no chunk of" in text, "with the planner it is an error"
 
 

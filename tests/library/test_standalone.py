@@ -22,7 +22,6 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from nemo_rng_dcp import RNGStateError, RNGStateWarning, StatefulRNG
 from nemo_rng_dcp.record import KEY
-from nemo_rng_dcp.table import NOT_SAVED
 from tests.support.jobs import begin_group, job
 from tests.support.streams import draw, unmoved, warned
 
@@ -338,27 +337,6 @@ def test_loaded_describes_what_was_restored(tmp_path: Path) -> None:
     assert (rng.loaded.rows, rng.loaded.world_size) == (2, 2)
     assert rng.loaded.saved_at is not None
     assert before <= rng.loaded.saved_at <= after
-
-
-def test_nothing_was_loaded_where_the_load_restored_nothing() -> None:
-    rng = StatefulRNG(1)
-    with pytest.warns(RNGStateWarning, match="restored no random stream") as caught:
-        rng.load_state_dict(rng.state_dict())
-    assert caught[0].filename == __file__
-    assert rng.loaded is None
-
-
-def test_a_load_that_restores_nothing_forgets_the_one_before() -> None:
-    """Or a rewind would repeat what was drawn since then."""
-    rng = StatefulRNG(1)
-    rng.load_state_dict({KEY: rng.state_dict()[KEY].clone()})
-    assert rng.loaded is not None
-    draw()
-    with unmoved(), pytest.warns(RNGStateWarning, match="restored no random stream"):
-        rng.load_state_dict({KEY: NOT_SAVED})
-    assert rng.loaded is None
-    with unmoved(), pytest.raises(RuntimeError, match="nothing was loaded yet"):
-        rng.rewind()
 
 
 # What is already there.

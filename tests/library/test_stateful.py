@@ -350,25 +350,6 @@ def test_the_stream_of_an_accelerator_that_is_not_here_is_ignored() -> None:
     )[0].replace("cuda, mps", "cuda")
 
 
-def test_the_record_that_state_dict_gave_restores_nothing_and_warns() -> None:
-    """DCP leaves it in place when the checkpoint holds nothing for this rank."""
-    rng = StatefulRNG(1)
-    draw()
-    given = rng.state_dict()
-    rng.state_dict()  # somebody else asks meanwhile
-    messages: list[str] = []
-    other = threading.Thread(
-        target=lambda: messages.extend(warned(lambda: rng.load_state_dict(given)))
-    )
-    with unmoved():
-        other.start()
-        other.join()
-    [text] = messages
-    assert "rank 0: the load restored no random stream" in text
-    with pytest.raises(RuntimeError, match="nothing was loaded"):
-        rng.rewind()
-
-
 def test_a_state_of_ones_own_is_restored_once_streams_have_moved() -> None:
     rng = StatefulRNG(1)
     state = rng.state_dict()

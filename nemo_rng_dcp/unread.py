@@ -1,0 +1,55 @@
+"""Whether a load has read anything into the record that it was given.
+
+``dcp.load`` asks its entries for tensors, reads into them and gives them back. A record that is
+handed out for that is marked (``Record.unread``). Whoever copies it, and whatever draws meanwhile:
+if the mark is there afterwards, nothing was read. The record is whole, so a program that keeps and
+saves it loses nothing.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import replace
+from types import FrameType
+
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+
+from nemo_rng_dcp.record import Record
+
+_STARTED = time.time_ns()
+_told: set[int] = set()
+
+
+def load_is_asking() -> bool:
+    """Return whether the caller runs because ``dcp.load`` asks for tensors to read into.
+
+    That is the first part of ``load``. What an entry asks for while it is given its state, or what
+    a save inside of an entry asks for, is the streams.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        module, name = frame.f_globals.get("__name__"), frame.f_code.co_name
+        if module == state_dict_loader.__name__:
+            return name == "load"
+        if module == state_dict_saver.__name__ or name == "load_state_dict":
+            return False
+        frame = frame.f_back
+    return False
+
+
+def marked(record: Record) -> Record:
+    """Return a record with the mark, of this moment."""
+    return replace(record, unread=True, taken_at=time.time_ns())
+
+
+def was_read(record: Record) -> bool:
+    """Return whether a load has read the record that it gives back; no once for each mark.
+
+    A record with a mark that was saved all the same is one of another process, or the caller knows
+    already: it is restored as the record that it is.
+    """
+    if not record.unread or record.taken_at < _STARTED or record.taken_at in _told:
+        return True
+    _told.add(record.taken_at)
+    return False
