@@ -16,6 +16,7 @@ from nemo_rng_dcp import (
     ResumableLoader,
     RNGStateError,
     RNGStateWarning,
+    ScopedRNG,
     StatefulRNG,
 )
 from tests.support import jobs
@@ -31,7 +32,7 @@ from tests.support.loaders import (
     check_resumes,
     loader_of,
 )
-from tests.support.streams import draw, unmoved, warned
+from tests.support.streams import draw, states, unmoved, warned
 
 EVERYWHERE: list[Any] = [(0, 0), (0, 1), (0, 2), (0, "last"), (0, "end"), (1, 2), (1, "end")]
 
@@ -473,9 +474,41 @@ def test_what_is_no_position_is_refused() -> None:
 def test_a_save_before_the_pending_rewind_stores_what_was_loaded(tmp_path: Path) -> None:
     case, first, second = Case("shuffle"), tmp_path / "a", tmp_path / "b"
     expected = Run(case).train({(0, 2): first}).steps
-    run = Run(case, seed=5).load(first).disturb()
-    run.save(second)
+    run = Run(case, seed=5).load(first)
+    assert warned(lambda: run.save(second)) == [], "nothing has drawn yet"
+    (message,) = warned(lambda: run.disturb().save(second))
+    assert "this save comes before the first batch of a ResumableLoader" in message
+    assert warned(lambda: run.load(second)) == [], "a load asks for the state, too"
     assert Run(case, seed=6).load(second).disturb().train().steps == behind(expected, (0, 2))
+    run.load(first).loader.set_epoch(3)
+    assert warned(lambda: run.disturb().save(second)) == [], "no rewind will come"
+
+
+def test_a_rewind_by_hand_does_not_replace_the_loaders(tmp_path: Path) -> None:
+    case = Case("shuffle")
+    expected = Run(case).train({(0, 2): tmp_path}).steps
+    run = Run(case, seed=5).load(tmp_path)
+    run.rng.rewind()
+    assert run.disturb().train().steps == behind(expected, (0, 2))
+
+
+def test_a_first_batch_inside_a_scope_is_said_and_the_streams_come_back(tmp_path: Path) -> None:
+    case = Case("shuffle")
+    expected = Run(case).train({(0, 2): tmp_path}).steps
+    run = Run(case, seed=5).load(tmp_path)
+    loaded = run.rng.fingerprint()
+    run.disturb()
+
+    def first_batch() -> None:
+        with ScopedRNG(3):
+            before = states()
+            batch = next(iter(run.loader))
+            assert states() == before, "the scope goes on with its own streams"
+            assert batch == behind(expected, (0, 2))[0][2]
+
+    (message,) = warned(first_batch)
+    assert "inside the ScopedRNG entered at" in message
+    assert run.rng.fingerprint() == loaded
 
 
 def test_a_save_inside_of_a_fetch_stores_the_streams_of_the_job(tmp_path: Path) -> None:
