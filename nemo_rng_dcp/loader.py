@@ -19,6 +19,7 @@ from nemo_rng_dcp.position import (
     figures_of,
     loaded_positions,
     mismatch,
+    position_key,
 )
 from nemo_rng_dcp.seeding import derive_seed, is_integer
 from nemo_rng_dcp.stateful import StatefulRNG
@@ -182,7 +183,8 @@ class ResumableLoader:
         if load_is_asking():
             # If the load finds none, this is what it gives back.
             positions = [position._replace(saved_at=UNREAD) for position in positions]
-        return {POSITION_KEY: self._rng._rows().table(torch.tensor(positions).flatten())}
+        rows = self._rng._rows()
+        return {position_key(rows): rows.table(torch.tensor(positions).flatten())}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go to the position in ``state_dict``; the next batch is the one behind it.
@@ -202,10 +204,11 @@ class ResumableLoader:
                 dataset, or the job another number of rows, so that the next batch would be other
                 samples. The loader stays where it is.
         """
-        if not isinstance(state_dict, Mapping) or POSITION_KEY not in state_dict:
-            raise RNGStateError(f"{POSITION_KEY}: the state is none of a ResumableLoader")
+        key = position_key(self._rng._rows())
+        if not isinstance(state_dict, Mapping) or key not in state_dict:
+            raise RNGStateError(f"{key}: the state is none of a ResumableLoader")
         own = self._positions()
-        saved = loaded_positions(state_dict[POSITION_KEY], [position.row for position in own])
+        saved = loaded_positions(state_dict[key], [position.row for position in own])
         if saved[0].saved_at == UNREAD:
             self._is_loaded = True
             warn(

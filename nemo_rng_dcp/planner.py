@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
-from collections.abc import Collection, Iterator, Mapping, MutableMapping
+from collections.abc import Collection, Iterator, MutableMapping
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
@@ -17,8 +17,12 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from nemo_rng_dcp import row_0
 from nemo_rng_dcp.errors import RNGStateError, warn
-from nemo_rng_dcp.record import KEY, Record
+from nemo_rng_dcp.grids import base_of, beside, is_name, own_key, refuse_one_for_two, warn_if_moved
+from nemo_rng_dcp.position import POSITION_KEY, UNREAD, positions_in
+from nemo_rng_dcp.ranks import world_size
+from nemo_rng_dcp.record import Record
 from nemo_rng_dcp.table import local, read_of_row, record_keys, with_record
 from nemo_rng_dcp.unread import marked
 
@@ -40,12 +44,16 @@ class _Entry:
         path: The containers that it is nested in, from the outside in, each with the key in it.
         value: The live table; once it is planned, one with room for the record that is read
             instead, or with a mark if there is none.
-        record: What the live table holds.
+        row: This process's.
+        unread: What is given back if there is nothing to read: the live row, with a mark.
+        generators: Their names; none for a loader's position.
     """
 
     path: _Path
     value: torch.Tensor
-    record: Record
+    row: int
+    unread: torch.Tensor
+    generators: Collection[str]
 
     @property
     def is_below_a_list(self) -> bool:
@@ -147,12 +155,15 @@ class RNGLoadPlanner(LoadPlanner):
         entries = {key: _entry(path) for key, path in paths.items()}
         self._entries: dict[str, _Entry]
         self._entries = {key: entry for key, entry in entries.items() if entry is not None}
-        self._reads = [
-            read_of_row(key, entry.record.row, saved[key])
-            for key, entry in self._entries.items()
-            if key in saved
-        ]
-        others = {key: stored for key, stored in saved.items() if key not in self._entries}
+        found = {key: own_key(key, saved) for key in self._entries}
+        self._reads = []
+        for key, source in found.items():
+            if source is not None:
+                row = self._entries[key].row
+                self._reads.append(read_of_row(source, row, saved[source], key))
+                warn_if_moved(key, source, row, saved)
+        ours = {*found, *found.values()}
+        others = {key: stored for key, stored in saved.items() if key not in ours}
         placeholders: dict[str, Any] = {
             key: _PLACEHOLDER_SAVED for key, entry in self._entries.items() if entry.is_below_a_list
         }
@@ -162,8 +173,7 @@ class RNGLoadPlanner(LoadPlanner):
                 dataclasses.replace(metadata, state_dict_metadata={**others, **placeholders}),
                 is_coordinator,
             )
-        if is_coordinator:
-            _warn_of_ignored(others, paths)
+        self._saved = saved
 
     def create_local_plan(self) -> LoadPlan:
         # The default planner may flatten the state dict a second time here.
@@ -173,17 +183,38 @@ class RNGLoadPlanner(LoadPlanner):
             for key, entry in self._entries.items():
                 # The record comes as it was saved: StatefulRNG is given it instead of the live one.
                 # Either is a table still, since a state dict that is kept may be saved again.
-                record = marked(entry.record).to_tensor()
+                record = entry.unread
                 if key in lengths:
                     record = torch.zeros(lengths[key], dtype=torch.int64, device="cpu")
                 entry.value = with_record(entry.value, record)
-        return dataclasses.replace(plan, items=[*plan.items, *self._reads])
+        plan = dataclasses.replace(plan, items=[*plan.items, *self._reads])
+        names = {(key, e.row): e.generators for key, e in self._entries.items()}
+        return row_0.tell(plan, names)
 
     def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
-        return self.planner.create_global_plan(global_plan)
+        # Only the coordinator comes here, and sees what every rank reads.
+        reads = [read for plan in global_plan for read in plan.items]
+        refuse_one_for_two(reads)
+        known = {read.storage_index.fqn for read in reads}
+        if len(global_plan) < world_size():  # the other ranks may have the other grids
+            known.update(other for key in self._entries for other in beside(key, self._saved))
+        ignored = [key for key in record_keys(self._saved) if key not in known]
+        if ignored:
+            warn(
+                f"the checkpoint has RNG state at {', '.join(ignored)}, for which this job has no "
+                "StatefulRNG under that key: ignored",
+            )
+        ignored = [key for key in record_keys(self._saved, POSITION_KEY) if key not in known]
+        if ignored:
+            warn(
+                f"the checkpoint has the position of a loader at {', '.join(ignored)}, for which "
+                "this job has no ResumableLoader under that key: ignored",
+            )
+        return row_0.spread(global_plan, self.planner.create_global_plan)
 
     def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
-        return self.planner.finish_plan(central_plan)
+        entries = {key: (entry.value, entry.generators) for key, entry in self._entries.items()}
+        return self.planner.finish_plan(row_0.hear(central_plan, entries))
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         self.planner.load_bytes(read_item, value)
@@ -224,16 +255,22 @@ for _name in dir(LoadPlanner):
         setattr(RNGLoadPlanner, _name, _passed_on(_name))
 
 
+def _is_ours(name: str) -> bool:
+    return is_name(name) or is_name(name, POSITION_KEY)
+
+
 def _find(value: Any, path: _Path = ()) -> Iterator[tuple[str, _Path]]:
-    """Find the tensors named :data:`KEY`, with the keys that DCP's planners give them."""
+    """Find the tensors with a record's name, with the keys that DCP's planners give them."""
     if any(container is value for container, _ in path):
         return  # it contains itself
     values = value if isinstance(value, list) else value.values()
     # By type: a loader's list of a million numbers is looked at in a few milliseconds.
     nested = {t for t in set(map(type, values)) if issubclass(t, (list, MutableMapping))}
-    if isinstance(value, MutableMapping) and isinstance(value.get(KEY), torch.Tensor):
-        here = (*path, (value, KEY))
-        yield ".".join(str(key) for _, key in here), here
+    if isinstance(value, MutableMapping):
+        for key, inner in value.items():
+            if isinstance(key, str) and _is_ours(key) and isinstance(inner, torch.Tensor):
+                here = (*path, (value, key))
+                yield ".".join(str(key) for _, key in here), here
     if nested:
         for key, inner in enumerate(value) if isinstance(value, list) else value.items():
             if type(inner) in nested:
@@ -245,17 +282,11 @@ def _entry(path: _Path) -> _Entry | None:
     container, key = path[-1]
     value = container[key]
     try:
+        if base_of(key) == POSITION_KEY:
+            (position,) = positions_in(local(value))
+            unread = torch.tensor(position._replace(saved_at=UNREAD))
+            return _Entry(path, value, position.row, unread, ())
         record = Record.from_tensor(local(value))
-    except RNGStateError:
+    except (RNGStateError, ValueError):
         return None
-    return _Entry(path, value, record)
-
-
-def _warn_of_ignored(saved: Mapping[str, Any], asked_for: Collection[str]) -> None:
-    """Name the RNG entries of the checkpoint for which the state dict has no place."""
-    ignored = [key for key in record_keys(saved) if key not in asked_for]
-    if ignored:
-        warn(
-            f"the checkpoint has RNG state at {', '.join(ignored)}, for which this job has no "
-            "StatefulRNG under that key: ignored",
-        )
+    return _Entry(path, value, record.row, marked(record).to_tensor(), record.streams)

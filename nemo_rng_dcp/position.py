@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from nemo_rng_dcp.errors import RNGStateError
-from nemo_rng_dcp.table import source_row
+from nemo_rng_dcp.record import KEY
+from nemo_rng_dcp.table import Rows, is_record, local, source_row
 
 POSITION_KEY = "loader_position"
 """The key of the entry in what ``ResumableLoader.state_dict()`` returns."""
@@ -69,9 +69,14 @@ class Position(NamedTuple):
         return self.fetched > 0
 
 
+def position_key(rows: Rows) -> str:
+    """Return the key of a loader's table; that of a grid without rank 0 has a name of its own."""
+    return POSITION_KEY + rows.key.removeprefix(KEY)
+
+
 def is_positions(key: str, dtype: object, size: Sequence[int]) -> bool:
     """Return whether what a checkpoint has under a key is a loader's table; see ``is_record``."""
-    return key.rpartition(".")[2] == POSITION_KEY and dtype == torch.int64 and len(size) == 1
+    return is_record(key, dtype, size, POSITION_KEY)
 
 
 def positions_in(numbers: torch.Tensor) -> list[Position]:
@@ -107,7 +112,7 @@ def loaded_positions(table: torch.Tensor, rows: list[int]) -> list[Position]:
     Raises:
         RNGStateError: It holds no positions, or those of other rows.
     """
-    found = positions_in(table.to_local() if isinstance(table, DTensor) else table)
+    found = positions_in(local(table))
     by_row = {position.row: position for position in found}
     wanted = [source_row(row, found[0].rows) for row in rows]
     if not by_row.keys() >= set(wanted):

@@ -3,16 +3,18 @@
 | | rank | world size | a collective |
 |---|---|---|---|
 | no process group | torchrun's ``RANK``, else 0 | 1 | asks nobody |
-| a process group | the group's | the group's | one all-gather |
+| a process group | the group's | the group's | gathers one object |
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
-import torch
 import torch.distributed as dist
+
+from nemo_rng_dcp.errors import RNGStateError
 
 
 def global_rank() -> int:
@@ -37,59 +39,112 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def gather_fingerprints(row: int, fingerprints: Mapping[str, str]) -> list[dict[str, str]]:
-    """Return the fingerprints of the streams of all rows, by row; every rank must call it.
+class Peer(NamedTuple):
+    """What a rank says of its streams.
+
+    Attributes:
+        rank: Its global rank.
+        grid: The key of the table that its row is in. Ranks of another grid have other rows.
+        row: Its row.
+        fingerprints: By generator.
+        shared: The generators that are alike on all ranks of its grid; others are so in a row.
+    """
+
+    rank: int
+    grid: str
+    row: int
+    fingerprints: Mapping[str, str]
+    shared: Collection[str]
+
+
+def gather_peers(own: Callable[[], Peer], process_group: dist.ProcessGroup | None) -> list[Peer]:
+    """Return what all ranks say, by rank; every rank of the group must call it.
 
     Args:
-        row: This rank's row. Of ranks that share one, the lowest speaks.
-        fingerprints: This rank's by generator; the same names on every rank.
+        own: Returns what this rank says. If it raises, all ranks are told.
+        process_group: The ranks; ``None``: those of the default process group.
+
+    Raises:
+        RNGStateError: On every rank: one of them cannot say it, or ranks of one grid have other
+            generators. On those that called it: others did not, within the group's time-out.
+        ValueError: This rank is not in ``process_group``.
     """
+    if not dist.is_initialized():
+        return [own()]
+    if dist.get_rank(process_group) < 0:
+        raise ValueError(f"rank {global_rank()} is not in the process_group that was given")
+    answer: Peer | str
+    cause = None
+    try:
+        answer = own()
+    except Exception as error:
+        answer, cause = f"rank {global_rank()} cannot tell its streams: {error}", error
+    answers = _all_gather(answer, process_group)
+    peers = [peer for peer in answers if isinstance(peer, Peer)]
+    problems = [text for text in answers if isinstance(text, str)] or list(_unlike(peers))
+    if problems:
+        raise RNGStateError("; ".join(problems)) from cause
+    return peers
+
+
+def fingerprints_by_row(peers: Iterable[Peer], grid: str) -> list[dict[str, str]]:
+    """Return the fingerprints of the streams of a grid's rows; the lowest rank of a row speaks."""
     rows: dict[int, dict[str, str]] = {}
-    for number, *values in _gather(row, fingerprints):
-        gathered = [f"{value:012x}" for value in values]
-        rows.setdefault(number, dict(zip(fingerprints, gathered, strict=True)))
+    for peer in peers:
+        if peer.grid == grid:
+            rows.setdefault(peer.row, dict(peer.fingerprints))
     return [rows[number] for number in sorted(rows)]
 
 
-def drifted(row: int, fingerprints: Mapping[str, str], shared: Collection[str]) -> list[str]:
-    """Return where ranks should have one stream and have not; every rank must call it.
-
-    Args:
-        row: This rank's row.
-        fingerprints: This rank's by generator; the same names on every rank.
-        shared: The generators that are alike on all ranks; the others are alike within a row.
-
-    Returns:
-        The same on every rank: one text for each generator and row in which ranks differ.
-    """
-    everyone = _gather(row, fingerprints)
-    sharing: dict[int, list[int]] = {}
-    for rank, (number, *_) in enumerate(everyone):
-        sharing.setdefault(number, []).append(rank)
+def drifted(peers: Collection[Peer]) -> list[str]:
+    """Return a text for each generator and row in which ranks should be alike and are not."""
+    several = len({peer.grid for peer in peers}) > 1
     messages = []
-    for column, name in enumerate(fingerprints, start=1):
-        groups = {"all ranks share it": list(range(len(everyone)))}
-        if name not in shared:
-            groups = {
-                f"ranks {', '.join(map(str, ranks))} share row {number}": ranks
-                for number, ranks in sharing.items()
-            }
-        for text, ranks in groups.items():
-            other = [r for r in ranks if everyone[r][column] != everyone[ranks[0]][column]]
+    for name in dict.fromkeys(name for peer in peers for name in peer.fingerprints):
+        sharing: dict[tuple[str, int | None], list[Peer]] = {}
+        for peer in peers:
+            if name in peer.fingerprints:
+                row = None if name in peer.shared else peer.row
+                sharing.setdefault((peer.grid, row), []).append(peer)
+        for (_, row), (first, *others) in sharing.items():
+            other = [p for p in others if p.fingerprints[name] != first.fingerprints[name]]
             if other:
-                differ = f"rank {', '.join(map(str, other))} differs from rank {ranks[0]}"
+                text = f"ranks {_listed([first, *others])} share it"
+                if row is not None:
+                    text = text.replace(" it", f" row {row}")
+                elif not several:
+                    text = "all ranks share it"
+                differ = f"rank {_listed(other)} differs from rank {first.rank}"
                 messages.append(f"{name}: {text}, but {differ}")
     return messages
 
 
-def _gather(row: int, fingerprints: Mapping[str, str]) -> list[list[int]]:
-    """Return by rank its row and the fingerprints of its streams, as numbers."""
-    numbers = [row, *(int(fingerprint, 16) for fingerprint in fingerprints.values())]
-    if not dist.is_initialized():
-        return [numbers]
-    # "cpu:gloo,cuda:nccl" or "cuda:nccl": a group that serves the CPU is used there.
-    devices = [backend.split(":")[0] for backend in dist.get_backend_config().split(",")]
-    own = torch.tensor(numbers, dtype=torch.int64, device="cpu" if "cpu" in devices else devices[0])
-    everyone = [torch.empty_like(own) for _ in range(world_size())]
-    dist.all_gather(everyone, own)
-    return [gathered.tolist() for gathered in everyone]
+def _all_gather(answer: Peer | str, process_group: dist.ProcessGroup | None) -> list[Any]:
+    answers: list[Any] = [None] * dist.get_world_size(process_group)
+    try:
+        dist.all_gather_object(answers, answer, group=process_group)
+    except RuntimeError as error:
+        ranks = ", ".join(map(str, dist.get_process_group_ranks(process_group)))
+        raise RNGStateError(
+            f"rank {global_rank()}: not all of ranks {ranks} answered, and every rank of the "
+            "process group must call this. Call it on all of them, or give process_group= the "
+            f"ranks that do ({error})"
+        ) from error
+    return answers
+
+
+def _unlike(peers: Iterable[Peer]) -> Iterator[str]:
+    """Yield which generators only one of a rank and the first rank of its grid has."""
+    first: dict[str, Peer] = {}
+    for peer in peers:
+        known = first.setdefault(peer.grid, peer)
+        for name in sorted(peer.fingerprints.keys() ^ known.fingerprints.keys()):
+            has, lacks = (known, peer) if name in known.fingerprints else (peer, known)
+            yield (
+                f"{name}: rank {has.rank} has this generator and rank {lacks.rank} has not: "
+                "register the same names on every rank"
+            )
+
+
+def _listed(peers: Iterable[Peer]) -> str:
+    return ", ".join(str(peer.rank) for peer in peers)

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from itertools import zip_longest
 
 from nemo_rng_dcp.errors import RNGStateError
 from nemo_rng_dcp.generators import Slot
@@ -24,6 +25,8 @@ class Job:
         mesh: The mesh along which streams differ; ``None``: all ranks.
         ranked: What its ``StatefulRNG`` was given.
         slots: Its generators by name.
+        parts: The dimensions that a flattened ``mesh`` is made of; ``None``: it is none.
+        seed: What its ``StatefulRNG`` was given; ``None``: it is of no account.
     """
 
     row: int
@@ -31,6 +34,8 @@ class Job:
     mesh: Mesh | None
     ranked: bool
     slots: Mapping[str, Slot]
+    parts: Mesh | None = None
+    seed: int | None = None
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,7 @@ class Resume:
         seeds: By generator, the seed of the new stream that a new row starts instead.
         resizes: How often the job was resumed with another number of rows, this time included.
         remarks: What a person should know, a sentence each; none if the same job loads.
+        of_generators: Those of the remarks that may hold for this row alone.
         loaded: Where the streams come from.
     """
 
@@ -72,6 +78,7 @@ class Resume:
     seeds: Mapping[str, int]
     resizes: int
     remarks: tuple[str, ...]
+    of_generators: tuple[str, ...]
     loaded: Loaded
 
 
@@ -94,6 +101,7 @@ def resume(record: Record, job: Job) -> Resume:
     saved = [name for name in job.slots if name in record.streams]
     resizes = record.resizes + (record.rows != job.rows)
     forked = _forked(record, job, saved)
+    of_generators = tuple(_on_generators(record, job))
     seeds = {
         name: fork_seed(name, job.row, resizes, record.streams[name].state)
         for name in forked
@@ -103,7 +111,8 @@ def resume(record: Record, job: Job) -> Resume:
         {name: record.streams[name].state for name in saved},
         seeds,
         resizes,
-        tuple(_remarks(record, job, saved, forked)),
+        (*_on_rows(record, job, saved, forked), *of_generators, *_on_surroundings(record)),
+        of_generators,
         Loaded.from_record(record),
     )
 
@@ -137,7 +146,7 @@ def _forked(record: Record, job: Job, saved: list[str]) -> list[str]:
     ]
 
 
-def _remarks(record: Record, job: Job, saved: list[str], forked: list[str]) -> Iterator[str]:
+def _on_rows(record: Record, job: Job, saved: list[str], forked: list[str]) -> Iterator[str]:
     rows, now = record.rows, job.rows
     if now < rows:
         yield f"{rows} rows were saved and {now} are loaded: {_rows(now, rows)} dropped"
@@ -149,12 +158,19 @@ def _remarks(record: Record, job: Job, saved: list[str], forked: list[str]) -> I
             f"{rows} rows were saved and {now} are loaded: {_rows(rows, now)} new, "
             f"{_sources(rows, now)} ({'; '.join(done)})"
         )
-    if _renumbered(record.mesh, job.mesh):
+    meshes = [(record.mesh, job.mesh)]
+    if record.parts or job.parts:
+        meshes.append((record.parts or record.mesh, job.parts or job.mesh))
+        # Of a record without them nobody knows more than the names of its mesh.
+        meshes = meshes[-1:] if record.parts and job.parts else meshes
+    if all(_renumbered(then, here, min(rows, now)) for then, here in meshes):
         yield (
-            f"the rows were saved along {mesh_text(record.mesh)} and are loaded along "
-            f"{mesh_text(job.mesh)}: row r may belong to another coordinate now"
+            f"the rows were saved along {mesh_text(meshes[-1][0])} and are loaded along "
+            f"{mesh_text(meshes[-1][1])}: row r may belong to another coordinate now"
         )
     has_global = any(slot.is_global for slot in job.slots.values())
+    if job.seed not in (None, record.seed) and any(job.slots[name].is_global for name in saved):
+        yield f"saved with seed={record.seed}, now seed={job.seed}: the saved streams continue"
     if record.ranked != job.ranked and min(rows, now) > 1 and has_global:
         yield (
             f"saved with ranked={record.ranked}, now ranked={job.ranked}: saved rows continue as "
@@ -166,12 +182,18 @@ def _remarks(record: Record, job: Job, saved: list[str], forked: list[str]) -> I
         if record.streams[name].shared != shared:
             then, here = sorted(("generators=", "shared_generators="), reverse=not shared)
             yield f"{name} was saved in {then}, now in {here}: {unchanged[shared]}"
+
+
+def _on_generators(record: Record, job: Job) -> Iterator[str]:
     absent = [name for name in job.slots if name not in record.streams]
     if absent:
         yield f"the checkpoint has no {_listed(absent)}: the stream stays as it is"
     ignored = [name for name in record.streams if name not in job.slots]
     if ignored:
         yield f"the checkpoint has {_listed(ignored)}, which this job does not have: ignored"
+
+
+def _on_surroundings(record: Record) -> Iterator[str]:
     skew = record.version_skew()
     if skew:
         yield (
@@ -191,11 +213,20 @@ def _listed(names: list[str]) -> str:
     return ", ".join(name for name in names if name.rpartition(".")[0] not in names)
 
 
-def _renumbered(saved: Mesh | None, now: Mesh | None) -> bool:
-    if saved is None or now is None or len(saved) != 1:
+def _renumbered(saved: Mesh | None, now: Mesh | None, rows: int) -> bool:
+    """Return whether one of the first ``rows`` rows has another coordinate on the mesh now."""
+    if saved is None or now is None:
         return saved != now
-    # One dimension that grew or shrank keeps its numbers.
-    return [name for name, _ in saved] != [name for name, _ in now]
+    stride = 1
+    # The last dimension runs fastest. One of size 1 has no part in the numbers.
+    then, here = ([part for part in reversed(mesh) if part[1] > 1] for mesh in (saved, now))
+    for (name, size), (name_now, size_now) in zip_longest(then, here, fillvalue=("", 1)):
+        if stride >= rows:
+            break
+        if name != name_now or (size != size_now and stride * min(size, size_now) < rows):
+            return True
+        stride *= size
+    return False
 
 
 def _rows(first: int, end: int) -> str:

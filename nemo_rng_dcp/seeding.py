@@ -72,7 +72,8 @@ def init_all_rng(seed: int, ranked: bool = False) -> None:
     Args:
         seed: An integer (NumPy's too, ``bool`` not), ``0 <= seed`` and ``seed + rank < 2**32``.
         ranked: Add the global rank to the seed, so that ranks draw different numbers. The rank is
-            the default process group's, before that torchrun's ``RANK``, else 0.
+            the default process group's, before that torchrun's ``RANK``, else 0. Runs with
+            neighbouring seeds then share streams: choose seeds by :func:`derive_seed`.
 
     Raises:
         ValueError: The seed is no integer or out of range. Nothing was seeded.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -27,10 +27,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.tensor import DTensor
 
+from nemo_rng_dcp import row_0
 from nemo_rng_dcp.errors import RNGStateError
+from nemo_rng_dcp.grids import own_key, path_of, refuse_one_for_two, renamed, warn_if_moved
 from nemo_rng_dcp.places import OF_ANOTHER_WRITER, MissingRecordError, Place, Source, first_line
 from nemo_rng_dcp.record import KEY, Record
-from nemo_rng_dcp.table import local, read_of_row, record_keys, records_in
+from nemo_rng_dcp.table import Rows, local, read_of_row, record_keys, records_in
 
 CheckpointId = str | os.PathLike[str] | None
 """A folder or URL as DCP's ``checkpoint_id`` takes it; ``None``: the storage object knows it."""
@@ -75,7 +77,8 @@ def save(
 
 
 def load(
-    row: Callable[[], int],
+    rows: Callable[[], Rows],
+    names: Collection[str],
     path: CheckpointId,
     reader: StorageReader | None,
     key: str | None,
@@ -85,7 +88,8 @@ def load(
     """Return the saved record for a row, and read nothing else; a collective, as ``dcp.load`` is.
 
     Args:
-        row: Returns this process's row. What it raises, all ranks are told.
+        rows: Returns the rows of the job. What it raises, all ranks are told.
+        names: This rank's generators.
         path: A checkpoint that holds a record, alone or beside other things, at any depth; or a
             folder of which one folder is such a checkpoint.
         reader: DCP's reader of the checkpoint; ``None``: one for ``path``.
@@ -94,7 +98,7 @@ def load(
         missing_ok: Whether there may be no checkpoint, or none with a record.
 
     Returns:
-        ``{"rng_streams": record}``, not checked yet; ``None``: it is missing and may be.
+        ``{rows().key: record}``, not checked yet; ``None``: it is missing and may be.
 
     Raises:
         RNGStateError: On every rank: one of them has no row, there is no record, or several and no
@@ -104,7 +108,7 @@ def load(
     _check_member(group)
     storage = reader or cast(StorageReader, _storage_setup(None, path, reader=True))
     source = Source(storage, record_keys)
-    planner = _LoadPlanner(row, key, source)
+    planner = _LoadPlanner(rows, names, key, source)
     hint = OF_ANOTHER_WRITER if reader is None else ""
     with _told_on_every_rank(f"no record was loaded from {path or reader}", group, hint):
         try:
@@ -121,7 +125,7 @@ def load(
             if not (missing_ok and is_missing and len(causes) == _size(group)):
                 raise
             return None
-    return {KEY: planner.record}
+    return planner.loaded
 
 
 class _SavePlanner(DefaultSavePlanner):
@@ -191,12 +195,18 @@ class _LoadPlanner(DefaultLoadPlanner):
     The record is chosen in here, because DCP tells every rank what is raised in a planner.
     """
 
-    def __init__(self, row: Callable[[], int], key: str | None, source: Source) -> None:
+    def __init__(
+        self,
+        rows: Callable[[], Rows],
+        names: Collection[str],
+        key: str | None,
+        source: Source,
+    ) -> None:
         super().__init__()
-        self._row = row
+        self._rows, self._names = rows, names
         self._key = key
         self._source = source
-        self.record = torch.empty(0, dtype=torch.int64, device="cpu")
+        self.loaded: dict[str, torch.Tensor] = {}
 
     def set_up_planner(
         self,
@@ -211,21 +221,37 @@ class _LoadPlanner(DefaultLoadPlanner):
         self._save = getattr(metadata.storage_meta, "save_id", None)
 
     def create_local_plan(self) -> LoadPlan:
-        key = _chosen(self.saved, self._key)
-        read = read_of_row(key, self._row(), self.saved[key])
-        self.record = torch.zeros(read.lengths, dtype=torch.int64, device="cpu")
-        return LoadPlan([read], planner_data=self._save)
+        rows = self._rows()
+        key = _chosen(self.saved, self._key, rows.key)
+        entry = renamed(key, rows.key)
+        read = read_of_row(key, rows.row, self.saved[key], entry)
+        if self._key is None:
+            warn_if_moved(entry, key, rows.row, self.saved)
+        record = torch.zeros(read.lengths, dtype=torch.int64, device="cpu")
+        self.loaded = {rows.key: record}
+        plan = LoadPlan([read], planner_data=self._save)
+        return row_0.tell(plan, {(rows.key, rows.row): self._names})
 
     def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
+        return row_0.spread(global_plan, self._check)
+
+    def _check(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
         if len({plan.planner_data for plan in global_plan}) > 1:
             raise RNGStateError(
                 "ranks read different checkpoints: each of them named a place of its own. Let one "
                 "rank choose the place and broadcast it."
             )
+        if self._key is None:
+            refuse_one_for_two(read for plan in global_plan for read in plan.items)
         return global_plan
 
+    def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
+        entries = {key: (record, self._names) for key, record in self.loaded.items()}
+        return super().finish_plan(row_0.hear(central_plan, entries))
+
     def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
-        return self.record
+        [record] = self.loaded.values()
+        return record
 
     def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
         pass  # it was read into the record itself
@@ -233,19 +259,27 @@ class _LoadPlanner(DefaultLoadPlanner):
 
 def _first_record(reader: StorageReader) -> Record:
     """Return the record of row 0 that ``rng.save`` wrote; does not communicate."""
-    planner = _LoadPlanner(lambda: 0, KEY, Source(reader, record_keys))
+    planner = _LoadPlanner(lambda: Rows(0, 1, None), (), KEY, Source(reader, record_keys))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
         dcp.load({}, storage_reader=reader, planner=planner, no_dist=True)
-    return Record.from_tensor(planner.record)
+    [record] = planner.loaded.values()
+    return Record.from_tensor(record)
 
 
-def _chosen(saved: Mapping[str, Any], key: str | None) -> str:
+def _chosen(saved: Mapping[str, Any], key: str | None, name: str) -> str:
+    """Return the key of the record to load on the grid of ranks whose table has a name."""
     found = record_keys(saved)
-    if key is None and len(found) == 1:
-        return found[0]
-    for chosen in (key, f"{key}.{KEY}"):  # as it is, or as `inspect` shows it
-        if chosen in found:
+    keys = {path_of(one): one for one in found} | {
+        one: one for one in found
+    }  # `inspect` shows paths
+    places = {one.rpartition(".")[0] for one in found}
+    if key in keys:
+        own = renamed(keys[key], name)
+        return own if keys[key].endswith(KEY) and own in found else keys[key]
+    if key is None and len(places) == 1:
+        chosen = own_key(renamed(found[0], name), found)
+        if chosen is not None:
             return chosen
     if not found:
         raise MissingRecordError(
@@ -255,8 +289,9 @@ def _chosen(saved: Mapping[str, Any], key: str | None) -> str:
             "job had one, go on with the streams as they are: rng.load(path, missing_ok=True)"
         )
     if key is None:
+        other = "" if len(places) > 1 else f", none of them of this grid of ranks ({name})"
         raise RNGStateError(
-            f"the checkpoint holds {len(found)} records: choose one with "
+            f"the checkpoint holds {len(found)} records{other}: choose one with "
             f"{' or '.join(f'key={name!r}' for name in found)}"
         )
     raise RNGStateError(f"the checkpoint holds no record {key!r}, only {', '.join(found)}")

@@ -18,10 +18,19 @@ from nemo_rng_dcp.automodel import RNGState, is_automodel_state, packed_states
 from nemo_rng_dcp.errors import RNGStateError, warn
 from nemo_rng_dcp.first_forward import FirstForward
 from nemo_rng_dcp.generators import DeviceWatch, GeneratorSet, States, own_device
-from nemo_rng_dcp.ranks import drifted, gather_fingerprints, global_rank, world_size
+from nemo_rng_dcp.grids import Grid, own_key
+from nemo_rng_dcp.ranks import (
+    Peer,
+    drifted,
+    fingerprints_by_row,
+    gather_peers,
+    global_rank,
+    world_size,
+)
 from nemo_rng_dcp.recompute import ContextFn, recompute_of
-from nemo_rng_dcp.record import KEY, Record, Stream, fingerprint
+from nemo_rng_dcp.record import Record, Stream, fingerprint
 from nemo_rng_dcp.resume import Job, Loaded, resume
+from nemo_rng_dcp.row_0 import has_its_generators
 from nemo_rng_dcp.seeding import check_ranked, check_seed, seed_all
 from nemo_rng_dcp.table import Rows
 from nemo_rng_dcp.unread import load_is_asking, marked, was_read
@@ -46,8 +55,11 @@ class StatefulRNG:
     tells the rank.
 
     It owns this process's streams, so it cannot be copied or pickled: hand its
-    :meth:`state_dict` on instead. Threads may use it at the same time: each state taken or restored
-    is whole. Draws of other threads are not synchronised.
+    :meth:`state_dict` on instead. Threads and signal handlers may use it at any time: each state
+    taken or restored is whole. Draws of other threads are not synchronised.
+
+    The global streams are those of the ``ScopedRNG`` in which it was constructed, if any. Inside a
+    further one it acts on the streams that come back at that one's end, and warns.
 
     Args:
         seed: An integer (NumPy's too, ``bool`` not), ``0 <= seed`` and ``seed + row < 2**32``; the
@@ -61,7 +73,8 @@ class StatefulRNG:
             by name; the same names and kinds on every rank. Accepted are ``torch.Generator`` on any
             device, ``numpy.random.Generator`` over any bit generator that NumPy ships,
             ``numpy.random.RandomState``, ``random.Random``, and objects with the methods of
-            ``generators.GeneratorAdapter``. They are not seeded here, and restored in place:
+            ``generators.GeneratorAdapter``. For an owner that exchanges its generator, a function
+            that returns the one in use. They are not seeded here, and restored in place:
             whoever holds one sees the restored stream. On a new row they start a new stream.
         shared_generators: The same for generators that are alike on all ranks, such as a sampler's
             shuffle. On a new row they continue as saved.
@@ -119,6 +132,7 @@ class StatefulRNG:
         if mesh is not None and not isinstance(mesh, DeviceMesh):
             raise TypeError(f"mesh is {mesh!r}, expected a DeviceMesh or None")
         self.mesh = mesh
+        self._grid = None if mesh is None else Grid.of(mesh)
         self._seeded_row = self._row_number()
         row_seed = check_seed(seed, self._seeded_row if ranked else 0)
         self.seed = int(seed)
@@ -155,11 +169,13 @@ class StatefulRNG:
         Returns:
             ``{"rng_streams": table}``: int64, shape ``(rows * length,)``, a DTensor sharded on dim
             0 of which each rank has its row (a plain tensor without a process group). The record is
-            described in ``record.py``.
+            described in ``record.py``. Where ``mesh`` is no part of a mesh with rank 0, the lowest
+            rank of the whole mesh is in the key: ``rng_streams@4``.
 
         Warns:
             RNGStateWarning: Another accelerator device is current than this object's; other code
-                gave it another stream, as torch's DTensor does; or a rewind that
+                gave it another stream, as torch's DTensor does; a ``ScopedRNG`` has others now;
+                nobody else holds a registered generator; or a rewind that
                 :meth:`rewind_at_first_forward` was asked for did not happen since the load. The
                 message has the remedy.
 
@@ -172,8 +188,12 @@ class StatefulRNG:
         rows = self._rows()
         self._watch.warn_if_another_is_current()
         self._watch.warn_if_reseeded(rows.row)
-        self._warn_in_a_scope("the record holds")
-        self._warn_of_exchanged_generators()
+        is_for_a_load = load_is_asking()
+        if not is_for_a_load:
+            self._warn_in_a_scope("the record holds")
+            self._warn_of_exchanged_generators()
+            self._warn_of_a_missed_rewind()
+            self._warn_of_a_coming_rewind()
         slots = self._generators.slots
         record = Record(
             row=rows.row,
@@ -184,17 +204,15 @@ class StatefulRNG:
             resizes=self._resizes,
             taken_at=time.time_ns(),
             mesh=rows.mesh_sizes,
+            parts=rows.parts,
             streams={
                 name: Stream(slots[name].kind, slots[name].shared, state)
                 for name, state in self._generators.pack(self._states_of_job()).items()
             },
         )
-        if load_is_asking():
+        if is_for_a_load:
             record = marked(record)
-        else:
-            self._warn_of_a_missed_rewind()
-            self._warn_of_a_coming_rewind()
-        return {KEY: rows.table(record.to_tensor())}
+        return {rows.key: rows.table(record.to_tensor())}
 
     def load_state_dict(self, state_dict: Mapping[str, Any] | RNGState) -> None:
         """Put every stream of this rank back to where ``state_dict`` has it; all or nothing.
@@ -223,20 +241,29 @@ class StatefulRNG:
                 f"the state is a {type(state_dict).__name__}, expected a mapping or an RNGState"
             )
         rows = self._rows()
-        if KEY not in state_dict:
+        key = own_key(rows.key, [name for name in state_dict if isinstance(name, str)])
+        if key is None:
             raise RNGStateError(
-                f"{KEY}: the state has no such entry, only {sorted(map(str, state_dict))}; it is "
-                "no state of a StatefulRNG"
+                f"{rows.key}: the state has no such entry, only {sorted(map(str, state_dict))}; it "
+                "is no state of a StatefulRNG, or of one on another grid of ranks"
             )
-        record = rows.own_record(state_dict[KEY])
+        record = rows.own_record(state_dict[key])
         if not was_read(record):
             self._note_that_nothing_was_loaded(rows)
             return
         outcome = resume(record, self._job(rows))
         self._watch.warn_if_another_is_current()
-        if outcome.remarks and rows.row == 0:
+        remarks = outcome.remarks
+        if rows.row != 0:
+            # Row 0 speaks for all, but knows its own generators only. Where as many were saved as
+            # there are, nothing tells that the job changed and not this rank.
+            changed = len(record.streams) != len(self._generators.slots)
+            row_0_says_it = changed and has_its_generators(state_dict[key])
+            remarks = () if row_0_says_it else outcome.of_generators
+        if remarks:
             # Before the restore: where warnings are errors, nothing may have moved by then.
-            warn("RNG state: " + ". ".join(outcome.remarks))
+            row = f", row {rows.row}" if rows.row else ""
+            warn(f"RNG state{row}: {'. '.join(remarks)}")
         self._restore(self._generators.unpack(outcome.states), outcome.seeds)
         self.loaded, self._resizes, self._is_rewound = outcome.loaded, outcome.resizes, False
         self._loader_went_on = False
@@ -325,7 +352,13 @@ class StatefulRNG:
             ValueError: This rank is not in ``process_group``.
         """
         loaded = standalone.load(
-            lambda: self._rows().row, path, storage_reader, key, process_group, missing_ok
+            self._rows,
+            self._generators.slots,
+            path,
+            storage_reader,
+            key,
+            process_group,
+            missing_ok,
         )
         if loaded is None:
             self._note_that_nothing_was_loaded(self._rows())
@@ -412,51 +445,62 @@ class StatefulRNG:
         return self._recompute
 
     @overload
-    def fingerprint(self, gather: Literal[False] = False) -> dict[str, str]: ...
+    def fingerprint(
+        self, gather: Literal[False] = False, *, process_group: dist.ProcessGroup | None = None
+    ) -> dict[str, str]: ...
     @overload
-    def fingerprint(self, gather: Literal[True]) -> list[dict[str, str]]: ...
-    def fingerprint(self, gather: bool = False) -> dict[str, str] | list[dict[str, str]]:
+    def fingerprint(
+        self, gather: Literal[True], *, process_group: dist.ProcessGroup | None = None
+    ) -> list[dict[str, str]]: ...
+    def fingerprint(
+        self, gather: bool = False, *, process_group: dist.ProcessGroup | None = None
+    ) -> dict[str, str] | list[dict[str, str]]:
         """Return 12 hexadecimal digits for each stream, by generator; moves no stream.
 
         Two streams with the same digits draw the same numbers from here on. ``nemo-rng-dcp
         inspect`` shows the same digits for a checkpoint.
 
         Args:
-            gather: Return the streams of all rows. Then it is a collective: every rank of the
-                default process group must call it, with the same generators. It costs one
-                all-gather of 8 bytes per generator and rank.
+            gather: Return the streams of all rows. Then it is a collective: every rank of the group
+                must call it, with generators of the same names. It gathers about 40 bytes per
+                generator and rank.
+            process_group: The ranks that call it with ``gather``; ``None``: all of the default
+                process group.
 
         Returns:
             This rank's streams, without communication; with ``gather``, on every rank alike, a
-            list by row. Of ranks that share a row, the lowest one speaks (see
-            :meth:`verify_shared`).
+            list by row of this rank's grid (see :meth:`state_dict`). Of ranks that share a row,
+            the lowest one speaks (see :meth:`verify_shared`).
 
         Raises:
-            RNGStateError: As for :meth:`state_dict`.
-            RuntimeError: With ``gather``, as for :meth:`state_dict`.
+            RNGStateError: As for :meth:`state_dict`. With ``gather``, on every rank: one of them
+                cannot tell its streams, or has other generators than another rank of its grid. On
+                those that called it: others did not, within the group's time-out.
+            ValueError: This rank is not in ``process_group``.
         """
-        own = {name: fingerprint(state) for name, state in self._packed().items()}
-        return gather_fingerprints(self._rows().row, own) if gather else own
+        if gather:
+            return fingerprints_by_row(gather_peers(self._peer, process_group), self._rows().key)
+        return {name: fingerprint(state) for name, state in self._packed().items()}
 
-    def verify_shared(self) -> None:
+    def verify_shared(self, *, process_group: dist.ProcessGroup | None = None) -> None:
         """Make sure that ranks which should have one stream are in the same state.
 
         These are the ranks that share a row, and all ranks for ``shared_generators`` and, unless
-        ``ranked``, for the global generators. Moves no stream. A collective: every rank of the
-        default process group must call it, with the same generators. It costs one all-gather of 8
-        bytes per generator and rank. A checkpoint holds a shared row once, so peers that drifted
-        apart come back as one of them; call this before a save, or when debugging.
+        ``ranked``, for the global generators; on several grids (see :meth:`state_dict`), those of
+        each by themselves. Moves no stream. A collective: every rank of the group must call it,
+        with generators of the same names. It gathers about 40 bytes per generator and rank. A
+        checkpoint holds a shared row once, so peers that drifted apart come back as one of them;
+        call this before a save, or when debugging.
+
+        Args:
+            process_group: The ranks that call it; ``None``: all of the default process group.
 
         Raises:
             RNGStateError: Ranks differ; on every rank, naming the ranks and the generators. Also
-                as for :meth:`state_dict`, on the rank concerned.
+                as for :meth:`fingerprint` with ``gather``.
+            ValueError: This rank is not in ``process_group``.
         """
-        shared = {
-            name
-            for name, slot in self._generators.slots.items()
-            if slot.shared or (slot.is_global and not self.ranked)
-        }
-        messages = drifted(self._rows().row, self.fingerprint(), shared)
+        messages = drifted(gather_peers(self._peer, process_group))
         if messages:
             raise RNGStateError(
                 "; ".join(messages) + ". A draw happened on some of them only, or the mesh given "
@@ -495,7 +539,7 @@ class StatefulRNG:
         self.loaded = self._loaded_states = None
         warn(
             f"rank {global_rank()}: the load restored no random stream: the checkpoint holds "
-            f"no RNG state ({KEY}) for row {rows.row}. The streams stay where they are, and a "
+            f"no RNG state ({rows.key}) for row {rows.row}. The streams stay where they are, and a "
             "job that was just seeded draws its first numbers again: resume once with another "
             "seed, as docs/elastic.md shows under 'A checkpoint without RNG state'"
         )
@@ -569,15 +613,32 @@ class StatefulRNG:
         return self._generators.pack(self._generators.take())
 
     def _job(self, rows: Rows) -> Job:
-        return Job(rows.row, rows.count, rows.mesh_sizes, self.ranked, self._generators.slots)
+        return Job(
+            rows.row,
+            rows.count,
+            rows.mesh_sizes,
+            self.ranked,
+            self._generators.slots,
+            parts=rows.parts,
+            seed=self.seed,
+        )
+
+    def _peer(self) -> Peer:
+        rows = self._rows()
+        shared = {
+            name
+            for name, slot in self._generators.slots.items()
+            if slot.shared or (slot.is_global and not self.ranked)
+        }
+        return Peer(global_rank(), rows.key, rows.row, self.fingerprint(), shared)
 
     def _row_number(self) -> int:
         """Return the row that this process must own, with or without a process group."""
-        return global_rank() if self.mesh is None else Rows.current(self.mesh).row
+        return global_rank() if self.mesh is None else Rows.current(self.mesh, self._grid).row
 
     def _rows(self) -> Rows:
         """Return the rows, after making sure that they give this process the streams it has."""
-        rows, own_row = Rows.current(self.mesh), self._row_number()
+        rows, own_row = Rows.current(self.mesh, self._grid), self._row_number()
         if self.ranked and self._generators.has_global and self._seeded_row != own_row:
             raise RuntimeError(
                 f"this StatefulRNG was seeded for row {self._seeded_row}, but the process has row "

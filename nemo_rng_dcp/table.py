@@ -19,7 +19,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from nemo_rng_dcp.errors import RNGStateError
-from nemo_rng_dcp.ranks import global_rank, world_size
+from nemo_rng_dcp.grids import Grid, base_of, is_name, names_of
+from nemo_rng_dcp.ranks import world_size
 from nemo_rng_dcp.record import KEY, LENGTH, ROWS, Mesh, Record, words_of
 
 
@@ -32,38 +33,59 @@ class Rows:
         count: Rows of the table.
         mesh: The mesh along which streams differ; ``None``: all ranks of the default process
             group, or no group at all.
+        grid: Where the mesh lies; ``None`` without one.
     """
 
     row: int
     count: int
     mesh: DeviceMesh | None
+    grid: Grid | None = None
 
     @classmethod
-    def current(cls, mesh: DeviceMesh | None = None) -> Rows:
+    def current(cls, mesh: DeviceMesh | None = None, grid: Grid | None = None) -> Rows:
         """Return the rows as of now; does not communicate and creates no process group.
 
         Args:
             mesh: The (sub)mesh along which streams differ, of any number of dimensions. Ranks of
                 one coordinate share a row. ``None``: all ranks of the default process group, so
                 that row = global rank; without a group, one row.
+            grid: ``Grid.of(mesh)``, if it is known.
 
         Raises:
             ValueError: This process's rank is not in ``mesh``.
+            RuntimeError: ``mesh`` is older than the process group, whose ranks have other numbers.
         """
         if mesh is None:
             row = dist.get_rank() if dist.is_initialized() else 0
             return cls(row, world_size(), None)
+        grid = Grid.of(mesh) if grid is None else grid
+        if dist.is_initialized() and (grid.rank != dist.get_rank() or grid.highest >= world_size()):
+            raise RuntimeError(
+                f"the mesh {mesh} was made when this process was rank {grid.rank}, and has ranks "
+                f"up to {grid.highest}; now it is rank {dist.get_rank()} of {world_size()}. Its "
+                "rows are those of an earlier process group: make the mesh, and then StatefulRNG, "
+                "after init_process_group"
+            )
         coordinate = mesh.get_coordinate()
-        if coordinate is None:
-            raise ValueError(f"rank {global_rank()} is not in the mesh {mesh}, so it has no row")
-        return cls(row_major(coordinate, mesh.shape), mesh.size(), mesh)
+        assert coordinate is not None
+        return cls(row_major(coordinate, mesh.shape), mesh.size(), mesh, grid)
+
+    @property
+    def key(self) -> str:
+        """The key of the table in the state dict of a ``StatefulRNG``."""
+        return KEY if self.grid is None else self.grid.key
+
+    @property
+    def parts(self) -> Mesh | None:
+        """The dimensions that a flattened mesh is made of, as a record stores them."""
+        return None if self.grid is None else self.grid.parts
 
     @property
     def mesh_sizes(self) -> Mesh | None:
         """The names and sizes of the mesh's dimensions, as a record stores them."""
         if self.mesh is None:
             return None
-        return tuple(zip(_names(self.mesh), self.mesh.shape, strict=True))
+        return tuple(zip(names_of(self.mesh), self.mesh.shape, strict=True))
 
     def table(self, record: torch.Tensor) -> torch.Tensor:
         """Return the table of which ``record`` is this process's row; does not communicate.
@@ -154,34 +176,36 @@ def records_in(tensor: torch.Tensor) -> list[torch.Tensor]:
     return [tensor]
 
 
-def is_record(key: str, dtype: object, size: Sequence[int]) -> bool:
+def is_record(key: str, dtype: object, size: Sequence[int], name: str = KEY) -> bool:
     """Return whether a load takes what a checkpoint has under a key for records.
 
     Args:
         key: The key in the checkpoint.
         dtype: The tensor's data type; ``None``, for example, where no tensor is stored.
         size: The tensor's shape.
+        name: The last part of their keys, without a grid.
     """
-    return key.rpartition(".")[2] == KEY and dtype == torch.int64 and len(size) == 1
+    return is_name(key.rpartition(".")[2], name) and dtype == torch.int64 and len(size) == 1
 
 
-def record_keys(saved: Mapping[str, Any]) -> list[str]:
-    """Return the keys under which a checkpoint's metadata lists records."""
+def record_keys(saved: Mapping[str, Any], name: str = KEY) -> list[str]:
+    """Return the keys under which a checkpoint's metadata lists records; see :func:`is_record`."""
     return [
         key
         for key, stored in saved.items()
         if isinstance(stored, TensorStorageMetadata)
-        and is_record(key, stored.properties.dtype, stored.size)
+        and is_record(key, stored.properties.dtype, stored.size, name)
     ]
 
 
-def read_of_row(key: str, row: int, saved: Any) -> ReadItem:
+def read_of_row(key: str, row: int, saved: Any, entry: str | None = None) -> ReadItem:
     """Return the read of the saved record that is loaded into a row.
 
     Args:
         key: The record's key in the checkpoint.
         row: The row of the job that loads.
         saved: What the checkpoint's metadata has under that key.
+        entry: The key of what is loaded, if it is another one.
 
     Raises:
         RNGStateError: No record is there, or none for the row.
@@ -191,7 +215,7 @@ def read_of_row(key: str, row: int, saved: Any) -> ReadItem:
             f"{key}: the checkpoint holds bytes (a pickle) here, expected a tensor. No StatefulRNG "
             "wrote that; it was not read. Load without RNG state, or another checkpoint."
         )
-    is_one = is_record(key, saved.properties.dtype, saved.size)
+    is_one = is_record(key, saved.properties.dtype, saved.size, base_of(key))
     if not is_one or not saved.chunks or not all(saved.chunks[0].sizes):
         raise RNGStateError(
             f"{key}: the checkpoint holds {saved.properties.dtype} {tuple(saved.size)} in "
@@ -206,7 +230,7 @@ def read_of_row(key: str, row: int, saved: Any) -> ReadItem:
         if chunk.offsets == place and chunk.sizes == (length,):
             return ReadItem(
                 type=LoadItemType.TENSOR,
-                dest_index=MetadataIndex(key, torch.Size((0,))),
+                dest_index=MetadataIndex(key if entry is None else entry, torch.Size((0,))),
                 dest_offsets=torch.Size((0,)),
                 storage_index=MetadataIndex(key, chunk.offsets, number),
                 storage_offsets=torch.Size((0,)),
@@ -244,8 +268,4 @@ def _on_cpu(mesh: DeviceMesh) -> DeviceMesh:
         return mesh
     # DTensor would move a record to the mesh's device, and DCP back to write it.
     groups = mesh.get_all_groups()
-    return DeviceMesh.from_group(groups, "cpu", mesh.mesh, mesh_dim_names=_names(mesh))
-
-
-def _names(mesh: DeviceMesh) -> tuple[str, ...]:
-    return mesh.mesh_dim_names or tuple(str(number) for number in range(mesh.ndim))
+    return DeviceMesh.from_group(groups, "cpu", mesh.mesh, mesh_dim_names=names_of(mesh))

@@ -10,6 +10,7 @@ from nemo_rng_dcp.cli.reading.checkpoint import Checkpoint
 from nemo_rng_dcp.cli.reading.table import Table
 from nemo_rng_dcp.cli.streams import fingerprints, packed_after_seed, refusals
 from nemo_rng_dcp.generators import is_reserved
+from nemo_rng_dcp.grids import is_name, path_of
 from nemo_rng_dcp.position import POSITION_KEY, Position
 from nemo_rng_dcp.record import KEY, Record
 
@@ -107,10 +108,9 @@ def examine(table: Table) -> Entry:
 def misfits(checkpoint: Checkpoint) -> Iterator[Finding]:
     """Find what has a record's name and cannot be one."""
     for key, stored in sorted(checkpoint.keys.items()):
-        prefix, _, name = key.rpartition(".")
-        if name == KEY and not stored.is_record(key):
+        if is_name(key.rpartition(".")[2]) and not stored.is_record(key):
             text = f"{KEY} is {stored}, expected int64 of one dimension"
-            yield Finding(DAMAGE, f"{text}: a load finds no record in it", prefix)
+            yield Finding(DAMAGE, f"{text}: a load finds no record in it", path_of(key))
 
 
 def of_loaders(loaders: Mapping[str, Sequence[Position] | str]) -> Iterator[Finding]:

@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from nemo_rng_dcp import RNGLoadPlanner, StatefulRNG
 from tests.support.jobs import job
-from tests.support.streams import draw, said
+from tests.support.streams import draw, warned
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -31,7 +31,7 @@ def row_0_alone(path: Path) -> tuple[list[str], bool]:
     if dist.get_rank() == 0:
         dcp.save({"app": Drawing(), "rng": rng}, checkpoint_id=path, no_dist=True)
     dist.barrier()
-    texts = said(lambda: dcp.load({"app": Drawing(), "rng": rng}, checkpoint_id=path))
+    texts = warned(lambda: dcp.load({"app": Drawing(), "rng": rng}, checkpoint_id=path))
     return texts, rng.loaded is None
 
 
@@ -51,7 +51,7 @@ def keep_and_save_again(path: Path, first: str, with_mesh: bool) -> list[Any]:
     kept = {"rng": rng.state_dict(), "w": torch.zeros(2)}
     expected = draw()
     dcp.load(kept, checkpoint_id=path / "first", planner=RNGLoadPlanner())
-    texts = said(lambda: rng.load_state_dict(kept["rng"]))
+    texts = warned(lambda: rng.load_state_dict(kept["rng"]))
     dcp.save(kept, checkpoint_id=path / "again")
     found: list[Any] = [expected, len(texts)]
     for planner in (None, RNGLoadPlanner()):

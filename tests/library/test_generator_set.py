@@ -13,7 +13,7 @@ import torch
 from nemo_rng_dcp import RNGStateError, ScopedRNG, StatefulRNG
 from nemo_rng_dcp.generators import GeneratorSet
 from tests.library.test_generators import KINDS, Counter, numbers
-from tests.support.streams import draw, said, unmoved
+from tests.support.streams import draw, unmoved, warned
 
 
 class Failing:
@@ -189,13 +189,13 @@ def test_a_generator_that_its_owner_gave_up_is_said_once_at_the_second_save(kind
     generators = {"noise": owner.generator, "other": other.generator}
     rng = StatefulRNG(1, generators=generators)
     del generators
-    assert not said(rng.state_dict) + said(rng.state_dict)
+    assert not warned(rng.state_dict) + warned(rng.state_dict)
     owner = copy.deepcopy(owner) if kind != "torch" else Owner(kind)
-    assert not said(rng.state_dict)
-    [message] = said(rng.state_dict)
+    assert not warned(rng.state_dict)
+    [message] = warned(rng.state_dict)
     assert message.startswith("noise: nothing but this StatefulRNG holds the registered generator")
     assert "noise=lambda: sampler.generator" in message
-    assert not said(rng.state_dict) + said(rng.state_dict)
+    assert not warned(rng.state_dict) + warned(rng.state_dict)
     assert owner.generator is not other.generator
 
 
@@ -206,7 +206,7 @@ def test_generators_that_somebody_may_draw_from_are_silent() -> None:
     generators = {"bits": np.random.Generator(bits), "bound": choose.__self__, "idle": idle}
     rng = StatefulRNG(1, generators={**generators, "inline": torch.Generator()})
     generators.clear()
-    assert not [text for _ in range(4) for text in said(rng.state_dict)]
+    assert not [text for _ in range(4) for text in warned(rng.state_dict)]
     assert all((handle, choose, idle))
 
 

@@ -4,18 +4,21 @@ import enum
 import random
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nemo_rng_dcp import RNGStateError, StatefulRNG
+from nemo_rng_dcp import RNGLoadPlanner, RNGStateError, StatefulRNG
 from nemo_rng_dcp.generators import GeneratorSet
 from nemo_rng_dcp.generators.numpy_random import NumPyGeneratorAdapter, SeedSequenceAdapter
 from nemo_rng_dcp.record import KEY
+from tests.support.jobs import job
 from tests.support.records import record_of, with_stream
 from tests.support.streams import draw, unmoved
 
@@ -61,10 +64,10 @@ def test_a_registered_generator_is_restored_in_place(kind: str, already_drawn: i
     rng = StatefulRNG(1, generators={"noise": generator})
     assert numbers(generator, 9) == numbers(KINDS[kind](5), 9), "construction does not reseed it"
     numbers(generator, already_drawn)
-    state = rng.state_dict()
+    tables = rng.state_dict()
     expected = numbers(held_elsewhere[0])
     numbers(generator, 5)
-    rng.load_state_dict(state)
+    rng.load_state_dict(tables)
     assert numbers(held_elsewhere[0]) == expected
     rng.rewind()
     assert numbers(held_elsewhere[0]) == expected
@@ -169,28 +172,28 @@ class Exotic(random.Random):
 
 
 def test_a_random_with_a_state_of_its_own_is_refused_at_construction() -> None:
-    message = "^noise: not a state of Python's random: .*(argument|integer)"
-    with unmoved(), pytest.raises(ValueError, match=message):
+    said = "^noise: not a state of Python's random: .*(argument|integer)"
+    with unmoved(), pytest.raises(ValueError, match=said):
         StatefulRNG(1, generators={"noise": Exotic()})
 
 
 def test_a_random_state_over_another_algorithm_is_refused_at_construction() -> None:
     legacy = np.random.RandomState(np.random.PCG64(1))
-    message = r"noise: the generator runs PCG64, .* Register a numpy\.random\.Generator"
-    with unmoved(), pytest.raises(ValueError, match=message):
+    said = r"noise: the generator runs PCG64, .* Register a numpy\.random\.Generator"
+    with unmoved(), pytest.raises(ValueError, match=said):
         StatefulRNG(1, generators={"noise": legacy})
 
 
 def test_another_algorithm_in_the_checkpoint_is_an_error_that_names_both() -> None:
     saved = StatefulRNG(1, generators={"noise": np.random.Generator(np.random.PCG64(1))})
-    state = saved.state_dict()
+    tables = saved.state_dict()
     generator = np.random.Generator(np.random.Philox(1))
     rng = StatefulRNG(1, generators={"noise": generator})
     before = rng.fingerprint()
     draw()
     message = r"^noise: .* numpy.PCG64 generator, and this job's is numpy.Philox"
     with unmoved(), pytest.raises(RNGStateError, match=message):
-        rng.load_state_dict(state)
+        rng.load_state_dict(tables)
     assert rng.fingerprint()["noise"] == before["noise"]
 
 
@@ -274,7 +277,7 @@ class Stuck(Counter):
 def test_a_setter_that_raises_halfway_leaves_every_stream_where_it_was() -> None:
     noise, stuck, last = torch.Generator().manual_seed(5), Stuck(7), np.random.default_rng(5)
     rng = StatefulRNG(1, generators={"noise": noise, "stuck": stuck, "last": last})
-    state = rng.state_dict()
+    tables = rng.state_dict()
     draw()
     numbers(noise, 3)
     stuck.draw()
@@ -282,10 +285,10 @@ def test_a_setter_that_raises_halfway_leaves_every_stream_where_it_was() -> None
     before = rng.fingerprint()
     message = "^stuck: the generator did not take its state .*OSError: stuck.* back where it was"
     with unmoved(), pytest.raises(RNGStateError, match=message) as error:
-        rng.load_state_dict(state)
+        rng.load_state_dict(tables)
     assert isinstance(error.value.__cause__, OSError)
     assert rng.fingerprint() == before
-    rng.load_state_dict(state)
+    rng.load_state_dict(tables)
     assert stuck.draw() == 7
 
 
@@ -330,8 +333,7 @@ def test_without_global_generators_nothing_else_is_seeded_stored_or_moved() -> N
 )
 def test_no_malformed_state_is_half_taken(kind: Any, damage: dict[int, int]) -> None:
     """Whatever the numbers are: refused with a ValueError, or exactly what is then read back."""
-    generator = np.random.Generator(kind(3))
-    adapter = NumPyGeneratorAdapter(generator)
+    adapter = NumPyGeneratorAdapter(np.random.Generator(kind(3)))
     packed = bytearray(adapter.pack(adapter.get()))
     for index, value in damage.items():
         packed[index % len(packed)] = value
@@ -341,7 +343,7 @@ def test_no_malformed_state_is_half_taken(kind: Any, damage: dict[int, int]) -> 
         return
     adapter.set(state)
     assert adapter.pack(adapter.get()) == packed
-    generator.bit_generator.random_raw(700)  # and NumPy stays within its buffers
+    adapter._bit_generator.random_raw(700)  # and NumPy stays within its buffers
 
 
 @pytest.mark.parametrize(
@@ -484,6 +486,30 @@ def test_no_malformed_seed_sequence_is_half_taken(damage: dict[int, int]) -> Non
         return
     adapter.set(state)
     assert adapter.pack(adapter.get()) == packed
+
+
+def job_with_children(path: Path, save: bool) -> list[int]:
+    noise, order = np.random.default_rng(5), np.random.default_rng(6)
+    generators = {"generators": {"noise": noise}, "shared_generators": {"order": order}}
+    rng = StatefulRNG(1, ranked=True, **generators)  # type: ignore[arg-type]
+    if save:
+        used = children(noise) + children(order)
+        dcp.save({"rng": rng}, checkpoint_id=path)
+        assert not set(used) & set(children(noise) + children(order))
+        return children(noise) + children(order)
+    dcp.load({"rng": rng}, checkpoint_id=path, planner=RNGLoadPlanner())
+    children(noise)
+    children(order)
+    return children(noise) + children(order)
+
+
+@pytest.mark.filterwarnings("ignore:RNG state")
+def test_new_rows_spawn_children_of_their_own(tmp_path: Path) -> None:
+    [saved] = job(1, job_with_children, tmp_path, True)
+    found = job(3, job_with_children, tmp_path, False)
+    assert found[0] == saved
+    assert len({row[0] for row in found}) == 3
+    assert all(row[2:] == saved[2:] for row in found), "shared ones go on alike"
 
 
 # Threads that draw at the same time: NumPy draws arrays without the interpreter's lock.

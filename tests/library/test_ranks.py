@@ -1,16 +1,17 @@
 """What ranks say of one another's streams: every rank, every row, every generator."""
 
 import random
+import time
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from nemo_rng_dcp import RNGStateError, StatefulRNG
 from nemo_rng_dcp.generators import GeneratorSet, own_device
-from tests.support.jobs import gather, job
+from tests.support.jobs import begin_group, gather, job
 from tests.support.streams import unmoved
 
 
@@ -87,3 +88,100 @@ def test_every_drift_of_every_generator_row_and_peer_is_named() -> None:
             "torch: ranks 0, 2, 4 share row 0, but rank 4 differs from rank 0",
             "other: all ranks share it, but rank 1, 2 differs from rank 0",
         ]
+
+
+# Ranks that differ in more than a stream.
+
+
+def other_order() -> int:
+    names = ["a", "b"] if dist.get_rank() else ["b", "a"]
+    rng = StatefulRNG(42, shared_generators={name: random.Random(name) for name in names})
+    rng.verify_shared()
+    return len(rng.fingerprint(gather=True))
+
+
+def test_generators_are_compared_by_name() -> None:
+    assert job(2, other_order) == [2, 2]
+
+
+def errors_of(rng: StatefulRNG) -> list[str]:
+    texts = []
+    for call in (rng.verify_shared, lambda: rng.fingerprint(gather=True)):
+        with unmoved(), pytest.raises(RNGStateError) as caught:
+            call()  # type: ignore[operator]
+        texts.append(str(caught.value))
+    return texts
+
+
+def other_names() -> list[str]:
+    names = ["a", "b", "c"] if dist.get_rank() == 1 else ["a"]
+    return errors_of(StatefulRNG(42, generators={name: random.Random(1) for name in names}))
+
+
+def test_ranks_with_other_generators_are_named_on_every_rank() -> None:
+    for texts in job(3, other_names):
+        for text in texts:
+            assert "b: rank 1 has this generator and rank 0 has not" in text
+            assert "c: rank 1 has this generator and rank 0 has not" in text
+
+
+def cannot_be_stored() -> list[str]:
+    rng = StatefulRNG(42)
+    if dist.get_rank() == 1:
+        np.random.set_bit_generator(np.random.PCG64(1))
+    own = {"rank": dist.get_rank()}
+    texts = []
+    for call in (rng.verify_shared, lambda: rng.fingerprint(gather=True)):
+        with pytest.raises(RNGStateError) as caught:
+            call()  # type: ignore[operator]
+        texts.append(str(caught.value))
+    assert gather(own) == [{"rank": 0}, {"rank": 1}], "the group can be used afterwards"
+    return texts
+
+
+def test_a_rank_that_cannot_tell_its_streams_is_named_on_every_rank() -> None:
+    for texts in job(2, cannot_be_stored):
+        for text in texts:
+            assert text.startswith("rank 1 cannot tell its streams: numpy: ")
+
+
+def by_some_ranks() -> list[str]:
+    rank = dist.get_rank()
+    group = dist.new_group([0, 2])
+    mesh = DeviceMesh.from_group(group, "cpu", [0, 2]) if rank != 1 else None
+    rng = StatefulRNG(42, ranked=True, mesh=mesh)
+    if rank == 1:
+        with pytest.raises(ValueError, match="rank 1 is not in the process_group") as caught:
+            rng.verify_shared(process_group=group)
+        return [str(caught.value)]
+    rng.verify_shared(process_group=group)
+    rows = rng.fingerprint(gather=True, process_group=group)
+    assert rows[rank // 2] == rng.fingerprint()
+    return [row["python"] for row in rows]
+
+
+def test_some_ranks_may_ask_one_another() -> None:
+    first, _, third = job(3, by_some_ranks)
+    assert first == third
+    assert len(set(first)) == 2
+
+
+def without_the_others() -> str:
+    if dist.get_rank() == 0:
+        rng = StatefulRNG(42)
+        with unmoved(), pytest.raises(RNGStateError) as caught:
+            rng.verify_shared()
+        return str(caught.value)
+    time.sleep(4)
+    return ""
+
+
+def start_a_group_of_2_s() -> str:
+    begin_group(limit=2)
+    return without_the_others()
+
+
+def test_ranks_that_do_not_call_it_end_in_an_error_that_says_so() -> None:
+    text, _ = job(2, start_a_group_of_2_s, group=False)
+    assert "rank 0: not all of ranks 0, 1 answered" in text
+    assert "process_group=" in text

@@ -1,10 +1,12 @@
 """The rules of a resume: what is restored, forked or dropped, and what is warned of."""
 
 import dataclasses
+import math
 import platform
 import random
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -145,6 +147,53 @@ def test_all_that_only_one_side_has_is_named() -> None:
 def test_a_permuted_or_renamed_mesh_warns(then: Mesh | None, now: Mesh | None) -> None:
     plan = resume(of(6, then, "a"), job(6, now, "a"))
     assert any("row r may belong to another coordinate now" in text for text in plan.remarks)
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "renumbered"),
+    [
+        ((("dp", 2), ("cp", 2)), (("dp", 4), ("cp", 2)), False),  # rows 0 to 3 are what they were
+        ((("dp", 4), ("cp", 2)), (("dp", 2), ("cp", 2)), False),
+        ((("dp", 1), ("cp", 4)), (("dp", 2), ("cp", 4)), False),
+        ((("cp", 4),), (("dp", 2), ("cp", 4)), False),
+        ((("cp", 4),), (("dp", 2), ("cp", 2)), True),
+        ((("dp", 2), ("cp", 2)), (("dp", 2), ("cp", 4)), True),
+        ((("dp", 2), ("cp", 2)), (("cp", 4),), True),
+    ],
+)
+@pytest.mark.parametrize("flattened", [False, True])
+def test_a_mesh_is_said_if_a_row_has_another_coordinate_on_it(
+    then: Mesh, now: Mesh, renumbered: bool, flattened: bool
+) -> None:
+    rows_then, rows_now = (math.prod(size for _, size in mesh) for mesh in (then, now))
+    record, loading = of(rows_then, then, "a"), job(rows_now, now, "a")
+    if flattened:
+        record = replace(record, mesh=(("all", rows_then),), parts=then)
+        loading = replace(loading, mesh=(("all", rows_now),), parts=now)
+    texts = resume(record, loading).remarks
+    assert any("another coordinate now" in text for text in texts) == renumbered
+
+
+def test_a_flattened_mesh_of_a_record_that_does_not_know_its_parts_is_taken_by_its_name() -> None:
+    parts = (("dp", 2), ("cp", 2))
+    loading = replace(job(4, (("dp_cp", 4),), "a"), parts=parts)
+    assert resume(of(4, (("dp_cp", 4),), "a"), loading).remarks == ()
+    assert resume(of(4, parts, "a"), loading).remarks == ()
+    assert len(resume(of(4, (("other", 4),), "a"), loading).remarks) == 1
+
+
+def test_another_seed_is_said_where_it_has_no_effect() -> None:
+    [text] = resume(of(1, None, "a"), replace(job(1, None, "a"), seed=2)).remarks
+    assert text == "saved with seed=1, now seed=2: the saved streams continue"
+    registered = {"a": Slot("python", False, False)}
+    assert resume(of(1, None, "a"), Job(0, 1, None, True, registered, seed=2)).remarks == ()
+
+
+def test_what_holds_for_this_rows_generators_is_told_apart() -> None:
+    outcome = resume(of(3, None, "a", "b"), replace(job(2, None, "b", "c"), seed=2))
+    assert len(outcome.of_generators) == 2
+    assert set(outcome.of_generators) < set(outcome.remarks)
+    assert len(outcome.remarks) == 4
 
 
 def test_the_kind_of_every_generator_is_compared() -> None:

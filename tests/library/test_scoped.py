@@ -18,7 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from nemo_rng_dcp import RNGStateError, RNGStateWarning, ScopedRNG, StatefulRNG, init_all_rng
 from tests.library.test_generators import Counter
 from tests.support.jobs import job
-from tests.support.streams import draw, said, unmoved
+from tests.support.streams import draw, unmoved, warned
 
 
 def weights_of_replicas(scoped: bool) -> list[float]:
@@ -198,7 +198,7 @@ def test_scopes_of_generator_functions_may_end_in_any_order() -> None:
         opened = [batches(seed) for seed in (7, 8, 9)]
         for scope in opened:
             next(scope)
-        messages = [message for place in order for message in said(opened[place].close)]
+        messages = [message for place in order for message in warned(opened[place].close)]
         assert draw(3) == expected
         late = [i for i, place in enumerate(order) if any(p > place for p in order[i + 1 :])]
         assert len(messages) == len(late)
@@ -254,7 +254,7 @@ def test_scopes_of_asyncio_tasks_and_threads_leave_the_streams_outside() -> None
     expected = draw()
     for run in (lambda: asyncio.run(tasks()), threads):
         init_all_rng(1)
-        [message] = said(run)
+        [message] = warned(run)
         assert "ended before the one" in message
         assert draw() == expected
 
@@ -265,7 +265,7 @@ def test_inside_a_scope_a_save_holds_the_streams_that_come_back_and_says_so() ->
     at_save = rng.fingerprint()
     with ScopedRNG(seed=7), ScopedRNG(seed=8):
         state: dict[str, torch.Tensor] = {}
-        [message] = said(lambda: state.update(rng.state_dict()))
+        [message] = warned(lambda: state.update(rng.state_dict()))
         assert rng.fingerprint() == at_save
         inside = draw()
     assert message.startswith(f"inside the ScopedRNG entered at {__file__}:")
@@ -291,7 +291,7 @@ def test_inside_a_scope_a_load_or_rewind_acts_on_the_streams_that_come_back(rewi
         expected = draw(5)
     with ScopedRNG(seed=7):
         found = draw(2)
-        [message] = said(rng.rewind if rewind else lambda: rng.load_state_dict(state))
+        [message] = warned(rng.rewind if rewind else lambda: rng.load_state_dict(state))
         found += draw(3)
         assert found == expected, "the scope's own streams go on"
     assert "what is loaded or rewound are the streams that come back" in message
@@ -335,7 +335,7 @@ def test_a_job_inside_a_scope_is_silent_and_its_own() -> None:
         inner = StatefulRNG(1)
         for job in (rng, inner):
             state, expected = job.state_dict(), draw()
-            assert not said(functools.partial(job.load_state_dict, state))
+            assert not warned(functools.partial(job.load_state_dict, state))
             assert draw() == expected
             job.rewind()
             assert draw() == expected

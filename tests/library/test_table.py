@@ -11,9 +11,10 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from nemo_rng_dcp import RNGStateError, StatefulRNG
+from nemo_rng_dcp.grids import Grid
 from nemo_rng_dcp.table import Rows
 from tests.support.records import record_of
-from tests.support.streams import unmoved
+from tests.support.streams import unmoved, warned
 
 FakeGroup = Callable[[int, int], None]
 
@@ -79,6 +80,35 @@ def test_the_names_and_sizes_of_a_mesh_are_stored(fake_group: FakeGroup) -> None
         assert record_of(rng.state_dict()).mesh == expected
     unnamed = StatefulRNG(1, mesh=DeviceMesh("cpu", [[0, 1, 2, 3], [4, 5, 6, 7]]))
     assert record_of(unnamed.state_dict()).mesh == (("0", 2), ("1", 4))
+
+
+def test_the_key_has_the_lowest_rank_of_a_grid_without_rank_0(
+    fake_group: FakeGroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_group(5, 8)
+    first = init_device_mesh("cpu", (2, 4), mesh_dim_names=("dp", "tp"))
+    second = DeviceMesh("cpu", [[4, 5], [6, 7]], mesh_dim_names=("dp", "tp"))
+    part = second["dp"]
+    keys = {"rng_streams": [None, first, first["dp"], first["tp"]]}
+    keys["rng_streams@4"] = [second, second["dp"], second["tp"]]
+    for key, meshes in keys.items():
+        assert [list(StatefulRNG(1, mesh=mesh).state_dict()) for mesh in meshes] == [[key]] * len(
+            meshes
+        )
+    # A torch that does not tell of which mesh another one is a part.
+    monkeypatch.delattr(DeviceMesh, "_get_root_mesh", raising=False)
+    assert Grid.of(part).key == "rng_streams"
+
+
+def test_the_record_of_rank_0s_grid_is_no_other_grids(fake_group: FakeGroup) -> None:
+    fake_group(5, 8)
+    mesh = DeviceMesh("cpu", [4, 5], mesh_dim_names=("dp",))
+    rng = StatefulRNG(1, mesh=mesh)
+    [(key, table)] = rng.state_dict().items()
+    assert warned(lambda: rng.load_state_dict({"rng_streams@7": table})) == []
+    for others in ({"rng_streams": table}, {"rng_streams@6": table, "rng_streams@7": table}):
+        with unmoved(), pytest.raises(RNGStateError, match=f"{key}: the state has no such entry"):
+            rng.load_state_dict(others)
 
 
 def test_the_record_of_another_row_is_refused(fake_group: FakeGroup) -> None:

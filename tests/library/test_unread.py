@@ -14,8 +14,8 @@ from torch.distributed.checkpoint import DefaultLoadPlanner, LoadPlanner
 
 from nemo_rng_dcp import RNGLoadPlanner, RNGStateWarning, StatefulRNG
 from nemo_rng_dcp.record import KEY
-from tests.support.altered import record_of
-from tests.support.streams import draw, said, unmoved
+from tests.support.records import record_of
+from tests.support.streams import draw, unmoved, warned
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -63,7 +63,9 @@ def test_nothing_was_read_whatever_was_drawn_and_copied(
 ) -> None:
     for _ in range(2):  # a second load says it again
         app.rng.load_state_dict(app.rng.state_dict())
-        [text] = said(lambda: dcp.load({"app": app}, checkpoint_id=without_rng, planner=planner()))
+        [text] = warned(
+            lambda: dcp.load({"app": app}, checkpoint_id=without_rng, planner=planner())
+        )
         assert "rank 0: the load restored no random stream" in text
         assert "the checkpoint holds no RNG state" in text
         assert app.rng.loaded is None
@@ -75,7 +77,7 @@ def test_one_object_under_two_keys_is_told_twice(without_rng: Path) -> None:
     rng = StatefulRNG(1)
     state = {"a": rng, "app": {"w": torch.zeros(1)}, "b": rng}
     with unmoved():
-        texts = said(lambda: dcp.load(state, checkpoint_id=without_rng, planner=partial()))
+        texts = warned(lambda: dcp.load(state, checkpoint_id=without_rng, planner=partial()))
     assert len(texts) == 2
     assert rng.loaded is None
 
@@ -136,8 +138,8 @@ def test_streams_that_are_asked_for_inside_a_load_are_a_state(
     app = SavesWhileItLoads(tmp_path / "saved")
     dcp.load({"app": app}, checkpoint_id=without_rng)
     assert not record_of(app.state).unread
-    assert said(lambda: app.rng.load_state_dict(app.state)) == []
-    assert said(lambda: dcp.load({"rng": app.rng}, checkpoint_id=tmp_path / "saved")) == []
+    assert warned(lambda: app.rng.load_state_dict(app.state)) == []
+    assert warned(lambda: dcp.load({"rng": app.rng}, checkpoint_id=tmp_path / "saved")) == []
 
 
 @pytest.mark.parametrize("planner", [DefaultLoadPlanner, RNGLoadPlanner])
@@ -149,16 +151,16 @@ def test_a_record_with_a_mark_that_was_saved_is_loaded(
     kept = {"rng": rng.state_dict(), "app": {"w": torch.zeros(1)}}
     expected = draw()
     dcp.load(kept, checkpoint_id=without_rng, planner=RNGLoadPlanner())
-    assert len(said(lambda: rng.load_state_dict(kept["rng"]))) == 1
+    assert len(warned(lambda: rng.load_state_dict(kept["rng"]))) == 1
     dcp.save(kept, checkpoint_id=tmp_path / "again")
 
     def again(state: State) -> None:
         dcp.load(state, checkpoint_id=tmp_path / "again", planner=planner())
 
-    assert said(lambda: again({"rng": rng})) == []
+    assert warned(lambda: again({"rng": rng})) == []
     assert draw() == expected
     again(kept)
-    assert said(lambda: rng.load_state_dict(kept["rng"])) == []
+    assert warned(lambda: rng.load_state_dict(kept["rng"])) == []
     assert draw() == expected
 
 
@@ -166,7 +168,7 @@ def test_the_mark_of_another_process_is_of_no_account() -> None:
     rng = StatefulRNG(1)
     record = record_of(rng.state_dict())
     state = {KEY: replace(record, unread=True, taken_at=10**18).to_tensor()}
-    assert said(lambda: rng.load_state_dict(state)) == []
+    assert warned(lambda: rng.load_state_dict(state)) == []
     assert rng.loaded is not None
     assert rng.loaded.saved_at is not None
     assert rng.loaded.saved_at.year == 2001

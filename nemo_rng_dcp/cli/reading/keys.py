@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from nemo_rng_dcp.cli.reading.checkpoint import Checkpoint
 from nemo_rng_dcp.cli.reading.index import Stored
-from nemo_rng_dcp.record import KEY
+from nemo_rng_dcp.grids import is_name
 
 _GENERATORS = {"python", "random", "numpy", "np", "torch", "cpu", "cuda", "xpu", "mps"}
 _TORCH_CPU_BYTES, _ACCELERATOR_BYTES = 5056, (16, 816)
@@ -41,7 +41,7 @@ class ForeignKey(NamedTuple):
 
 def find_keys(checkpoint: Checkpoint) -> list[ForeignKey]:
     """Return the keys of RNG state that no ``StatefulRNG`` stored, in their order."""
-    keys = {k: stored for k, stored in checkpoint.keys.items() if k.rpartition(".")[2] != KEY}
+    keys = {k: stored for k, stored in checkpoint.keys.items() if not is_name(k.rpartition(".")[2])}
     beside = _sets_of_generators(keys)
     return [
         ForeignKey(key, *_split(key))

@@ -9,6 +9,7 @@ import torch
 from nemo_rng_dcp.cli.reading.checkpoint import Checkpoint
 from nemo_rng_dcp.cli.reading.index import Chunk
 from nemo_rng_dcp.errors import RNGStateError
+from nemo_rng_dcp.grids import path_of
 from nemo_rng_dcp.record import KEY, Record
 from nemo_rng_dcp.table import records_in
 
@@ -30,7 +31,7 @@ class Table:
     """
 
     def __init__(self, checkpoint: Checkpoint, key: str) -> None:
-        self.key = key.rpartition(".")[0]
+        self.key = path_of(key)
         self._checkpoint = checkpoint
         self._places: dict[int, Chunk | torch.Tensor | str] = {}
         self._readers: dict[int, set[int | None]] = {}
