@@ -126,15 +126,15 @@ def loaded_positions(table: torch.Tensor, rows: list[int]) -> list[Position]:
 def mismatch(saved: Position, now: Position) -> str | None:
     """Return why batch k of this loader would not be the saved one's, if so."""
     names = {
+        "rows": "number of rows",
         "batch_size": "batch size",
         "samples": "dataset's size",
         "loader_length": "length",
-        "rows": "number of rows",
     }
     for field, name in names.items():
         then, here = getattr(saved, field), getattr(now, field)
         if then != here:
-            return f"{name} {_known(then)}, and this loader has {_known(here)}"
+            return f"{name} {_known(then)}, and now it is {_known(here)}"
     return None
 
 

@@ -99,11 +99,11 @@ def test_a_checkpoint_resumes_twice_and_a_resume_resumes(tmp_path: Path) -> None
     case, first, second, third = Case("shuffle"), *(tmp_path / name for name in "abc")
     expected = Run(case).train({(0, 1): first}).steps
     for _ in range(2):
-        again = Run(case, seed=3).load(first)
+        again = Run(case).load(first)
         again.save(second)  # right after the load
         assert again.disturb().train({(0, 3): third}).steps == behind(expected, (0, 1))
-        assert Run(case, seed=4).load(second).disturb().train().steps == behind(expected, (0, 1))
-        assert Run(case, seed=5).load(third).disturb().train().steps == behind(expected, (0, 3))
+        assert Run(case).load(second).disturb().train().steps == behind(expected, (0, 1))
+        assert Run(case).load(third).disturb().train().steps == behind(expected, (0, 3))
 
 
 def test_a_checkpoint_that_is_written_in_the_background(tmp_path: Path) -> None:
@@ -115,7 +115,7 @@ def test_a_checkpoint_that_is_written_in_the_background(tmp_path: Path) -> None:
     assert run.loader._current is not None
     run.steps += [(0, run.loader.batches, batch, run.draw()) for batch in run.loader._current]
     writing.result()
-    resumed = Run(case, seed=3).load(tmp_path).disturb().train(until=(0, "end"))
+    resumed = Run(case).load(tmp_path).disturb().train(until=(0, "end"))
     assert resumed.steps == run.steps[done:]
 
 
@@ -432,13 +432,13 @@ def test_other_arguments_are_checked() -> None:
 @pytest.mark.parametrize(
     ("now", "message"),
     [
-        (DataLoader(range(12), 3), "batch size 2, and this loader has 3"),
-        (DataLoader(range(13), 2), "dataset's size 12, and this loader has 13"),
+        (DataLoader(range(12), 3), "batch size 2, and now it is 3"),
+        (DataLoader(range(13), 2), "dataset's size 12, and now it is 13"),
         (
             DataLoader(range(12), 2, sampler=RandomSampler(range(12), num_samples=8)),
-            "length 6, and this loader has 4",
+            "length 6, and now it is 4",
         ),
-        (Shuffled(False), "batch size 2, and this loader has none"),
+        (Shuffled(False), "batch size 2, and now it is none"),
     ],
 )
 def test_another_loader_is_refused_in_the_middle_of_an_epoch(now: Any, message: str) -> None:
@@ -474,12 +474,12 @@ def test_what_is_no_position_is_refused() -> None:
 def test_a_save_before_the_pending_rewind_stores_what_was_loaded(tmp_path: Path) -> None:
     case, first, second = Case("shuffle"), tmp_path / "a", tmp_path / "b"
     expected = Run(case).train({(0, 2): first}).steps
-    run = Run(case, seed=5).load(first)
+    run = Run(case).load(first)
     assert warned(lambda: run.save(second)) == [], "nothing has drawn yet"
     (message,) = warned(lambda: run.disturb().save(second))
     assert "this save comes before the first batch of a ResumableLoader" in message
     assert warned(lambda: run.load(second)) == [], "a load asks for the state, too"
-    assert Run(case, seed=6).load(second).disturb().train().steps == behind(expected, (0, 2))
+    assert Run(case).load(second).disturb().train().steps == behind(expected, (0, 2))
     run.load(first).loader.set_epoch(3)
     assert warned(lambda: run.disturb().save(second)) == [], "no rewind will come"
 
@@ -487,7 +487,7 @@ def test_a_save_before_the_pending_rewind_stores_what_was_loaded(tmp_path: Path)
 def test_a_rewind_by_hand_does_not_replace_the_loaders(tmp_path: Path) -> None:
     case = Case("shuffle")
     expected = Run(case).train({(0, 2): tmp_path}).steps
-    run = Run(case, seed=5).load(tmp_path)
+    run = Run(case).load(tmp_path)
     run.rng.rewind()
     assert run.disturb().train().steps == behind(expected, (0, 2))
 
@@ -495,7 +495,7 @@ def test_a_rewind_by_hand_does_not_replace_the_loaders(tmp_path: Path) -> None:
 def test_a_first_batch_inside_a_scope_is_said_and_the_streams_come_back(tmp_path: Path) -> None:
     case = Case("shuffle")
     expected = Run(case).train({(0, 2): tmp_path}).steps
-    run = Run(case, seed=5).load(tmp_path)
+    run = Run(case).load(tmp_path)
     loaded = run.rng.fingerprint()
     run.disturb()
 
