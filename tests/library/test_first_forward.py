@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nemo_rng_dcp import RNGStateWarning, ScopedRNG, StatefulRNG
 from tests.support.jobs import job
-from tests.support.streams import draw, said, unmoved
+from tests.support.streams import draw, unmoved, warned
 
 Numbers = list[float]
 
@@ -285,10 +285,10 @@ def test_a_save_before_it_says_so_once_and_ends_it(missed: Callable[[nn.Module],
     rng.rewind_at_first_forward(model)
     draw()
     missed(model)
-    [message] = said(rng.state_dict)
+    [message] = warned(rng.state_dict)
     assert re.search(r"rank 0: .*no forward of Model has run in training.*call rewind\(\)", message)
     assert not model._forward_pre_hooks
-    assert said(rng.state_dict) == []
+    assert warned(rng.state_dict) == []
     before = draw()
     step(model)
     assert draw() != before
@@ -302,7 +302,7 @@ def missed_on_each_rank(path: str) -> list[str]:
     draw()
     if dist.get_rank() == 1:
         step(model)
-    return said(lambda: dcp.save({"rng": rng}, checkpoint_id=path))
+    return warned(lambda: dcp.save({"rng": rng}, checkpoint_id=path))
 
 
 def test_each_rank_speaks_for_itself(tmp_path: Path) -> None:
@@ -340,7 +340,7 @@ def test_saves_and_loads_without_a_missed_rewind_say_nothing(tmp_path: Path) -> 
         step(model)
         dcp.save({"rng": rng}, checkpoint_id=tmp_path)  # nobody had asked for a rewind
 
-    assert said(life) == []
+    assert warned(life) == []
 
 
 def test_before_any_load_nothing_moves() -> None:

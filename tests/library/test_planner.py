@@ -573,7 +573,9 @@ class Recording(LoadPlanner):
 
         def method(*arguments: Any) -> Any:
             self.called.append(name)
-            return LoadPlan([]) if name.endswith("_plan") else arguments[-1] if arguments else None
+            if name == "create_local_plan":
+                return LoadPlan([])
+            return arguments[-1] if arguments else None
 
         return method
 
@@ -593,6 +595,8 @@ def hooks_that_are_passed_on(hook: str | None) -> list[str]:
     arguments: dict[str, tuple[Any, ...]] = {
         "set_up_planner": ({}, Metadata({})),
         "create_local_plan": (),
+        "create_global_plan": ([LoadPlan([])],),
+        "finish_plan": (LoadPlan([]),),
         "load_bytes": (read, io.BytesIO()),
         "commit_tensor": (read, torch.zeros(1)),
     }
