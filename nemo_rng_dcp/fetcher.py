@@ -132,15 +132,15 @@ class Fetcher:
 
     def _apart(self, function: Callable[[], _Result], number: int | None) -> _Result:
         """Call a function on the streams of a batch, and put back those of the job."""
-        rng, before = self._rng, self._generators.take()
-        outside, rng._set_aside = rng._set_aside, rng._set_aside or before
+        streams, before = self._rng._streams, self._generators.take()
+        outside, streams.lent = streams.lent, streams.lent or before
         try:
             if number is not None:
                 self._start(number)
             return function()
         finally:
             self._generators.put_back(before)
-            rng._set_aside = outside
+            streams.lent = outside
 
     def _indices(self, indices: Iterable[Any], jump: int) -> Iterator[Any]:
         """Yield what a sampler yields behind the first ``jump``, from the streams of each batch.

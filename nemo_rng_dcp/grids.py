@@ -15,8 +15,7 @@ from torch.distributed.checkpoint import ReadItem
 from torch.distributed.device_mesh import DeviceMesh
 
 from nemo_rng_dcp.errors import RNGStateError, warn
-from nemo_rng_dcp.ranks import global_rank
-from nemo_rng_dcp.record import KEY, Mesh
+from nemo_rng_dcp.keys import KEY, beside, is_name
 
 
 class Grid(NamedTuple):
@@ -32,7 +31,7 @@ class Grid(NamedTuple):
     rank: int
     lowest: int
     highest: int
-    parts: Mesh | None
+    parts: tuple[tuple[str, int], ...] | None
 
     @classmethod
     def of(cls, mesh: DeviceMesh) -> Grid:
@@ -43,7 +42,7 @@ class Grid(NamedTuple):
         """
         coordinate = mesh.get_coordinate()
         if coordinate is None:
-            raise ValueError(f"rank {global_rank()} is not in the mesh {mesh}, so it has no row")
+            raise ValueError(f"rank {mesh.get_rank()} is not in the mesh {mesh}, so it has no row")
         ranks = mesh.mesh
         own = int(ranks[tuple(coordinate)])
         # Private, and nothing else tells: a part of a mesh knows its own ranks only.
@@ -57,55 +56,6 @@ class Grid(NamedTuple):
     def key(self) -> str:
         """The key of the grid's table in the state dict of a ``StatefulRNG``."""
         return f"{KEY}@{self.lowest}" if self.lowest else KEY
-
-
-def is_name(name: str, expected: str = KEY) -> bool:
-    """Return whether the last part of a key is a record's, of whichever grid."""
-    base, at, lowest = name.partition("@")
-    return base == expected and (lowest.isdecimal() or not at)
-
-
-def base_of(key: str) -> str:
-    """Return the last part of a key, without the grid."""
-    return key.rpartition(".")[2].partition("@")[0]
-
-
-def path_of(key: str) -> str:
-    """Return where the ``StatefulRNG`` of a record is, with its grid unless that has rank 0.
-
-    ``app.rng`` for ``app.rng.rng_streams``, and ``app.rng@4`` for ``app.rng.rng_streams@4``.
-    """
-    path, _, name = key.rpartition(".")
-    return path + name.removeprefix(KEY)
-
-
-def own_key(key: str, saved: Collection[str]) -> str | None:
-    """Return the key of the saved record to load for an entry; ``None``: there is none for it.
-
-    Its own; else that of the only grid without rank 0 that was saved there, which may lie on other
-    ranks now. The record of rank 0's grid is no other grid's.
-
-    Args:
-        key: The entry's key.
-        saved: All keys that there are.
-    """
-    if key in saved:
-        return key
-    moved = [other for other in beside(key, saved) if other != renamed(key, base_of(key))]
-    return moved[0] if len(moved) == 1 else None
-
-
-def renamed(key: str, name: str) -> str:
-    """Return a key with another last part."""
-    path, dot, _ = key.rpartition(".")
-    return path + dot + name
-
-
-def beside(key: str, saved: Collection[str]) -> list[str]:
-    """Return the keys, of all that there are, of the records of all grids where an entry is."""
-    places = ((other, other.rpartition(".")) for other in saved)
-    path, base = key.rpartition(".")[0], base_of(key)
-    return [other for other, (place, _, name) in places if place == path and is_name(name, base)]
 
 
 def warn_if_moved(key: str, source: str, row: int, saved: Collection[str]) -> None:
@@ -150,7 +100,7 @@ def names_of(mesh: DeviceMesh) -> tuple[str, ...]:
 
 def _parts(
     mesh: DeviceMesh, ranks: torch.Tensor, whole: DeviceMesh, grid: torch.Tensor
-) -> Mesh | None:
+) -> tuple[tuple[str, int], ...] | None:
     """Return the dimensions of the whole mesh along which a part lies under other names."""
     names = names_of(whole)
     if set(names_of(mesh)) <= set(names):

@@ -184,7 +184,7 @@ class ResumableLoader:
             # If the load finds none, this is what it gives back.
             positions = [position._replace(saved_at=UNREAD) for position in positions]
         rows = self._rng._rows()
-        return {position_key(rows): rows.table(torch.tensor(positions).flatten())}
+        return {position_key(rows): rows.table([torch.tensor(position) for position in positions])}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go to the position in ``state_dict``; the next batch is the one behind it.
@@ -265,7 +265,7 @@ class ResumableLoader:
                 fetched=self._fetched,
                 **figures_of(loader),
             )
-            for row, order, loader in zip([rows.row], self._orders, self._loaders, strict=True)
+            for row, order, loader in zip(rows.own, self._orders, self._loaders, strict=True)
         ]
 
     def _move(self, epoch: int, batches: int = 0, fetched: int = 0, begun_again: int = 0) -> None:

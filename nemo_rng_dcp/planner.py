@@ -19,11 +19,22 @@ from torch.distributed.checkpoint.metadata import (
 
 from nemo_rng_dcp import row_0
 from nemo_rng_dcp.errors import RNGStateError, warn
-from nemo_rng_dcp.grids import base_of, beside, is_name, own_key, refuse_one_for_two, warn_if_moved
+from nemo_rng_dcp.grids import refuse_one_for_two, warn_if_moved
+from nemo_rng_dcp.keys import base_of, beside, is_name, own_key
 from nemo_rng_dcp.position import POSITION_KEY, UNREAD, positions_in
 from nemo_rng_dcp.ranks import world_size
 from nemo_rng_dcp.record import Record
-from nemo_rng_dcp.table import local, read_of_row, record_keys, with_record
+from nemo_rng_dcp.table import (
+    Wanted,
+    buffer_for,
+    joined,
+    local,
+    place_in,
+    reads_of_rows,
+    record_keys,
+    records_in,
+    with_records,
+)
 from nemo_rng_dcp.unread import marked
 
 _Path = tuple[tuple[Any, Any], ...]
@@ -42,18 +53,20 @@ class _Entry:
 
     Attributes:
         path: The containers that it is nested in, from the outside in, each with the key in it.
-        value: The live table; once it is planned, one with room for the record that is read
-            instead, or with a mark if there is none.
-        row: This process's.
-        unread: What is given back if there is nothing to read: the live row, with a mark.
-        generators: Their names; none for a loader's position.
+        value: The live table; once it is planned, one with room for the rows that are read
+            instead, or with marks if there are none.
+        unread: What is given back if there is nothing to read: the live rows, with marks.
+        generators: The names of a record's; none for a loader's position.
+        wanted: Which rows these are.
+        reads: What is read instead.
     """
 
     path: _Path
     value: torch.Tensor
-    row: int
-    unread: torch.Tensor
+    unread: list[torch.Tensor]
     generators: Collection[str]
+    wanted: Wanted
+    reads: list[ReadItem] = dataclasses.field(default_factory=list)
 
     @property
     def is_below_a_list(self) -> bool:
@@ -80,7 +93,8 @@ class _Entry:
 class RNGLoadPlanner(LoadPlanner):
     """Loads RNG records onto any number of rows; everything else as another planner does.
 
-    Each rank reads one saved row of every RNG entry, whatever generators it holds:
+    Each rank reads one saved row of every RNG entry, or those of its logical ranks, whatever
+    generators they hold:
 
     - As many rows or fewer than were saved: row r reads row r. The others are dropped.
     - More rows: a row that was saved is read by its own rank, bit for bit. A new row r reads row
@@ -94,9 +108,10 @@ class RNGLoadPlanner(LoadPlanner):
 
     DCP calls it in this order:
 
-    1. :meth:`set_up_planner`, on every rank: finds the RNG entries and chooses the row that is
-       read for each. The other planner is set up with everything else.
-    2. :meth:`create_local_plan`, on every rank: the other planner's reads, then one per RNG entry.
+    1. :meth:`set_up_planner`, on every rank: finds the RNG entries and chooses the rows that
+       are read for each. The other planner is set up with everything else.
+    2. :meth:`create_local_plan`, on every rank: the other planner's reads, then ours for
+       the RNG entries.
     3. :meth:`create_global_plan`, on the coordinator alone: the other planner's.
     4. :meth:`finish_plan`, on every rank: the other planner's.
     5. :meth:`resolve_tensor` and :meth:`commit_tensor`, or :meth:`load_bytes`, on every rank for
@@ -156,12 +171,11 @@ class RNGLoadPlanner(LoadPlanner):
         self._entries: dict[str, _Entry]
         self._entries = {key: entry for key, entry in entries.items() if entry is not None}
         found = {key: own_key(key, saved) for key in self._entries}
-        self._reads = []
         for key, source in found.items():
             if source is not None:
-                row = self._entries[key].row
-                self._reads.append(read_of_row(source, row, saved[source], key))
-                warn_if_moved(key, source, row, saved)
+                entry = self._entries[key]
+                entry.reads = reads_of_rows(source, entry.wanted, saved[source], key)
+                warn_if_moved(key, source, entry.wanted.own[0], saved)
         ours = {*found, *found.values()}
         others = {key: stored for key, stored in saved.items() if key not in ours}
         placeholders: dict[str, Any] = {
@@ -179,16 +193,18 @@ class RNGLoadPlanner(LoadPlanner):
         # The default planner may flatten the state dict a second time here.
         with self._taken_out():
             plan = self.planner.create_local_plan()
-            lengths = {read.dest_index.fqn: read.lengths for read in self._reads}
-            for key, entry in self._entries.items():
-                # The record comes as it was saved: StatefulRNG is given it instead of the live one.
-                # Either is a table still, since a state dict that is kept may be saved again.
-                record = entry.unread
-                if key in lengths:
-                    record = torch.zeros(lengths[key], dtype=torch.int64, device="cpu")
-                entry.value = with_record(entry.value, record)
-        plan = dataclasses.replace(plan, items=[*plan.items, *self._reads])
-        names = {(key, e.row): e.generators for key, e in self._entries.items()}
+            for entry in self._entries.values():
+                # Records come as they were saved: StatefulRNG is given them instead of its own.
+                # They are a table still, since a state dict that is kept may be saved again.
+                records = buffer_for(entry.reads)
+                if not entry.reads:
+                    records = joined(entry.unread)
+                entry.value = with_records(entry.value, records)
+        reads = [read for entry in self._entries.values() for read in entry.reads]
+        plan = dataclasses.replace(plan, items=[*plan.items, *reads])
+        names = {
+            (key, entry.wanted.own[0]): entry.generators for key, entry in self._entries.items()
+        }
         return row_0.tell(plan, names)
 
     def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
@@ -224,7 +240,9 @@ class RNGLoadPlanner(LoadPlanner):
 
     def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
         entry = self._entries.get(read_item.dest_index.fqn)
-        return self.planner.resolve_tensor(read_item) if entry is None else local(entry.value)
+        if entry is None:
+            return self.planner.resolve_tensor(read_item)
+        return place_in(local(entry.value), read_item)
 
     def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
         if read_item.dest_index.fqn not in self._entries:
@@ -283,10 +301,14 @@ def _entry(path: _Path) -> _Entry | None:
     value = container[key]
     try:
         if base_of(key) == POSITION_KEY:
-            (position,) = positions_in(local(value))
-            unread = torch.tensor(position._replace(saved_at=UNREAD))
-            return _Entry(path, value, position.row, unread, ())
-        record = Record.from_tensor(local(value))
-    except (RNGStateError, ValueError):
+            positions = [
+                position._replace(saved_at=UNREAD) for position in positions_in(local(value))
+            ]
+            unread, generators = [torch.tensor(position) for position in positions], []
+        else:
+            records = [Record.from_tensor(tensor) for tensor in records_in(local(value))]
+            unread = [marked(record).to_tensor() for record in records]
+            generators = list(records[0].streams)
+    except RNGStateError:
         return None
-    return _Entry(path, value, record.row, marked(record).to_tensor(), record.streams)
+    return _Entry(path, value, unread, generators, Wanted.of(value))

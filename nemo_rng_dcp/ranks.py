@@ -40,7 +40,7 @@ def world_size() -> int:
 
 
 class Peer(NamedTuple):
-    """What a rank says of its streams.
+    """What a rank says of the streams of one of its rows.
 
     Attributes:
         rank: Its global rank.
@@ -57,11 +57,19 @@ class Peer(NamedTuple):
     shared: Collection[str]
 
 
-def gather_peers(own: Callable[[], Peer], process_group: dist.ProcessGroup | None) -> list[Peer]:
+def launched_processes() -> int:
+    """Return how many processes torchrun started (``WORLD_SIZE``), 1 if it did not."""
+    value = os.environ.get("WORLD_SIZE", "1")
+    return int(value) if value.isdecimal() else 1
+
+
+def gather_peers(
+    own: Callable[[], list[Peer]], process_group: dist.ProcessGroup | None
+) -> list[Peer]:
     """Return what all ranks say, by rank; every rank of the group must call it.
 
     Args:
-        own: Returns what this rank says. If it raises, all ranks are told.
+        own: Returns what this rank says of each of its rows. If it raises, all ranks are told.
         process_group: The ranks; ``None``: those of the default process group.
 
     Raises:
@@ -70,18 +78,19 @@ def gather_peers(own: Callable[[], Peer], process_group: dist.ProcessGroup | Non
         ValueError: This rank is not in ``process_group``.
     """
     if not dist.is_initialized():
-        return [own()]
+        return own()
     if dist.get_rank(process_group) < 0:
         raise ValueError(f"rank {global_rank()} is not in the process_group that was given")
-    answer: Peer | str
+    answer: list[Peer] | str
     cause = None
     try:
         answer = own()
     except Exception as error:
         answer, cause = f"rank {global_rank()} cannot tell its streams: {error}", error
     answers = _all_gather(answer, process_group)
-    peers = [peer for peer in answers if isinstance(peer, Peer)]
-    problems = [text for text in answers if isinstance(text, str)] or list(_unlike(peers))
+    peers = [peer for of_rank in answers if isinstance(of_rank, list) for peer in of_rank]
+    problems = [text for text in answers if isinstance(text, str)]
+    problems = problems or list(dict.fromkeys(_unlike(peers)))
     if problems:
         raise RNGStateError("; ".join(problems)) from cause
     return peers
@@ -99,6 +108,7 @@ def fingerprints_by_row(peers: Iterable[Peer], grid: str) -> list[dict[str, str]
 def drifted(peers: Collection[Peer]) -> list[str]:
     """Return a text for each generator and row in which ranks should be alike and are not."""
     several = len({peer.grid for peer in peers}) > 1
+    plays_several = len({peer.rank for peer in peers}) < len(peers)
     messages = []
     for name in dict.fromkeys(name for peer in peers for name in peer.fingerprints):
         sharing: dict[tuple[str, int | None], list[Peer]] = {}
@@ -109,17 +119,19 @@ def drifted(peers: Collection[Peer]) -> list[str]:
         for (_, row), (first, *others) in sharing.items():
             other = [p for p in others if p.fingerprints[name] != first.fingerprints[name]]
             if other:
-                text = f"ranks {_listed([first, *others])} share it"
+                # Several logical ranks of a process are named by their own numbers.
+                listed = _rows_listed if plays_several and row is None else _listed
+                text = f"ranks {listed([first, *others])} share it"
                 if row is not None:
                     text = text.replace(" it", f" row {row}")
                 elif not several:
                     text = "all ranks share it"
-                differ = f"rank {_listed(other)} differs from rank {first.rank}"
+                differ = f"rank {listed(other)} differs from rank {listed([first])}"
                 messages.append(f"{name}: {text}, but {differ}")
     return messages
 
 
-def _all_gather(answer: Peer | str, process_group: dist.ProcessGroup | None) -> list[Any]:
+def _all_gather(answer: object, process_group: dist.ProcessGroup | None) -> list[Any]:
     answers: list[Any] = [None] * dist.get_world_size(process_group)
     try:
         dist.all_gather_object(answers, answer, group=process_group)
@@ -148,3 +160,7 @@ def _unlike(peers: Iterable[Peer]) -> Iterator[str]:
 
 def _listed(peers: Iterable[Peer]) -> str:
     return ", ".join(str(peer.rank) for peer in peers)
+
+
+def _rows_listed(peers: Iterable[Peer]) -> str:
+    return ", ".join(dict.fromkeys(str(peer.row) for peer in peers))

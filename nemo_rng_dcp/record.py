@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from nemo_rng_dcp.errors import RNGStateError
+from nemo_rng_dcp.keys import KEY as KEY
 from nemo_rng_dcp.versions import (
     HASH_SEED,
     UNSEEDED,
@@ -26,9 +27,6 @@ from nemo_rng_dcp.versions import (
     version_number,
     version_text,
 )
-
-KEY = "rng_streams"
-"""The key under which records are stored, and by which they are found."""
 
 LAYOUT_VERSION = 1
 
@@ -61,7 +59,7 @@ _HEAD_RANGES = {
     "resizes": (0, 2**31 - 1),
 }
 _OTHER_RANGE = 0, 2**63 - 1
-LENGTH, ROWS = 2, 4  # places in the head
+LENGTH, ROW, ROWS = 2, 3, 4  # places in the head
 _CHECK_BYTES = 8
 _ROOM = 128
 
@@ -309,7 +307,7 @@ def words_of(tensor: torch.Tensor) -> np.ndarray[Any, np.dtype[np.int64]]:
 
 
 def _head_row(words: np.ndarray[Any, np.dtype[np.int64]]) -> str:
-    return f", by its head row {words[ROWS - 1]} of {words[ROWS]}," if len(words) > ROWS else ""
+    return f", by its head row {words[ROW]} of {words[ROWS]}," if len(words) > ROWS else ""
 
 
 def _check_word(content: bytes | bytearray | memoryview) -> bytes:

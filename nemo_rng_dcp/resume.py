@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -27,6 +28,7 @@ class Job:
         slots: Its generators by name.
         parts: The dimensions that a flattened ``mesh`` is made of; ``None``: it is none.
         seed: What its ``StatefulRNG`` was given; ``None``: it is of no account.
+        logical: Whether a row is a logical rank, which has no coordinate of its own.
     """
 
     row: int
@@ -36,6 +38,7 @@ class Job:
     slots: Mapping[str, Slot]
     parts: Mesh | None = None
     seed: int | None = None
+    logical: bool = False
 
 
 @dataclass(frozen=True)
@@ -163,7 +166,10 @@ def _on_rows(record: Record, job: Job, saved: list[str], forked: list[str]) -> I
         meshes.append((record.parts or record.mesh, job.parts or job.mesh))
         # Of a record without them nobody knows more than the names of its mesh.
         meshes = meshes[-1:] if record.parts and job.parts else meshes
-    if all(_renumbered(then, here, min(rows, now)) for then, here in meshes):
+    renumbered = all(_renumbered(then, here, min(rows, now)) for then, here in meshes)
+    if job.logical or _is_logical(record):
+        renumbered = _names(record.mesh) != _names(job.mesh)
+    if renumbered:
         yield (
             f"the rows were saved along {mesh_text(meshes[-1][0])} and are loaded along "
             f"{mesh_text(meshes[-1][1])}: row r may belong to another coordinate now"
@@ -211,6 +217,15 @@ def _on_surroundings(record: Record) -> Iterator[str]:
 def _listed(names: list[str]) -> str:
     """Return the generators of these streams; parts such as ``order.seed_seq`` go with theirs."""
     return ", ".join(name for name in names if name.rpartition(".")[0] not in names)
+
+
+def _is_logical(record: Record) -> bool:
+    """Return whether a record's mesh tells that several rows belonged to one coordinate."""
+    return record.mesh is not None and math.prod(size for _, size in record.mesh) != record.rows
+
+
+def _names(mesh: Mesh | None) -> list[str] | None:
+    return None if mesh is None else [name for name, _ in mesh]
 
 
 def _renumbered(saved: Mesh | None, now: Mesh | None, rows: int) -> bool:

@@ -53,6 +53,30 @@ def check_ranked(ranked: bool) -> bool:
     return ranked
 
 
+def check_logical_ranks(logical_ranks: int | None, ranked: bool) -> int | None:
+    """Return ``logical_ranks`` as an int, or ``None``.
+
+    Raises:
+        TypeError: It is no integer.
+        ValueError: It is less than 1, or given without ``ranked``.
+    """
+    if logical_ranks is None:
+        return None
+    if not is_integer(logical_ranks):
+        raise TypeError(
+            f"logical_ranks is {logical_ranks!r} ({type(logical_ranks).__name__}), expected an "
+            "integer or None"
+        )
+    if logical_ranks < 1:
+        raise ValueError(f"logical_ranks is {logical_ranks}, expected at least 1")
+    if not ranked:
+        raise ValueError(
+            f"logical_ranks={logical_ranks} needs ranked=True: logical ranks that draw the same "
+            "numbers need no streams of their own"
+        )
+    return int(logical_ranks)
+
+
 def seed_all(seed: int) -> None:
     """Seed Python's, NumPy's and torch's global generators with a seed that was checked.
 

@@ -29,10 +29,19 @@ from torch.distributed.tensor import DTensor
 
 from nemo_rng_dcp import row_0
 from nemo_rng_dcp.errors import RNGStateError
-from nemo_rng_dcp.grids import own_key, path_of, refuse_one_for_two, renamed, warn_if_moved
+from nemo_rng_dcp.grids import refuse_one_for_two, warn_if_moved
+from nemo_rng_dcp.keys import own_key, path_of, renamed
 from nemo_rng_dcp.places import OF_ANOTHER_WRITER, MissingRecordError, Place, Source, first_line
 from nemo_rng_dcp.record import KEY, Record
-from nemo_rng_dcp.table import Rows, local, read_of_row, record_keys, records_in
+from nemo_rng_dcp.table import (
+    Wanted,
+    buffer_for,
+    local,
+    place_in,
+    reads_of_rows,
+    record_keys,
+    records_in,
+)
 
 CheckpointId = str | os.PathLike[str] | None
 """A folder or URL as DCP's ``checkpoint_id`` takes it; ``None``: the storage object knows it."""
@@ -77,7 +86,7 @@ def save(
 
 
 def load(
-    rows: Callable[[], Rows],
+    take: Callable[[], Mapping[str, torch.Tensor]],
     names: Collection[str],
     path: CheckpointId,
     reader: StorageReader | None,
@@ -85,10 +94,12 @@ def load(
     group: Group = None,
     missing_ok: bool = False,
 ) -> dict[str, torch.Tensor] | None:
-    """Return the saved record for a row, and read nothing else; a collective, as ``dcp.load`` is.
+    """Return the saved records for a job's rows; a collective, as ``dcp.load`` is.
+
+    Nothing else is read.
 
     Args:
-        rows: Returns the rows of the job. What it raises, all ranks are told.
+        take: Returns the table of which this rank has its rows. What it raises, all ranks are told.
         names: This rank's generators.
         path: A checkpoint that holds a record, alone or beside other things, at any depth; or a
             folder of which one folder is such a checkpoint.
@@ -98,7 +109,8 @@ def load(
         missing_ok: Whether there may be no checkpoint, or none with a record.
 
     Returns:
-        ``{rows().key: record}``, not checked yet; ``None``: it is missing and may be.
+        By the key of the job's table the records, not checked yet; ``None``: they are missing and
+        may be.
 
     Raises:
         RNGStateError: On every rank: one of them has no row, there is no record, or several and no
@@ -108,7 +120,12 @@ def load(
     _check_member(group)
     storage = reader or cast(StorageReader, _storage_setup(None, path, reader=True))
     source = Source(storage, record_keys)
-    planner = _LoadPlanner(rows, names, key, source)
+
+    def own() -> tuple[str, Wanted]:
+        [(name, table)] = take().items()
+        return name, Wanted.of(table)
+
+    planner = _LoadPlanner(own, names, key, source)
     hint = OF_ANOTHER_WRITER if reader is None else ""
     with _told_on_every_rank(f"no record was loaded from {path or reader}", group, hint):
         try:
@@ -190,20 +207,20 @@ class _SavePlanner(DefaultSavePlanner):
 
 
 class _LoadPlanner(DefaultLoadPlanner):
-    """Reads one record, wherever it lies in the checkpoint.
+    """Reads one table's records, wherever it lies in the checkpoint.
 
-    The record is chosen in here, because DCP tells every rank what is raised in a planner.
+    It is chosen in here, because DCP tells every rank what is raised in a planner.
     """
 
     def __init__(
         self,
-        rows: Callable[[], Rows],
+        own: Callable[[], tuple[str, Wanted]],
         names: Collection[str],
         key: str | None,
         source: Source,
     ) -> None:
         super().__init__()
-        self._rows, self._names = rows, names
+        self._own, self._names = own, names
         self._key = key
         self._source = source
         self.loaded: dict[str, torch.Tensor] = {}
@@ -221,16 +238,15 @@ class _LoadPlanner(DefaultLoadPlanner):
         self._save = getattr(metadata.storage_meta, "save_id", None)
 
     def create_local_plan(self) -> LoadPlan:
-        rows = self._rows()
-        key = _chosen(self.saved, self._key, rows.key)
-        entry = renamed(key, rows.key)
-        read = read_of_row(key, rows.row, self.saved[key], entry)
+        name, wanted = self._own()
+        key = _chosen(self.saved, self._key, name)
+        entry = renamed(key, name)
+        reads = reads_of_rows(key, wanted, self.saved[key], entry)
         if self._key is None:
-            warn_if_moved(entry, key, rows.row, self.saved)
-        record = torch.zeros(read.lengths, dtype=torch.int64, device="cpu")
-        self.loaded = {rows.key: record}
-        plan = LoadPlan([read], planner_data=self._save)
-        return row_0.tell(plan, {(rows.key, rows.row): self._names})
+            warn_if_moved(entry, key, wanted.own[0], self.saved)
+        self.loaded = {name: buffer_for(reads)}
+        plan = LoadPlan(reads, planner_data=self._save)
+        return row_0.tell(plan, {(name, wanted.own[0]): self._names})
 
     def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
         return row_0.spread(global_plan, self._check)
@@ -250,21 +266,22 @@ class _LoadPlanner(DefaultLoadPlanner):
         return super().finish_plan(row_0.hear(central_plan, entries))
 
     def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
-        [record] = self.loaded.values()
-        return record
+        [records] = self.loaded.values()
+        return place_in(records, read_item)
 
     def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
-        pass  # it was read into the record itself
+        pass  # it was read into its place itself
 
 
 def _first_record(reader: StorageReader) -> Record:
     """Return the record of row 0 that ``rng.save`` wrote; does not communicate."""
-    planner = _LoadPlanner(lambda: Rows(0, 1, None), (), KEY, Source(reader, record_keys))
+    wanted = KEY, Wanted(range(1), 1, length=0)
+    planner = _LoadPlanner(lambda: wanted, (), KEY, Source(reader, record_keys))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
         dcp.load({}, storage_reader=reader, planner=planner, no_dist=True)
-    [record] = planner.loaded.values()
-    return Record.from_tensor(record)
+    [records] = planner.loaded.values()
+    return Record.from_tensor(records_in(records)[0])
 
 
 def _chosen(saved: Mapping[str, Any], key: str | None, name: str) -> str:

@@ -6,6 +6,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Literal, NoReturn, SupportsIndex, overload
 
 import torch
@@ -18,22 +19,34 @@ from nemo_rng_dcp.automodel import RNGState, is_automodel_state, packed_states
 from nemo_rng_dcp.errors import RNGStateError, warn
 from nemo_rng_dcp.first_forward import FirstForward
 from nemo_rng_dcp.generators import DeviceWatch, GeneratorSet, States, own_device
-from nemo_rng_dcp.grids import Grid, own_key
+from nemo_rng_dcp.grids import Grid
+from nemo_rng_dcp.keys import own_key
+from nemo_rng_dcp.rank_streams import RankStreams
 from nemo_rng_dcp.ranks import (
     Peer,
     drifted,
     fingerprints_by_row,
     gather_peers,
     global_rank,
+    launched_processes,
     world_size,
 )
 from nemo_rng_dcp.recompute import ContextFn, recompute_of
 from nemo_rng_dcp.record import Record, Stream, fingerprint
 from nemo_rng_dcp.resume import Job, Loaded, resume
 from nemo_rng_dcp.row_0 import has_its_generators
-from nemo_rng_dcp.seeding import check_ranked, check_seed, seed_all
-from nemo_rng_dcp.table import Rows
+from nemo_rng_dcp.seeding import (
+    check_logical_ranks,
+    check_ranked,
+    check_seed,
+    derive_seed,
+    seed_all,
+)
+from nemo_rng_dcp.table import Rows, rows_text
 from nemo_rng_dcp.unread import load_is_asking, marked, was_read
+
+Packed = dict[int, dict[str, bytes]]
+"""Packed states by rank and generator."""
 
 
 class StatefulRNG:
@@ -118,8 +131,11 @@ class StatefulRNG:
         shared_generators: Mapping[str, Any] | None = None,
         global_generators: bool = True,
         device: torch.device | str | int | None = None,
+        logical_ranks: int | None = None,
     ) -> None:
         self.ranked = check_ranked(ranked)
+        self.logical_ranks = check_logical_ranks(logical_ranks, ranked)
+        """The number that was given; ``None``: each process is one rank."""
         if not isinstance(global_generators, bool):
             raise TypeError(f"global_generators is {global_generators!r}, expected True or False")
         self._generators = GeneratorSet(
@@ -133,33 +149,67 @@ class StatefulRNG:
             raise TypeError(f"mesh is {mesh!r}, expected a DeviceMesh or None")
         self.mesh = mesh
         self._grid = None if mesh is None else Grid.of(mesh)
-        self._seeded_row = self._row_number()
-        row_seed = check_seed(seed, self._seeded_row if ranked else 0)
+        own = self._own_rows()
+        check_seed(seed, own[-1] if ranked else 0)
         self.seed = int(seed)
         self._thread = threading.get_ident()
         self._resizes = 0
-        self._loaded_states: States | None = None
+        self._loaded_states: Mapping[int, States] | None = None
         self._is_rewound = True  # nothing was loaded, or rewind() was called since
         self._first_forward = FirstForward(
-            lambda: self._rewind_is_due() and self._generators.parked_at is None, self.rewind
+            lambda: self._rewind_is_due() and self._generators.parked_at is None, self._rewind
         )
-        # Loaders that were made; those that go on in the middle of a pass with their next batch;
-        # whether one of them did since the load; and the streams of the job while a loader's are
-        # in place.
+        # Loaders that were made; those whose next batch is in the middle of a pass; and whether one
+        # of them has rewound since the load.
         self._loaders = 0
         self._waiting: weakref.WeakSet[Any] = weakref.WeakSet()
-        self._loader_went_on = True
-        self._set_aside: Mapping[str, Any] = {}
+        self._loader_rewound = True
         self.loaded: Loaded | None = None
         """What the last load restored, with its rows, world size and time; ``None``: nothing."""
-        if global_generators:
-            seed_all(row_seed)
-        self._watch = DeviceWatch(self.device if global_generators else None)
+        self._streams = RankStreams(self._generators, own, logical=logical_ranks is not None)
+        for rank in reversed(own):
+            with self._streams.as_rank(rank):
+                self._seed(rank)
+        watched = self.device if global_generators else None
+        self._watch = DeviceWatch(watched, {} if watched is None else self._streams.take())
 
     @property
     def device(self) -> torch.device | None:
         """The accelerator device whose global generator is this rank's; ``None``: it uses none."""
         return self._generators.device
+
+    @property
+    def ranks(self) -> range:
+        """The logical ranks that this process plays; without ``logical_ranks`` its own row."""
+        return self._streams.ranks
+
+    @property
+    def rank(self) -> int:
+        """The one of :attr:`ranks` whose streams the generators have now."""
+        return self._streams.rank
+
+    def as_rank(self, rank: int) -> AbstractContextManager[None]:
+        """Give all generators the streams of a logical rank; does not communicate.
+
+        Afterwards they have those of the rank before, whatever ended the block. Outside they are
+        those of the first of :attr:`ranks`. It may be nested, and ranks may be entered in any
+        order. A save or a load inside is that of all ranks. Where each process is one rank,
+        nothing changes, so one loop serves both::
+
+            for r in rng.ranks:
+                with rng.as_rank(r):
+                    (model(batch_of(r)) / 8).backward()
+
+        Args:
+            rank: One of :attr:`ranks`.
+
+        Raises:
+            ValueError: This process does not play that rank; the message names those that it plays.
+            RuntimeError: A ``ScopedRNG`` is open around it: open it inside.
+            RNGStateError: A generator did not take its state; the streams are as they were. Or a
+                shared generator was drawn from outside, while ranks had different streams of it.
+        """
+        return self._streams.as_rank(rank)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Return this rank's record as its row of a table; moves no stream.
@@ -187,32 +237,18 @@ class StatefulRNG:
         """
         rows = self._rows()
         self._watch.warn_if_another_is_current()
-        self._watch.warn_if_reseeded(rows.row)
         is_for_a_load = load_is_asking()
+        states = self._streams.take()
+        self._watch.warn_if_reseeded(states, speaks=rows.own.start == len(rows.own))
+        packed = {rank: self._generators.pack(of_rank) for rank, of_rank in states.items()}
+        if self._a_loader_will_rewind():
+            packed = self._loaded_instead_of(packed, is_for_a_load)
         if not is_for_a_load:
             self._warn_in_a_scope("the record holds")
             self._warn_of_exchanged_generators()
-            self._warn_of_a_missed_rewind()
-            self._warn_of_a_coming_rewind()
-        slots = self._generators.slots
-        record = Record(
-            row=rows.row,
-            rows=rows.count,
-            world_size=world_size(),
-            seed=self.seed,
-            ranked=self.ranked,
-            resizes=self._resizes,
-            taken_at=time.time_ns(),
-            mesh=rows.mesh_sizes,
-            parts=rows.parts,
-            streams={
-                name: Stream(slots[name].kind, slots[name].shared, state)
-                for name, state in self._generators.pack(self._states_of_job()).items()
-            },
-        )
-        if is_for_a_load:
-            record = marked(record)
-        return {rows.key: rows.table(record.to_tensor())}
+            self._warn_of_a_missed_rewind(packed)
+            self._warn_of_draws_outside()
+        return self._table(rows, packed, is_for_a_load)
 
     def load_state_dict(self, state_dict: Mapping[str, Any] | RNGState) -> None:
         """Put every stream of this rank back to where ``state_dict`` has it; all or nothing.
@@ -247,26 +283,33 @@ class StatefulRNG:
                 f"{rows.key}: the state has no such entry, only {sorted(map(str, state_dict))}; it "
                 "is no state of a StatefulRNG, or of one on another grid of ranks"
             )
-        record = rows.own_record(state_dict[key])
-        if not was_read(record):
+        records = rows.own_records(state_dict[key])
+        # Each is asked, as each no is said once.
+        unread = [row for row, record in records.items() if not was_read(record)]
+        if unread:
             self._note_that_nothing_was_loaded(rows)
             return
-        outcome = resume(record, self._job(rows))
+        outcomes = {row: resume(record, self._job(row, rows)) for row, record in records.items()}
+        states = {row: self._unpacked(row, outcome.states) for row, outcome in outcomes.items()}
         self._watch.warn_if_another_is_current()
+        # The rows of a process have the same to say.
+        record, outcome = records[rows.row], outcomes[rows.row]
         remarks = outcome.remarks
         if rows.row != 0:
-            # Row 0 speaks for all, but knows its own generators only. Where as many were saved as
-            # there are, nothing tells that the job changed and not this rank.
-            changed = len(record.streams) != len(self._generators.slots)
+            # Row 0 speaks for all, but knows its own generators only. It has these: where others
+            # were saved in kind, whose records have another length, it misses them as well.
+            changed = sorted(s.kind for s in record.streams.values()) != sorted(
+                slot.kind for slot in self._generators.slots.values()
+            )
             row_0_says_it = changed and has_its_generators(state_dict[key])
             remarks = () if row_0_says_it else outcome.of_generators
         if remarks:
             # Before the restore: where warnings are errors, nothing may have moved by then.
-            row = f", row {rows.row}" if rows.row else ""
+            row = f", {rows_text(rows.own)}" if rows.row else ""
             warn(f"RNG state{row}: {'. '.join(remarks)}")
-        self._restore(self._generators.unpack(outcome.states), outcome.seeds)
+        self._restore(states, {row: outcome.seeds for row, outcome in outcomes.items()})
         self.loaded, self._resizes, self._is_rewound = outcome.loaded, outcome.resizes, False
-        self._loader_went_on = False
+        self._loader_rewound = False
 
     def save(
         self,
@@ -352,7 +395,7 @@ class StatefulRNG:
             ValueError: This rank is not in ``process_group``.
         """
         loaded = standalone.load(
-            self._rows,
+            lambda: self._table(self._rows(), self._packed(), is_for_a_load=True),
             self._generators.slots,
             path,
             storage_reader,
@@ -372,13 +415,20 @@ class StatefulRNG:
         streams: a fresh ``iter(dataloader)``, or another entry of the checkpoint that draws in its
         ``load_state_dict``.
 
+        With logical ranks it puts back the streams of all that this process plays.
+
         Raises:
-            RuntimeError: Nothing has been loaded yet, or the last load restored nothing.
+            RuntimeError: Nothing has been loaded yet, or the last load restored nothing; or it is
+                called inside :meth:`as_rank` of a process that plays several ranks.
         """
         if self._loaded_states is None:
             raise RuntimeError("rewind() goes back to the last load, and nothing was loaded yet")
-        self._restore(self._loaded_states)
-        self._is_rewound = True
+        if self._streams.is_inside and len(self.ranks) > 1:
+            raise RuntimeError(
+                f"rewind() inside as_rank({self.rank}) would put back the streams of ranks "
+                f"{self.ranks[0]} to {self.ranks[-1]}, all of them: call it outside, once"
+            )
+        self._rewind()
 
     def rewind_at_first_forward(
         self,
@@ -468,9 +518,9 @@ class StatefulRNG:
                 process group.
 
         Returns:
-            This rank's streams, without communication; with ``gather``, on every rank alike, a
-            list by row of this rank's grid (see :meth:`state_dict`). Of ranks that share a row,
-            the lowest one speaks (see :meth:`verify_shared`).
+            The streams of this process's current rank, without communication; with ``gather``, on
+            every rank alike, a list by row of this rank's grid (see :meth:`state_dict`). Of ranks
+            that share a row, the lowest one speaks (see :meth:`verify_shared`).
 
         Raises:
             RNGStateError: As for :meth:`state_dict`. With ``gather``, on every rank: one of them
@@ -479,8 +529,8 @@ class StatefulRNG:
             ValueError: This rank is not in ``process_group``.
         """
         if gather:
-            return fingerprints_by_row(gather_peers(self._peer, process_group), self._rows().key)
-        return {name: fingerprint(state) for name, state in self._packed().items()}
+            return fingerprints_by_row(gather_peers(self._peers, process_group), self._rows().key)
+        return _fingerprints(self._packed()[self.rank])
 
     def verify_shared(self, *, process_group: dist.ProcessGroup | None = None) -> None:
         """Make sure that ranks which should have one stream are in the same state.
@@ -500,7 +550,7 @@ class StatefulRNG:
                 as for :meth:`fingerprint` with ``gather``.
             ValueError: This rank is not in ``process_group``.
         """
-        messages = drifted(gather_peers(self._peer, process_group))
+        messages = drifted(gather_peers(self._peers, process_group))
         if messages:
             raise RNGStateError(
                 "; ".join(messages) + ". A draw happened on some of them only, or the mesh given "
@@ -514,16 +564,63 @@ class StatefulRNG:
             "it to dcp.save at the top level of the dict: DCP pickles what lies deeper."
         )
 
+    def _table(self, rows: Rows, packed: Packed, is_for_a_load: bool) -> dict[str, torch.Tensor]:
+        slots, taken_at = self._generators.slots, time.time_ns()
+        records = [
+            Record(
+                row=row,
+                rows=rows.count,
+                world_size=world_size(),
+                seed=self.seed,
+                ranked=self.ranked,
+                resizes=self._resizes,
+                taken_at=taken_at,
+                mesh=rows.mesh_sizes,
+                parts=rows.parts,
+                streams={
+                    name: Stream(slots[name].kind, slots[name].shared, state)
+                    for name, state in of_rank.items()
+                },
+            )
+            for row, of_rank in packed.items()
+        ]
+        if is_for_a_load:
+            records = [marked(record) for record in records]
+        return {rows.key: rows.table([record.to_tensor() for record in records])}
+
     def _rewind_is_due(self) -> bool:
         """Return whether a load put streams back that nobody has rewound to since."""
         return self._loaded_states is not None and not self._is_rewound
 
-    def _warn_of_a_missed_rewind(self) -> None:
+    def _a_loader_will_rewind(self) -> bool:
+        due = self._loaded_states is not None and not self._loader_rewound
+        return due and len(self._waiting) > 0
+
+    def _rewind_for_a_loader(self) -> None:
+        """Rewind, unless a loader had it done since the last load."""
+        if self._loaded_states is not None and not self._loader_rewound:
+            self._rewind()
+        self._loader_rewound = True
+
+    def _loaded_instead_of(self, packed: Packed, is_for_a_load: bool) -> Packed:
+        """Return what a loader is going to rewind to; warn if something has drawn meanwhile."""
+        assert self._loaded_states is not None
+        loaded = {rank: self._generators.pack(s) for rank, s in self._loaded_states.items()}
+        if packed != loaded and not is_for_a_load:
+            warn(
+                f"rank {global_rank()}: this save comes before the first batch of a "
+                "ResumableLoader that goes on in the middle of a pass, and something has drawn "
+                "since the load. What was loaded is stored, since that batch begins with a rewind. "
+                "If the loader is not used again, call its set_epoch()"
+            )
+        return loaded
+
+    def _warn_of_a_missed_rewind(self, packed: Packed) -> None:
         names = self._first_forward.names
         if not names or not self._rewind_is_due():
             return
         assert self._loaded_states is not None
-        if self._packed() == self._generators.pack(self._loaded_states):
+        if packed == {r: self._generators.pack(s) for r, s in self._loaded_states.items()}:
             return  # a save right after the load: the rewind may still come
         warn(
             f"rank {global_rank()}: this save comes before the rewind that "
@@ -539,9 +636,9 @@ class StatefulRNG:
         self.loaded = self._loaded_states = None
         warn(
             f"rank {global_rank()}: the load restored no random stream: the checkpoint holds "
-            f"no RNG state ({rows.key}) for row {rows.row}. The streams stay where they are, and a "
-            "job that was just seeded draws its first numbers again: resume once with another "
-            "seed, as docs/elastic.md shows under 'A checkpoint without RNG state'"
+            f"no RNG state ({rows.key}) for {rows_text(rows.own)}. The streams stay where they "
+            "are, and a job that was just seeded draws its first numbers again: resume once with "
+            "another seed, as docs/elastic.md shows under 'A checkpoint without RNG state'"
         )
 
     def _load_automodel_state(self, state: Any) -> None:
@@ -551,46 +648,49 @@ class StatefulRNG:
                 "the state is of the global generators, which this StatefulRNG leaves alone "
                 "(global_generators=False): load it with the one that stores them"
             )
+        if len(self.ranks) > 1 and not self._streams.is_inside:
+            raise RNGStateError(
+                f"the state is one rank's, and this process plays ranks {self.ranks[0]} to "
+                f"{self.ranks[-1]}: load it inside as_rank() of the rank that it belongs to"
+            )
         states = self._generators.unpack(packed_states(state, self.device))
         self._watch.warn_if_another_is_current()
-        self._restore(states)
+        self._restore({self.rank: states})
         self.loaded, self._is_rewound = Loaded(), False
-        self._loader_went_on = False
+        self._loader_rewound = False
 
-    def _restore(self, states: States, seeds: Mapping[str, int] | None = None) -> None:
+    def _seed(self, rank: int) -> None:
+        """Start the current rank's streams."""
+        if self.logical_ranks is not None:
+            slots = self._generators.slots.items()
+            own = [name for name, slot in slots if not slot.shared and not slot.is_global]
+            path = "logical rank", rank
+            seeds = {name: derive_seed(self.seed, *path, name, bits=64) for name in own}
+            self._generators.restore({}, seeds)
+        if self._generators.has_global:
+            seed_all(self.seed + rank if self.ranked else self.seed)
+
+    def _rewind(self) -> None:
+        assert self._loaded_states is not None
+        self._restore(self._loaded_states)
+        self._is_rewound = True
+
+    def _restore(
+        self,
+        states: Mapping[int, States],
+        seeds: Mapping[int, Mapping[str, int]] | None = None,
+    ) -> None:
         self._warn_in_a_scope("what is loaded or rewound are")
-        self._loaded_states = self._generators.restore(states, seeds)
-        self._watch.note_seeds()
+        self._loaded_states = self._streams.restore(states, seeds)
+        self._watch.note_seeds(self._loaded_states)
 
-    def _rewind_for_a_loader(self) -> None:
-        """Rewind, unless a loader had it done since the last load."""
-        if self._loaded_states is not None and not self._loader_went_on:
-            self.rewind()
-        self._loader_went_on = True
-
-    def _states_of_job(self) -> States:
-        """Return the streams that a checkpoint holds, whatever a loader has done or will do."""
-        if self._waiting and not self._loader_went_on and self._loaded_states is not None:
-            return self._loaded_states
-        states = self._generators.take()
-        if self._set_aside:
-            in_place = self._generators.parked_at is None
-            for name, slot in self._generators.slots.items():
-                # What a scope has parked is the job's already.
-                if name in self._set_aside and (in_place or not slot.is_global):
-                    states[name] = self._set_aside[name]
-        return states
-
-    def _warn_of_a_coming_rewind(self) -> None:
-        if not self._waiting or self._loader_went_on or self._loaded_states is None:
-            return
-        if self._packed() != self._generators.pack(self._loaded_states):
-            warn(
-                f"rank {global_rank()}: this save comes before the first batch of a "
-                "ResumableLoader that goes on in the middle of a pass, and something has drawn "
-                "since the load. What was loaded is stored, since that batch begins with a rewind. "
-                "If the loader is not used again, call its set_epoch()"
-            )
+    def _unpacked(self, row: int, packed: Mapping[str, bytes]) -> States:
+        try:
+            return self._generators.unpack(packed)
+        except RNGStateError as error:
+            if len(self.ranks) == 1:
+                raise
+            raise RNGStateError(f"row {row}: {error}") from error
 
     def _warn_in_a_scope(self, what: str) -> None:
         place = self._generators.parked_at
@@ -609,45 +709,84 @@ class StatefulRNG:
                 f"the one in use, such as {name}=lambda: sampler.generator"
             )
 
-    def _packed(self) -> dict[str, bytes]:
-        return self._generators.pack(self._generators.take())
+    def _warn_of_draws_outside(self) -> None:
+        """Warn, once for each, of draws that another number of processes would not make."""
+        names = sorted(self._streams.drawn_outside)
+        if names:
+            self._streams.drawn_outside.clear()
+            warn(
+                f"rank {global_rank()}: {', '.join(names)} drawn from outside of as_rank() since "
+                "the last load or such warning. Those numbers were logical rank "
+                f"{self.ranks[0]}'s, and would be another's on another number of processes: "
+                "draw inside of as_rank(), or resume on as many processes"
+            )
 
-    def _job(self, rows: Rows) -> Job:
+    def _packed(self) -> Packed:
+        states = self._streams.take()
+        return {rank: self._generators.pack(of_rank) for rank, of_rank in states.items()}
+
+    def _job(self, row: int, rows: Rows) -> Job:
         return Job(
-            rows.row,
+            row,
             rows.count,
             rows.mesh_sizes,
             self.ranked,
             self._generators.slots,
             parts=rows.parts,
             seed=self.seed,
+            logical=self.logical_ranks is not None,
         )
 
-    def _peer(self) -> Peer:
+    def _peers(self) -> list[Peer]:
         rows = self._rows()
         shared = {
             name
             for name, slot in self._generators.slots.items()
             if slot.shared or (slot.is_global and not self.ranked)
         }
-        return Peer(global_rank(), rows.key, rows.row, self.fingerprint(), shared)
+        return [
+            Peer(global_rank(), rows.key, row, _fingerprints(of_rank), shared)
+            for row, of_rank in self._packed().items()
+        ]
 
-    def _row_number(self) -> int:
-        """Return the row that this process must own, with or without a process group."""
-        return global_rank() if self.mesh is None else Rows.current(self.mesh, self._grid).row
+    def _current_rows(self) -> Rows:
+        return Rows.current(self.mesh, self._grid, self.logical_ranks)
+
+    def _own_rows(self) -> range:
+        """Return the rows that this process must own, with or without a process group."""
+        if self.mesh is not None:
+            return self._current_rows().own
+        if self.logical_ranks is None:
+            return range(global_rank(), global_rank() + 1)
+        if not dist.is_initialized() and launched_processes() > 1:
+            raise RuntimeError(
+                f"this process is one of {launched_processes()} (WORLD_SIZE), and without a "
+                "process group each would play all logical ranks: construct StatefulRNG after "
+                "init_process_group"
+            )
+        return self._current_rows().own
 
     def _rows(self) -> Rows:
         """Return the rows, after making sure that they give this process the streams it has."""
-        rows, own_row = Rows.current(self.mesh, self._grid), self._row_number()
-        if self.ranked and self._generators.has_global and self._seeded_row != own_row:
+        rows, own = self._current_rows(), self._own_rows()
+        seeded = (self.ranked and self._generators.has_global) or self.logical_ranks is not None
+        if self.ranks != own and seeded:
             raise RuntimeError(
-                f"this StatefulRNG was seeded for row {self._seeded_row}, but the process has row "
-                f"{own_row}: construct it after init_process_group"
+                f"this StatefulRNG was seeded for {rows_text(self.ranks)}, but the process has "
+                f"{rows_text(own)}: construct it after init_process_group"
             )
-        if rows.row != own_row:
+        if rows.own != own:
             raise RuntimeError(
-                f"this process is rank {own_row} (RANK), but without a process group its streams "
+                f"this process is rank {own[0]} (RANK), but without a process group its streams "
                 f"would be stored as rank {rows.row}'s: call init_process_group, and construct "
                 "StatefulRNG after init_process_group"
             )
+        if self.ranks != own:
+            self._streams.renumber(own[0])
+            if self._loaded_states is not None:
+                self._loaded_states = dict(zip(own, self._loaded_states.values(), strict=True))
         return rows
+
+
+def _fingerprints(packed: Mapping[str, bytes]) -> dict[str, str]:
+    return {name: fingerprint(state) for name, state in packed.items()}

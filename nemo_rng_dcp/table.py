@@ -1,14 +1,16 @@
 """The table of an RNG entry: which row is this process's, and how DCP stores and finds records.
 
 A table is one int64 tensor of ``rows * length`` numbers: the records of all rows, one after the
-other. DCP stores it as one chunk per row.
+other. DCP stores it as one chunk per coordinate of the mesh along which streams differ: a row each,
+or as many rows as there are logical ranks for one process.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -19,30 +21,36 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from nemo_rng_dcp.errors import RNGStateError
-from nemo_rng_dcp.grids import Grid, base_of, is_name, names_of
+from nemo_rng_dcp.grids import Grid, names_of
+from nemo_rng_dcp.keys import base_of, is_name
 from nemo_rng_dcp.ranks import world_size
-from nemo_rng_dcp.record import KEY, LENGTH, ROWS, Mesh, Record, words_of
+from nemo_rng_dcp.record import KEY, LENGTH, ROW, ROWS, Mesh, Record, mesh_text, words_of
 
 
 @dataclass(frozen=True)
 class Rows:
-    """One row per coordinate of a mesh, numbered row-major.
+    """As many rows for each coordinate of a mesh, numbered row-major; one each in a plain job.
 
     Attributes:
-        row: The row that belongs to this process, ``0 <= row < count``.
-        count: Rows of the table.
+        own: The rows that belong to this process, at least one.
+        count: Rows of the table, ``own.stop <= count``.
         mesh: The mesh along which streams differ; ``None``: all ranks of the default process
             group, or no group at all.
         grid: Where the mesh lies; ``None`` without one.
     """
 
-    row: int
+    own: range
     count: int
     mesh: DeviceMesh | None
     grid: Grid | None = None
 
     @classmethod
-    def current(cls, mesh: DeviceMesh | None = None, grid: Grid | None = None) -> Rows:
+    def current(
+        cls,
+        mesh: DeviceMesh | None = None,
+        grid: Grid | None = None,
+        logical_ranks: int | None = None,
+    ) -> Rows:
         """Return the rows as of now; does not communicate and creates no process group.
 
         Args:
@@ -50,14 +58,16 @@ class Rows:
                 one coordinate share a row. ``None``: all ranks of the default process group, so
                 that row = global rank; without a group, one row.
             grid: ``Grid.of(mesh)``, if it is known.
+            logical_ranks: Rows of the table; ``None``: one per coordinate.
 
         Raises:
-            ValueError: This process's rank is not in ``mesh``.
+            ValueError: This process's rank is not in ``mesh``, or the coordinates cannot have
+                equally many of ``logical_ranks`` rows.
             RuntimeError: ``mesh`` is older than the process group, whose ranks have other numbers.
         """
         if mesh is None:
-            row = dist.get_rank() if dist.is_initialized() else 0
-            return cls(row, world_size(), None)
+            number, size = dist.get_rank() if dist.is_initialized() else 0, world_size()
+            return cls(*_shared_out(number, size, logical_ranks, "processes"), None)
         grid = Grid.of(mesh) if grid is None else grid
         if dist.is_initialized() and (grid.rank != dist.get_rank() or grid.highest >= world_size()):
             raise RuntimeError(
@@ -68,7 +78,15 @@ class Rows:
             )
         coordinate = mesh.get_coordinate()
         assert coordinate is not None
-        return cls(row_major(coordinate, mesh.shape), mesh.size(), mesh, grid)
+        number = row_major(coordinate, mesh.shape)
+        among = f"coordinates of the mesh ({mesh_text(_sizes(mesh))})"
+        own, count = _shared_out(number, mesh.size(), logical_ranks, among)
+        return cls(own, count, mesh, grid)
+
+    @property
+    def row(self) -> int:
+        """The first row of this process."""
+        return self.own.start
 
     @property
     def key(self) -> str:
@@ -83,67 +101,84 @@ class Rows:
     @property
     def mesh_sizes(self) -> Mesh | None:
         """The names and sizes of the mesh's dimensions, as a record stores them."""
-        if self.mesh is None:
-            return None
-        return tuple(zip(names_of(self.mesh), self.mesh.shape, strict=True))
+        return None if self.mesh is None else _sizes(self.mesh)
 
-    def table(self, record: torch.Tensor) -> torch.Tensor:
-        """Return the table of which ``record`` is this process's row; does not communicate.
+    def table(self, records: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Return the table of which ``records`` are this process's rows; does not communicate.
 
         Args:
-            record: Shape ``(length,)``, the same length on every rank.
+            records: In the order of the rows, each of shape ``(length,)``, the same length on every
+                rank.
 
         Returns:
-            Shape ``(rows * length,)``: a DTensor sharded on dim 0, or ``record`` itself without a
-            process group. DCP stores either as one chunk per row.
+            Shape ``(rows * length,)``: a DTensor sharded on dim 0, or a plain tensor without a
+            process group. DCP stores either as one chunk per process.
         """
+        own = joined(records)
         if self.mesh is None and not dist.is_initialized():
-            return record
+            return own
         mesh = _mesh_of_all_ranks() if self.mesh is None else _on_cpu(self.mesh)
-        return _sharded(record, mesh, self.count)
+        return _sharded(own, mesh)
 
-    def own_record(self, table: torch.Tensor) -> Record:
-        """Return the record in a table that is loaded into this process's row.
+    def own_records(self, table: torch.Tensor) -> dict[int, Record]:
+        """Return by row the records in a table that are loaded into this process's rows.
 
         Does not communicate.
 
         Args:
-            table: A DTensor as :meth:`table` makes it; a plain tensor with the record alone (as
-                ``RNGLoadPlanner`` leaves it), or with those of all rows (as ``dcp_to_torch_save``
-                writes it).
+            table: A DTensor as :meth:`table` makes it; or a plain tensor with the records that a
+                process needs, more of them, or those of all rows (as ``dcp_to_torch_save`` writes
+                it).
 
         Raises:
-            RNGStateError: It holds no record, an altered one, or another row's.
+            RNGStateError: It holds no record, an altered one, or not this process's.
         """
-        records = records_in(local(table))
-        chosen = records[source_row(self.row, len(records))]
-        record = Record.from_tensor(chosen)
-        source = source_row(self.row, record.rows)
-        if record.row != source:
-            raise RNGStateError(
-                f"{KEY}: row {self.row} of {self.count} was given row {record.row} of "
-                f"{record.rows}, expected row {source}. A state_dict() holds its own rank's row "
-                "alone, also when one rank passes it to torch.save: save on all ranks with "
-                "dcp.save or StatefulRNG.save(), and load with dcp.load or StatefulRNG.load()."
-            )
-        return record
+        tensors = records_in(local(table))
+        heads = [words_of(tensor)[: ROWS + 1].tolist() for tensor in tensors]
+        by_row = {
+            head[ROW]: tensor for head, tensor in zip(heads, tensors, strict=True) if head[ROW:]
+        }
+        own: dict[int, Record] = {}
+        for row in self.own:
+            # Where a head is damaged, the place in the tensor tells which record it is.
+            source = source_row(row, max(heads[0][-1], 1))
+            tensor = by_row.get(source, tensors[source_row(row, len(tensors))])
+            record = own[row] = Record.from_tensor(tensor)
+            source = source_row(row, record.rows)
+            if record.row != source:
+                raise RNGStateError(
+                    f"{KEY}: row {row} of {self.count} was given row {record.row} of "
+                    f"{record.rows}, expected row {source}. A state_dict() holds its own rank's "
+                    "rows alone, also when one rank passes it to torch.save: save on all ranks "
+                    "with dcp.save or StatefulRNG.save(), and load with dcp.load or "
+                    "StatefulRNG.load()."
+                )
+        return own
 
 
-def with_record(table: torch.Tensor, record: torch.Tensor) -> torch.Tensor:
-    """Return a table on the ranks of another one, with another record as this process's row.
+def with_records(table: torch.Tensor, records: torch.Tensor) -> torch.Tensor:
+    """Return a table on the ranks of another one, with other records as this process's rows.
 
     Args:
         table: As :meth:`Rows.table` makes it; it stays as it is.
-        record: Shape ``(length,)``, of any length that is the same on every rank; not copied.
+        records: One after the other, of any length that is the same on every rank; not copied.
     """
-    if not isinstance(table, DTensor):
-        return record
-    return _sharded(record, table.device_mesh, table.numel() // local(table).numel())
+    return _sharded(records, table.device_mesh) if isinstance(table, DTensor) else records
+
+
+def joined(records: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return records one after the other in one tensor."""
+    return records[0] if len(records) == 1 else torch.cat(list(records))
 
 
 def local(table: torch.Tensor) -> torch.Tensor:
     """Return what this process has of a table; a plain one has all that there is."""
     return table.to_local() if isinstance(table, DTensor) else table
+
+
+def rows_text(rows: range) -> str:
+    """Return "row 3" or "rows 4 to 7"."""
+    return f"row {rows[0]}" if len(rows) == 1 else f"rows {rows[0]} to {rows[-1]}"
 
 
 def row_major(coordinate: Sequence[int], shape: Sequence[int]) -> int:
@@ -163,16 +198,16 @@ def records_in(tensor: torch.Tensor) -> list[torch.Tensor]:
     """Return the records that stand one after the other in a tensor, unread.
 
     Args:
-        tensor: One record, or all of a table, in the order of the rows.
+        tensor: Some or all of a table's records.
 
     Raises:
-        RNGStateError: It is neither.
+        RNGStateError: It cannot be that.
     """
     words = words_of(tensor)
-    if len(words) > ROWS and 0 < words[LENGTH] < len(words):
-        length, rows = int(words[LENGTH]), int(words[ROWS])
-        if length * rows == len(words):
-            return list(torch.split(tensor, length))
+    length = int(words[LENGTH]) if len(words) > LENGTH else 0
+    # What is too short to be a record is not cut up: whoever reads it says what it is.
+    if ROWS < length < len(words) and len(words) % length == 0:
+        return list(torch.split(tensor, length))
     return [tensor]
 
 
@@ -198,17 +233,40 @@ def record_keys(saved: Mapping[str, Any], name: str = KEY) -> list[str]:
     ]
 
 
-def read_of_row(key: str, row: int, saved: Any, entry: str | None = None) -> ReadItem:
-    """Return the read of the saved record that is loaded into a row.
+class Wanted(NamedTuple):
+    """The rows that a process loads.
+
+    Attributes:
+        own: The rows.
+        rows: Rows of the job's table.
+        length: Numbers in a record of the job's; 0: unknown.
+    """
+
+    own: range
+    rows: int
+    length: int
+
+    @classmethod
+    def of(cls, table: torch.Tensor) -> Wanted:
+        """Return it for a job with this table, which is a good one."""
+        words = words_of(local(table))
+        length, row, rows = (int(words[place]) for place in (LENGTH, ROW, ROWS))
+        return cls(range(row, row + len(words) // length), rows, length)
+
+
+def reads_of_rows(key: str, wanted: Wanted, saved: Any, entry: str | None = None) -> list[ReadItem]:
+    """Return the reads of the saved records that are loaded into some rows.
+
+    They fill one tensor, see :func:`buffer_for`.
 
     Args:
         key: The record's key in the checkpoint.
-        row: The row of the job that loads.
+        wanted: The rows of the job that loads.
         saved: What the checkpoint's metadata has under that key.
         entry: The key of what is loaded, if it is another one.
 
     Raises:
-        RNGStateError: No record is there, or none for the row.
+        RNGStateError: No record is there, or none for a row.
     """
     if not isinstance(saved, TensorStorageMetadata):
         raise RNGStateError(
@@ -219,39 +277,109 @@ def read_of_row(key: str, row: int, saved: Any, entry: str | None = None) -> Rea
     if not is_one or not saved.chunks or not all(saved.chunks[0].sizes):
         raise RNGStateError(
             f"{key}: the checkpoint holds {saved.properties.dtype} {tuple(saved.size)} in "
-            f"{len(saved.chunks)} chunks, expected torch.int64 (rows * length,) in one chunk per "
-            "row. No StatefulRNG wrote that."
+            f"{len(saved.chunks)} chunks, expected torch.int64 (rows * length,) in chunks of whole "
+            "rows. No StatefulRNG wrote that."
         )
-    # One chunk alone is one row, or all of them (as torch_save_to_dcp writes it): StatefulRNG
-    # chooses then, as a record tells how many there are.
-    length = saved.chunks[0].sizes[0]
-    place = torch.Size((source_row(row, saved.size[0] // length) * length,))
-    for number, chunk in enumerate(saved.chunks):
-        if chunk.offsets == place and chunk.sizes == (length,):
-            return ReadItem(
+    size = saved.chunks[0].sizes[0]
+    by_place = {chunk.offsets: (n, chunk) for n, chunk in reversed([*enumerate(saved.chunks)])}
+    reads: list[ReadItem] = []
+    filled = 0
+    for row, place, length in _places(wanted, saved.size[0], size):
+        start = place // size * size
+        number, chunk = by_place.get(torch.Size((start,)), (0, None))
+        if chunk is None or chunk.sizes != (size,):
+            raise RNGStateError(
+                f"{key}: the checkpoint's metadata has no chunk of {size} numbers at {start}, for "
+                f"row {row}. It was saved by fewer ranks than it has rows, or is damaged."
+            )
+        reads.append(
+            ReadItem(
                 type=LoadItemType.TENSOR,
                 dest_index=MetadataIndex(key if entry is None else entry, torch.Size((0,))),
-                dest_offsets=torch.Size((0,)),
+                dest_offsets=torch.Size((filled,)),
                 storage_index=MetadataIndex(key, chunk.offsets, number),
-                storage_offsets=torch.Size((0,)),
+                storage_offsets=torch.Size((place - start,)),
                 lengths=torch.Size((length,)),
             )
-    raise RNGStateError(
-        f"{key}: the checkpoint's metadata has no chunk of {length} numbers at {place[0]}, for row "
-        f"{row}. It was saved by fewer ranks than it has rows, or is damaged."
-    )
+        )
+        filled += length
+    return reads
 
 
-def _sharded(record: torch.Tensor, mesh: DeviceMesh, count: int) -> DTensor:
+def _places(wanted: Wanted, total: int, size: int) -> Iterator[tuple[int, int, int]]:
+    """Yield a row, the place of what is read for it, and how much that is.
+
+    How many rows were saved, only the records themselves tell. A job of the same generators has
+    records of the same length, and each row's own is read. Otherwise whole chunks are, which begin
+    with a record: those that have the rows if a chunk is one row or all of them, or if there were
+    as many as now.
+
+    Args:
+        wanted: The rows of the job that loads.
+        total: Numbers in the table that was saved.
+        size: Numbers in each of its chunks.
+    """
+    chunks = max(total // size, 1)
+    count, rest = divmod(total, wanted.length) if wanted.length else (0, 0)
+    if count and not rest and not count % chunks:
+        per = count // chunks
+        row, sources = wanted.own[0], [source_row(row, count) for row in wanted.own]
+        # Rows that stand together in a chunk are one read: each read opens the chunk.
+        starts = [
+            n for n, s in enumerate(sources) if not n or s != sources[n - 1] + 1 or not s % per
+        ]
+        for first, end in pairwise([*starts, len(sources)]):
+            yield row + first, sources[first] * wanted.length, (end - first) * wanted.length
+        return
+    counts = {chunks} if wanted.rows % chunks else {chunks, wanted.rows}
+    by_chunk = {source_row(row, n) * chunks // n: row for n in counts for row in wanted.own}
+    for chunk, row in sorted(by_chunk.items()):
+        yield row, chunk * size, size
+
+
+def buffer_for(reads: Sequence[ReadItem]) -> torch.Tensor:
+    """Return a tensor of zeros for what is read."""
+    size = sum(read.lengths[0] for read in reads)
+    return torch.zeros(size, dtype=torch.int64, device="cpu")
+
+
+def place_in(buffer: torch.Tensor, read: ReadItem) -> torch.Tensor:
+    """Return the part of a buffer that a read fills."""
+    return buffer.narrow(0, read.dest_offsets[0], read.lengths[0])
+
+
+def _sharded(records: torch.Tensor, mesh: DeviceMesh) -> DTensor:
     return DTensor.from_local(
-        record,
+        records,
         mesh,
         # Sharding dim 0 over every mesh dimension in order is the row-major numbering.
         [Shard(0)] * mesh.ndim,
         run_check=False,
-        shape=torch.Size((count * record.numel(),)),
+        shape=torch.Size((mesh.size() * records.numel(),)),
         stride=(1,),
     )
+
+
+def _shared_out(number: int, size: int, logical_ranks: int | None, among: str) -> tuple[range, int]:
+    """Return the rows of one of ``size`` coordinates or processes, and how many there are in all.
+
+    Raises:
+        ValueError: They cannot be shared out evenly.
+    """
+    count = size if logical_ranks is None else logical_ranks
+    if count % size:
+        fitting = ", ".join(str(n) for n in range(1, count + 1) if count % n == 0)
+        raise ValueError(
+            f"logical_ranks={count} cannot be shared out evenly among {size} {among}: start "
+            f"{fitting} of them, or state a logical_ranks that {size} divides. Another number of "
+            "logical ranks is another run"
+        )
+    each = count // size
+    return range(number * each, (number + 1) * each), count
+
+
+def _sizes(mesh: DeviceMesh) -> Mesh:
+    return tuple(zip(names_of(mesh), mesh.shape, strict=True))
 
 
 def _mesh_of_all_ranks() -> DeviceMesh:

@@ -17,8 +17,8 @@ from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 
 from nemo_rng_dcp.record import Record
 
-_STARTED = time.time_ns()
-_told: set[int] = set()
+_marks: set[int] = set()
+"""Those that this process has given out and not found again."""
 
 
 def load_is_asking() -> bool:
@@ -39,8 +39,12 @@ def load_is_asking() -> bool:
 
 
 def marked(record: Record) -> Record:
-    """Return a record with the mark, of this moment."""
-    return replace(record, unread=True, taken_at=time.time_ns())
+    """Return a record with a mark, the moment of which is in no other."""
+    taken_at = time.time_ns()
+    while taken_at in _marks:
+        taken_at += 1
+    _marks.add(taken_at)
+    return replace(record, unread=True, taken_at=taken_at)
 
 
 def was_read(record: Record) -> bool:
@@ -49,7 +53,7 @@ def was_read(record: Record) -> bool:
     A record with a mark that was saved all the same is one of another process, or the caller knows
     already: it is restored as the record that it is.
     """
-    if not record.unread or record.taken_at < _STARTED or record.taken_at in _told:
-        return True
-    _told.add(record.taken_at)
-    return False
+    if record.unread and record.taken_at in _marks:
+        _marks.remove(record.taken_at)
+        return False
+    return True

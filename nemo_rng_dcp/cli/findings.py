@@ -10,7 +10,7 @@ from nemo_rng_dcp.cli.reading.checkpoint import Checkpoint
 from nemo_rng_dcp.cli.reading.table import Table
 from nemo_rng_dcp.cli.streams import fingerprints, packed_after_seed, refusals
 from nemo_rng_dcp.generators import is_reserved
-from nemo_rng_dcp.grids import is_name, path_of
+from nemo_rng_dcp.keys import is_name, path_of
 from nemo_rng_dcp.position import POSITION_KEY, Position
 from nemo_rng_dcp.record import KEY, Record
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 
 import torch
 
 from nemo_rng_dcp.errors import warn
 from nemo_rng_dcp.generators.device import device_in_use
+from nemo_rng_dcp.generators.generator_set import States
 from nemo_rng_dcp.generators.torch_random import initial_seed
+
+Seeds = dict[int, tuple[int, int]]
 
 
 class DeviceWatch:
@@ -18,19 +22,20 @@ class DeviceWatch:
 
     Args:
         device: The device; ``None``: no device's stream is stored, and there is nothing to notice.
+        states: By the ranks that this process plays, the states of their generators.
     """
 
-    def __init__(self, device: torch.device | None) -> None:
+    def __init__(self, device: torch.device | None, states: Mapping[int, States]) -> None:
         self._device = device
         # Which device is current belongs to a thread, and in a thread that chose none it is the
         # first one: so only the thread that made the choice is asked.
         self._thread = threading.current_thread()
-        self.note_seeds()
+        self.note_seeds(states)
         self._first_call = True  # the first state_dict(), before anything was restored
 
-    def note_seeds(self) -> None:
-        """Remember what the streams were seeded with: they were just seeded or restored."""
-        self._seeds, self._first_call = self._current_seeds(), False
+    def note_seeds(self, states: Mapping[int, States]) -> None:
+        """Remember what the streams were seeded with, by rank: they were just restored."""
+        self._seeds, self._first_call = self._seeds_of(states), False
 
     def warn_if_another_is_current(self) -> None:
         """Warn if this thread chose another device since; the message names both."""
@@ -43,21 +48,28 @@ class DeviceWatch:
             "StatefulRNG is constructed and keep it, or name it with device=.",
         )
 
-    def warn_if_reseeded(self, row: int) -> None:
+    def warn_if_reseeded(self, states: Mapping[int, States], *, speaks: bool) -> None:
         """Warn if other code gave the device another stream; for ``state_dict()``.
 
         A draw never changes what a generator was seeded with, and ``torch.manual_seed`` seeds the
-        CPU's too. Only row 1 warns; row 0 keeps its own stream, which DTensor gives to the others.
+        CPU's too. One rank ``speaks``, and not row 0's: that keeps its own stream, which DTensor
+        gives to the others.
         """
-        before, now = self._seeds, self._current_seeds()
+        before, now = self._seeds, self._seeds_of(states)
         first, self._first_call = self._first_call, False
         if first:
             return  # dcp.load asks for a state too, and puts right what it finds
         self._seeds = now
-        if row != 1 or before is None or now is None or before[0] != now[0] or before == now:
+        changed = [
+            (before[rank][1], device_seed)
+            for rank, (cpu_seed, device_seed) in now.items()
+            if before[rank][0] == cpu_seed and before[rank][1] != device_seed
+        ]
+        if not speaks or not changed:
             return
+        seed_before, seed_now = changed[0]
         warn(
-            f"other code gave {self._device} another stream (seed {now[1]}, after {before[1]}) "
+            f"other code gave {self._device} another stream (seed {seed_now}, after {seed_before}) "
             "since StatefulRNG seeded or restored it. torch's DTensor does so: the first random "
             "operation on a DTensor in a process gives every rank the stream of rank 0. Ranks then "
             "draw the same numbers, and a resume is not exact. Let that operation happen at once, "
@@ -65,6 +77,15 @@ class DeviceWatch:
             "torch.distributed.tensor.rand(1, device_mesh=mesh)`",
         )
 
-    def _current_seeds(self) -> tuple[int, int] | None:
+    def _seeds_of(self, states: Mapping[int, States]) -> Seeds:
         """Return what torch's global generators were last seeded with: the CPU's, the device's."""
-        return None if self._device is None else (torch.initial_seed(), initial_seed(self._device))
+        device = self._device
+        if device is None:
+            return {}
+        return {
+            rank: (
+                initial_seed(torch.device("cpu"), of_rank["torch"]),
+                initial_seed(device, of_rank[device.type]),
+            )
+            for rank, of_rank in states.items()
+        }

@@ -14,6 +14,7 @@ import torch
 from nemo_rng_dcp.errors import RNGStateError
 from nemo_rng_dcp.generators.adapter import GeneratorAdapter
 from nemo_rng_dcp.generators.held import Held
+from nemo_rng_dcp.generators.numpy_random import NumPyAdapter
 from nemo_rng_dcp.generators.parked import (
     Parked,
     first_inside,
@@ -22,6 +23,7 @@ from nemo_rng_dcp.generators.parked import (
     park,
     unpark,
 )
+from nemo_rng_dcp.generators.python_random import PythonAdapter
 from nemo_rng_dcp.generators.registry import (
     generators_of_process,
     registered_generators,
@@ -78,7 +80,8 @@ class GeneratorSet:
         slots: By name.
         device: As given.
         has_global: Whether the process's global generators are in the set.
-        lock: Held while generators are read or written. One for all sets, and reentrant.
+        lock: Held while generators are read or written. One for all sets, and reentrant: whoever
+            does several things at once holds it around them.
 
     Raises:
         ValueError, TypeError: As for :func:`registered_generators`.
@@ -133,14 +136,17 @@ class GeneratorSet:
         other._scopes = open_scopes()
         return other
 
-    def take(self) -> States:
+    def take(self, known: States | None = None) -> States:
         """Return every generator's state by name; moves no stream.
+
+        Args:
+            known: What it gave before. A generator that has not moved since may be told so faster.
 
         Raises:
             RNGStateError: A generator is in a state that cannot be stored.
         """
         with _LOCK:
-            return self._take(self._waiting())
+            return self._take(self._waiting(), known)
 
     def pack(self, states: Mapping[str, Any]) -> dict[str, bytes]:
         """Return states that :meth:`take` or :meth:`unpack` gave as bytes.
@@ -158,13 +164,24 @@ class GeneratorSet:
         """
         return _by_name(packed, lambda name: self._adapters[name].unpack(packed[name]))
 
-    def restore(self, states: Mapping[str, Any], seeds: Mapping[str, int] | None = None) -> States:
+    def moved(self, before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+        """Return the names of those whose states differ; both were taken or unpacked."""
+        return [name for name in before if not self._same(name, before[name], after[name])]
+
+    def restore(
+        self,
+        states: Mapping[str, Any],
+        seeds: Mapping[str, int] | None = None,
+        *,
+        before: States | None = None,
+    ) -> States:
         """Put generators into states or start them from seeds, all or nothing.
 
         Args:
             states: By name, of those that are put into one; all of them were unpacked or taken
                 before, and so are known to be good.
             seeds: By name, ``0 <= seed < 2**64``, of those that start a new stream instead.
+            before: What :meth:`take` gave under the lock, which is held since; ``None``: take it.
 
         Returns:
             The states of all generators afterwards, those included that were left alone.
@@ -175,17 +192,23 @@ class GeneratorSet:
         seeds = seeds or {}
         with _undisturbed():
             parked, waiting = self._parked(), self._waiting()
-            live = self._take({})
+            live = self._take({}) if before is None or waiting else before
             before = {**live, **waiting}
 
             def write() -> States:
                 self._put(waiting)
-                for name in self._adapters:
-                    with _accepts(name):
+                for name, adapter in self._adapters.items():
+                    try:
                         if name in seeds:
-                            self._adapters[name].seed(seeds[name])
+                            adapter.seed(seeds[name])
                         elif name in states:
-                            self._adapters[name].set(states[name])
+                            adapter.set(states[name])
+                    except Exception as error:
+                        raise RNGStateError(
+                            f"{name}: the generator did not take its state "
+                            f"({type(error).__name__}: {error}); every stream is back where it was "
+                            "before"
+                        ) from error
                 new = {name: self._adapters[name].get() for name in seeds}
                 after = {**before, **states, **new}
                 if parked is not None:
@@ -240,6 +263,12 @@ class GeneratorSet:
                 unpark(parked)
             return inner
 
+    def _same(self, name: str, before: Any, after: Any) -> bool:
+        adapter = self._adapters[name]
+        if isinstance(adapter, (PythonAdapter, NumPyAdapter)):
+            return before is after or adapter.glance(before) == adapter.glance(after)
+        return adapter.pack(before) == adapter.pack(after)
+
     def _parked(self) -> Parked | None:
         return first_inside(self._scopes) if self.has_global else None
 
@@ -258,14 +287,22 @@ class GeneratorSet:
             if slot.is_global and name in names
         }
 
-    def _take(self, waiting: States) -> States:
+    def _take(self, waiting: States, known: States | None = None) -> States:
         interrupted = {} if _under_way is None else _under_way.live
 
         def state(name: str) -> Any:
             if name in waiting:
                 return waiting[name]
-            key = self._key(name)
-            return interrupted[key] if key in interrupted else self._adapters[name].get()
+            if interrupted and (key := self._key(name)) in interrupted:
+                return interrupted[key]
+            adapter = self._adapters[name]
+            if (
+                known is not None
+                and isinstance(adapter, NumPyAdapter)
+                and adapter.is_at(known[name])
+            ):
+                return known[name]
+            return adapter.get()
 
         return _by_name(self._adapters, state)
 
@@ -359,14 +396,3 @@ def _by_name(names: Iterable[str], function: Callable[[str], _Result]) -> dict[s
         except ValueError as error:
             raise RNGStateError(f"{name}: {error}") from error
     return results
-
-
-@contextmanager
-def _accepts(name: str) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        raise RNGStateError(
-            f"{name}: the generator did not take its state ({type(error).__name__}: {error}); "
-            "every stream is back where it was before"
-        ) from error

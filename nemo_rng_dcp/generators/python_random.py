@@ -42,5 +42,10 @@ class PythonAdapter:
         # Faster than state.to_python(), and the same.
         return 3, PACKED.unpack(packed)[: WORDS + 1], state.gauss
 
+    def glance(self, state: tuple[Any, ...]) -> tuple[object, ...]:
+        """Return what differs wherever two states differ, but for one case in 2**96."""
+        # The first word is the same after every seed.
+        return state[1][1:4], state[1][-1], state[2]
+
     def seed(self, value: int) -> None:
         self._generator.seed(value)

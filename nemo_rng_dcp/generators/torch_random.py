@@ -75,11 +75,10 @@ class AcceleratorAdapter:
         self.set(torch.Generator(self._device).manual_seed(value).get_state())
 
 
-def initial_seed(device: torch.device) -> int:
-    """Return what the global generator of an accelerator device was last seeded with."""
+def initial_seed(device: torch.device, state: torch.Tensor) -> int:
+    """Return what a generator on a device was last seeded with, by its state."""
     generator = torch.Generator(device)
-    # The module's own initial_seed() knows the current device alone.
-    generator.set_state(AcceleratorAdapter(device).get())
+    generator.set_state(state)
     return generator.initial_seed()
 
 

@@ -38,7 +38,7 @@ from torch.distributed.tensor import DTensor
 import nemo_rng_dcp.planner
 from nemo_rng_dcp import RNGLoadPlanner, StatefulRNG
 from nemo_rng_dcp.record import KEY
-from nemo_rng_dcp.table import read_of_row
+from nemo_rng_dcp.table import Wanted, reads_of_rows
 from tests.support.jobs import job
 from tests.support.records import change_metadata, record_of, without
 from tests.support.streams import draw, unmoved, warned
@@ -432,7 +432,8 @@ def test_a_row_is_read_as_the_default_planner_reads_it(tmp_path: Path) -> None:
     planner = DefaultLoadPlanner()
     planner.set_up_planner({"rng.rng_streams": torch.zeros(saved.size)}, metadata)
     for row, expected in enumerate(planner.create_local_plan().items):
-        read = read_of_row("rng.rng_streams", row, saved)
+        wanted = Wanted(range(row, row + 1), 3, saved.size[0] // 3)
+        [read] = reads_of_rows("rng.rng_streams", wanted, saved)
         # It reads into a tensor of its own, and not into the row of a table.
         zero = MetadataIndex("rng.rng_streams", torch.Size((0,)))
         assert read == dataclasses.replace(expected, dest_index=zero, dest_offsets=torch.Size((0,)))

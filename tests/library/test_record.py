@@ -95,7 +95,7 @@ def test_records_that_stand_in_one_tensor_are_told_apart() -> None:
     rows = [altered({KEY: one}, row=row, rows=3)[KEY] for row in range(3)]
     assert [Record.from_tensor(row).row for row in records_in(torch.cat(rows))] == [0, 1, 2]
     assert len(records_in(one)) == 1  # row 3 of 8 alone
-    assert len(records_in(torch.cat(rows[:2]))) == 1  # two of three: no table
+    assert len(records_in(torch.cat(rows[:2]))) == 2  # two of three, as a process may have
 
 
 def test_fingerprints_never_change() -> None:

@@ -29,7 +29,7 @@ def rows_of(
         fake_group(rank, world_size)
         mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
         here = Rows.current(mesh if along is None else mesh[along])
-        table = here.table(torch.full((3,), rank))
+        table = here.table([torch.full((3,), rank)])
         assert isinstance(table, DTensor)
         assert table.shape == (3 * here.count,)
         assert table.to_local().tolist() == [rank] * 3

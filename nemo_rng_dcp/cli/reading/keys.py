@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from nemo_rng_dcp.cli.reading.checkpoint import Checkpoint
 from nemo_rng_dcp.cli.reading.index import Stored
-from nemo_rng_dcp.grids import is_name
+from nemo_rng_dcp.keys import is_name
 
 _GENERATORS = {"python", "random", "numpy", "np", "torch", "cpu", "cuda", "xpu", "mps"}
 _TORCH_CPU_BYTES, _ACCELERATOR_BYTES = 5056, (16, 816)

@@ -9,7 +9,7 @@ import torch
 from nemo_rng_dcp.cli.reading.checkpoint import Checkpoint
 from nemo_rng_dcp.cli.reading.index import Chunk
 from nemo_rng_dcp.errors import RNGStateError
-from nemo_rng_dcp.grids import path_of
+from nemo_rng_dcp.keys import path_of
 from nemo_rng_dcp.record import KEY, Record
 from nemo_rng_dcp.table import records_in
 
