@@ -48,7 +48,10 @@ class ResumableLoader:
 
     Args:
         loader: What can be gone through again and again: a ``DataLoader``, or another iterable.
-            It is taken as it is, and may be iterated by itself as well.
+            It is taken as it is, and may be iterated by itself as well. With ``logical_ranks`` a
+            loader for each rank that this process plays, ``{r: DataLoader(...) for r in
+            rng.ranks}``: a batch is ``{r: batch}`` then, of which each is used inside
+            ``rng.as_rank(r)``. The pass ends where the first of them ends.
         rng: The job's.
         batches_per_epoch: A pass ends after as many batches, at least 1; ``None``: where the loader
             ends.
@@ -57,7 +60,8 @@ class ResumableLoader:
         TypeError: ``loader`` can be gone through once only, or is no iterable; ``rng`` is no
             StatefulRNG; ``batches_per_epoch`` is no integer.
         ValueError: The loader has ``persistent_workers=True``, or several workers and
-            ``in_order=False``; or ``batches_per_epoch`` is less than 1.
+            ``in_order=False``; ``batches_per_epoch`` is less than 1; or the loaders are not those
+            of the ranks that this process plays.
 
     Example:
         >>> import tempfile, torch
@@ -81,17 +85,27 @@ class ResumableLoader:
     ) -> None:
         if not isinstance(rng, StatefulRNG):
             raise TypeError(f"rng is a {type(rng).__name__}, expected a StatefulRNG")
-        if isinstance(loader, Mapping):
-            raise TypeError(f"loader is a {type(loader).__name__}, expected one loader")
-        _check(loader)
+        self._by_rank = isinstance(loader, Mapping)
+        self._loaders = list(loader.values()) if self._by_rank else [loader]
+        if self._by_rank and list(loader) != list(rng.ranks):
+            raise ValueError(
+                f"the loaders are those of ranks {list(loader)}, expected {list(rng.ranks)}, those "
+                "that this process plays: {r: DataLoader(...) for r in rng.ranks}"
+            )
+        if not self._by_rank and rng.logical_ranks is not None:
+            raise ValueError(
+                "this is one loader, and with logical_ranks each of them has batches of its own: "
+                "give {r: DataLoader(...) for r in rng.ranks}"
+            )
+        for one in self._loaders:
+            _check(one)
         if batches_per_epoch is not None and not is_integer(batches_per_epoch):
             raise TypeError(f"batches_per_epoch is {batches_per_epoch!r}, expected an integer")
         if batches_per_epoch is not None and batches_per_epoch < 1:
             raise ValueError(f"batches_per_epoch is {batches_per_epoch}, expected at least 1")
         self.loader, self._rng = loader, rng
         self._limit = batches_per_epoch
-        self._loaders = list(loader.values()) if isinstance(loader, Mapping) else [loader]
-        self._fetchers = [Fetcher(loader, rng) for loader in self._loaders]
+        self._fetchers = [Fetcher(one, rng) for one in self._loaders]
         self._orders = [fetcher.order for fetcher in self._fetchers]
         rng._loaders += 1
         self._seed = derive_seed(rng.seed, "loader", rng._loaders, bits=63)
@@ -307,7 +321,7 @@ class ResumableLoader:
         if error is not None:
             raise error
         self._batches += 1
-        if isinstance(self.loader, Mapping):
+        if self._by_rank:
             return dict(zip(self.loader, batches, strict=True))
         return batches[0]
 

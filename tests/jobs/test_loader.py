@@ -11,8 +11,8 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from nemo_rng_dcp import ResumableLoader, RNGLoadPlanner, RNGStateError, StatefulRNG
 from tests.support.jobs import job
-from tests.support.loaders import ORDERS, Case, check_resumes
-from tests.support.streams import warned
+from tests.support.loaders import ORDERS, Case, check_resumes, loader_of
+from tests.support.streams import draw, warned
 
 POINTS: list[Any] = [(0, 0), (0, 2), (0, "last"), (0, "end"), (1, 1)]
 
@@ -118,6 +118,44 @@ def load_without_the_other(folder: Path) -> None:
 
 def test_a_loader_that_the_checkpoint_or_the_job_lacks_is_said(tmp_path: Path) -> None:
     job(2, load_without_the_other, tmp_path)
+
+
+LOGICAL = 4
+
+
+def train_logical(order: str, folder: Path, resumed: bool) -> dict[int, list[Any]]:
+    """Train on logical ranks; return what each of this process's saw behind the checkpoint."""
+    rng = StatefulRNG(1, ranked=True, logical_ranks=LOGICAL)
+    loader = ResumableLoader({r: loader_of(order, 0, "sample", {}) for r in rng.ranks}, rng)
+    state = {"rng": rng, "loader": loader}
+    if resumed:
+        dcp.load(state, checkpoint_id=folder)
+        for rank in rng.ranks:
+            with rng.as_rank(rank):
+                draw()
+    steps: dict[int, list[Any]] = {rank: [] for rank in rng.ranks}
+    for epoch in loader.epochs(2):
+        for batches in loader:
+            for rank, batch in batches.items():
+                with rng.as_rank(rank):
+                    steps[rank].append((batch, draw()))
+            if (epoch, loader.batches, resumed) == (0, 2, False):
+                dcp.save(state, checkpoint_id=folder)
+                steps = {rank: [] for rank in rng.ranks}
+    return steps
+
+
+@pytest.mark.parametrize("order", ["shuffle", "lazy", "sampler's own", "iterable"])
+def test_logical_ranks_resume_on_another_number_of_processes(order: str, tmp_path: Path) -> None:
+    def train(size: int, resumed: bool) -> dict[int, list[Any]]:
+        found = job(size, train_logical, order, tmp_path, resumed)
+        return {rank: steps for process in found for rank, steps in process.items()}
+
+    expected = train(2, False)
+    assert sorted(expected) == list(range(LOGICAL))
+    assert len({str(steps) for steps in expected.values()}) == LOGICAL
+    for size in (1, 2, 4):
+        assert train(size, True) == expected, f"resumed on {size} processes"
 
 
 def resume_on_grids(folder: Path) -> None:

@@ -53,6 +53,8 @@ PRODUCT = [
 pytestmark = [
     pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),
     pytest.mark.filterwarnings("ignore:Detected an existing checkpoint"),
+    # A resumed run has another one, to show that it does not matter.
+    pytest.mark.filterwarnings("ignore:RNG state. saved with seed=.*:UserWarning"),
 ]
 
 
@@ -402,7 +404,7 @@ def generator_function() -> Iterator[int]:
         (generator_function(), "an iterator: it can be gone through once only"),
         (generator_function, "a function, expected an iterable"),
         (3, "a int, expected an iterable"),
-        ({0: [1]}, "a dict"),
+        ({0: iter([1])}, "an iterator: it can be gone through once only"),
     ],
 )
 def test_what_can_be_gone_through_once_is_refused(loader: Any, message: str) -> None:
@@ -417,6 +419,15 @@ def test_a_loader_whose_batches_would_not_come_again_is_refused() -> None:
     with pytest.raises(ValueError, match="in_order=False and several workers"):
         ResumableLoader(DataLoader(range(4), num_workers=2, in_order=False), rng)
     ResumableLoader(DataLoader(range(4), num_workers=1, in_order=False), rng)
+
+
+def test_loaders_are_those_of_the_ranks_that_a_process_plays() -> None:
+    rng, loader = StatefulRNG(1, ranked=True, logical_ranks=2), DataLoader(range(4))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"give \{r: DataLoader\(...\) for r in rng.ranks\}"):
+        ResumableLoader(loader, rng)
+    with pytest.raises(ValueError, match=r"those of ranks \[0\], expected \[0, 1\]"):
+        ResumableLoader({0: loader}, rng)
+    assert list(ResumableLoader({0: loader}, StatefulRNG(1))) == [{0: n} for n in range(4)]
 
 
 def test_other_arguments_are_checked() -> None:
