@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import NamedTuple, SupportsIndex
 
 from nemo_rng_dcp.errors import RNGStateError
 from nemo_rng_dcp.generators import GeneratorSet, States
-from nemo_rng_dcp.seeding import is_integer
+from nemo_rng_dcp.ranks import note_playing
 
 Seeds = Mapping[str, int]
 """By generator, the seed of a stream that starts anew."""
@@ -149,7 +149,7 @@ class RankStreams:
             RNGStateError: A generator does not take its state, or as for :meth:`take`. All streams
                 are back where they were.
         """
-        if not is_integer(rank) or rank not in self.ranks:
+        if not isinstance(rank, SupportsIndex) or rank not in self.ranks:
             first, last = self.ranks[0], self.ranks[-1]
             plays = f"rank {first}" if first == last else f"ranks {first} to {last}"
             raise ValueError(
@@ -197,6 +197,8 @@ class RankStreams:
                 self._moment = moment
                 raise
             here = new
+        if self._logical and generators.has_global:
+            note_playing(rank if inside else None)
         if inside and moment.outside is not None:
             self._moment = _Moment(rank, moment.parked, None, None)
         elif self._logical and not inside and moment.outside is None:

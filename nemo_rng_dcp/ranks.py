@@ -57,6 +57,24 @@ class Peer(NamedTuple):
     shared: Collection[str]
 
 
+_playing: int | None = None
+
+
+def seed_rank() -> int:
+    """Return the rank that ``ranked=True`` adds to a seed: the logical one inside ``as_rank()``.
+
+    Raises:
+        ValueError: As for :func:`global_rank`.
+    """
+    return global_rank() if _playing is None else _playing
+
+
+def note_playing(rank: int | None) -> None:
+    """Note which logical rank has the global generators; ``None``: outside of ``as_rank()``."""
+    global _playing
+    _playing = rank
+
+
 def launched_processes() -> int:
     """Return how many processes torchrun started (``WORLD_SIZE``), 1 if it did not."""
     value = os.environ.get("WORLD_SIZE", "1")

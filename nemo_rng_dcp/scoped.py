@@ -13,7 +13,7 @@ import torch
 
 from nemo_rng_dcp.errors import warn
 from nemo_rng_dcp.generators import GeneratorSet, Parked, device_in_use
-from nemo_rng_dcp.ranks import global_rank
+from nemo_rng_dcp.ranks import seed_rank
 from nemo_rng_dcp.seeding import check_ranked, check_seed
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -44,7 +44,8 @@ class ScopedRNG:
         seed: An integer, ``0 <= seed`` and ``seed + rank < 2**32``; the draws inside are those
             after ``init_all_rng(seed, ranked)``. ``None`` keeps the streams as they are and only
             puts them back.
-        ranked: Add the global rank to the seed.
+        ranked: Add the global rank to the seed; inside ``StatefulRNG.as_rank()`` of a job with
+            logical ranks the logical one.
 
     Raises:
         ValueError: The seed is no integer or out of range.
@@ -77,7 +78,7 @@ class ScopedRNG:
             )
         seed = self.seed
         if seed is not None:
-            seed = check_seed(seed, global_rank() if self.ranked else 0)
+            seed = check_seed(seed, seed_rank() if self.ranked else 0)
         generators = GeneratorSet(device_in_use())
         place = "compiled code"
         if not torch.compiler.is_compiling():  # its tracer knows no frames, and warns

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from nemo_rng_dcp.generators.mt19937 import SEED_LIMIT, MT19937State
-from nemo_rng_dcp.ranks import global_rank
+from nemo_rng_dcp.ranks import seed_rank
 
 MAX_BITS = 64
 """The longest seed that a library takes: ``torch.manual_seed`` for an accelerator."""
@@ -111,7 +111,7 @@ def init_all_rng(seed: int, ranked: bool = False) -> None:
         >>> random.random() == first
         True
     """
-    seed_all(check_seed(seed, global_rank() if check_ranked(ranked) else 0))
+    seed_all(check_seed(seed, seed_rank() if check_ranked(ranked) else 0))
 
 
 def derive_seed(seed: int, *path: int | str, bits: int = 32) -> int:

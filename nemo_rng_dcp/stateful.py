@@ -98,11 +98,18 @@ class StatefulRNG:
             used from every thread. Also its index. ``None``: the one that is current now, in this
             thread, so choose it before (``torch.cuda.set_device``). ``"cpu"``: this rank uses none.
             A rank that draws on more devices registers the generators of the others.
+        logical_ranks: How many ranks the streams are for, whatever the number of processes: each
+            process plays equally many, one after the other (:attr:`ranks`, :meth:`as_rank`), and
+            plain ``dcp.load`` resumes on any number of processes that divides it. Needs ``ranked``.
+            With ``mesh``, they are shared out along it. Registered ``generators`` are seeded, by
+            ``seed``, rank and name: one object cannot have a state for each rank to start from.
+            ``None``: each row is one process's, or one coordinate's of ``mesh``.
 
     Raises:
-        ValueError: The seed is no integer or out of range; this rank is not in ``mesh``; this
-            process has no such ``device``; or a generator's name is no identifier or taken, or it
-            is registered twice. Nothing was seeded.
+        ValueError: The seed is no integer or out of range; this rank is not in ``mesh``; the
+            processes cannot play equally many of ``logical_ranks``, or these are not ``ranked``;
+            this process has no such ``device``; or a generator's name is no identifier or taken, or
+            it is registered twice. Nothing was seeded.
         TypeError: ``ranked`` or ``global_generators`` is no bool, ``mesh`` no DeviceMesh, the
             generators no mapping, or a generator is of another kind. Nothing was seeded.
 

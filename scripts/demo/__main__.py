@@ -1,11 +1,12 @@
-"""Show what a kill does to the random streams, with and without one state per rank.
+"""Show what a kill does to the random streams, and a resume on fewer processes to the losses.
 
     python -m scripts.demo
 
-Trains the FSDP2 recipe on 4 ranks three times: uninterrupted; killed and resumed with
-``StatefulRNG`` in the checkpoint; killed and resumed with RNG state under the same keys on every
-rank. Then compares every rank's losses with the uninterrupted run's, bit for bit, and resumes on
-other numbers of ranks. Exits with 1 if anything is not as it has to be.
+Trains the elastic recipe on 4 processes: uninterrupted; killed and resumed with ``StatefulRNG`` in
+the checkpoint; killed and resumed with RNG state under the same keys on every rank. Then it resumes
+a checkpoint of the second run on 2 processes, and one of these on 1. Compares the losses of every
+logical rank with the uninterrupted run's, bit for bit, and all weights and optimizer states at the
+end. Exits with 1 if anything is not as it has to be.
 """
 
 from __future__ import annotations
@@ -18,79 +19,85 @@ from pathlib import Path
 from scripts.demo import runs
 from scripts.demo.launch import ROOT, Launch
 
-RANKS = 4
+RANKS = 4  # logical ones, and processes of the first runs
 STEPS = 40
 SAVE_EVERY = 10
 KILLED_RANK = 2
 KILLED_STEPS = range(24, 28)  # any of these; the newest checkpoint is then that of step 20
 RESUMED_STEP = 20
-OTHER_RANKS = (2, 6)
-RECIPE = ROOT / "scripts" / "recipes" / "train_fsdp2.py"
+FEWER = {2: 20, 1: 30}
+"""On how many processes the run goes on, and from which step."""
+
+RECIPE = ROOT / "scripts" / "recipes" / "train_elastic.py"
 RANKLESS = Path(__file__).with_name("rankless.py")
 
 OUT = Path("runs", "demo")
 UNINTERRUPTED = OUT / "uninterrupted"
-PER_RANK = OUT / "killed, per-rank streams"
-RANK_LESS = OUT / "killed, rank-less dict"
+PER_RANK = OUT / "killed-per-rank"
+RANK_LESS = OUT / "killed-rank-less"
 
 
-def train(out: Path, script: Path = RECIPE, ranks: int = RANKS, kill: bool = False) -> Path:
+def resumed_on(processes: int) -> Path:
+    return OUT / f"resumed-on-{processes}"
+
+
+def train(out: Path, script: Path = RECIPE, processes: int = RANKS, kill: bool = False) -> None:
     """Train into ``out``; with ``kill``, kill a rank once and let torchrun restart all of them."""
     started = time.monotonic()
-    print(f"{out.name:<28} ", end="", flush=True)
-    options = {"--out": out, "--steps": STEPS, "--save-every": SAVE_EVERY, "--keep": STEPS}
+    print(f"{out.name:<20} ", end="", flush=True)
+    options = {
+        "--out": out,
+        "--logical-ranks": RANKS,
+        "--steps": STEPS,
+        "--save-every": SAVE_EVERY,
+        "--keep": STEPS,
+    }
     arguments = [str(word) for option in options.items() for word in option]
-    launch = Launch(script, ranks, *arguments, restarts=int(kill))
+    launch = Launch(script, processes, *arguments, restarts=int(kill))
     if kill:
         launch.kill(KILLED_RANK, lambda: runs.last_step(out, KILLED_RANK) in KILLED_STEPS)
     (out / "log.txt").write_text(launch.output())
     print(f"{time.monotonic() - started:4.0f} s", flush=True)
-    return out
 
 
-def report_losses(uninterrupted: Path, per_rank: Path, rank_less: Path) -> bool:
-    """Print the table; return whether the run with per-rank streams is the uninterrupted one."""
-    print(f"\nLosses of steps 0 to {STEPS - 1} against the uninterrupted run, bit for bit:\n")
-    ranks = range(RANKS)
-    columns = [
-        [runs.equal_or_not(run, uninterrupted, rank) for rank in ranks]
-        for run in (per_rank, rank_less)
-    ]
-    titles = ["rank", "per-rank streams", "rank-less dict"]
-    print(runs.table(titles, [[f"{rank:>4}" for rank in ranks], *columns], width=22))
-    return set(columns[0]) == {"equal"}
-
-
-def report_streams(uninterrupted: runs.Streams, others: list[runs.Streams]) -> bool:
-    """Print the table; return whether every stream is what the rules say."""
-    found = [runs.fates(streams, uninterrupted) for streams in others]
-    print(f"\nStreams of the checkpoint of step {RESUMED_STEP}, saved by {RANKS} ranks:\n")
-    titles = ["rank", *(f"resumed on {len(streams)} ranks" for streams in others)]
-    height = max(map(len, found))
-    print(runs.table(titles, [[f"{rank:>4}" for rank in range(height)], *found], width=22))
-    return found == [runs.expected_fates(len(streams), RANKS) for streams in others]
+def report(out: Path) -> bool:
+    """Print the table; return whether every run but the rank-less one is the uninterrupted one."""
+    print("\nLosses after the resume against the uninterrupted run, bit for bit:\n")
+    whole, ranks = out / UNINTERRUPTED.name, range(RANKS)
+    columns = {"logical rank": [f"{rank:>12}" for rank in ranks]}
+    resumes = {f"on {RANKS} again": (PER_RANK, 0)}
+    resumes |= {f"on {count}": (resumed_on(count), step) for count, step in FEWER.items()}
+    for title, (run, step) in {**resumes, "rank-less dict": (RANK_LESS, 0)}.items():
+        columns[title] = [
+            runs.equal_or_not(out / run.name, whole, rank, since=step) for rank in ranks
+        ]
+    print(runs.table(list(columns), list(columns.values()), width=10))
+    return {equal for title in resumes for equal in columns[title]} == {"equal"}
 
 
 def main() -> int:
     shutil.rmtree(OUT, ignore_errors=True)
-    print(f"{RANKS} ranks, {STEPS} steps, a checkpoint every {SAVE_EVERY}; rank {KILLED_RANK} is")
+    print(
+        f"{RANKS} processes, {STEPS} steps, a checkpoint every {SAVE_EVERY}; rank {KILLED_RANK} is"
+    )
     print(f"killed after step {RESUMED_STEP} and torchrun restarts all ranks.\n")
     train(UNINTERRUPTED)
     train(PER_RANK, kill=True)
     train(RANK_LESS, RANKLESS, kill=True)
-    others = []
-    for ranks in OTHER_RANKS:
-        out = runs.copy_checkpoint(PER_RANK, RESUMED_STEP, OUT / f"resumed on {ranks} ranks")
-        train(out, ranks=ranks)
-        others.append(runs.read_streams(runs.checkpoint(out, STEPS)))
+    run = PER_RANK
+    for processes, step in FEWER.items():
+        run = runs.copy_checkpoint(run, step, resumed_on(processes))
+        train(run, processes=processes)
 
-    equal = report_losses(UNINTERRUPTED, PER_RANK, RANK_LESS)
-    as_ruled = report_streams(runs.read_streams(runs.checkpoint(UNINTERRUPTED, STEPS)), others)
-    if not equal:
-        print("\nFAILED: the resumed run with per-rank streams is not the uninterrupted one.")
-    if not as_ruled:
-        print("\nFAILED: on another number of ranks, some stream is not what the rules say.")
-    return 0 if equal and as_ruled else 1
+    equal_losses = report(OUT)
+    equal_weights = runs.equal_tensors(
+        runs.checkpoint(run, STEPS), runs.checkpoint(UNINTERRUPTED, STEPS), "app."
+    )
+    print("\nWeights and optimizer states after the last step:", end=" ")
+    print("equal" if equal_weights else "DIFFERENT")
+    if not equal_losses:
+        print("\nFAILED: a resumed run with per-rank streams is not the uninterrupted one.")
+    return 0 if equal_losses and equal_weights else 1
 
 
 if __name__ == "__main__":

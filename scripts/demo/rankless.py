@@ -1,17 +1,23 @@
-"""The counter-example: the FSDP2 recipe with RNG state under the same keys on every rank."""
+"""The counter-example: the elastic recipe with RNG state under the same keys on every rank."""
 
 from __future__ import annotations
 
 import random
+import sys
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from nemo_rng_dcp import init_all_rng
 from nemo_rng_dcp.determinism import set_deterministic
 from scripts.demo.leaving import leave_group
-from scripts.recipes import train_fsdp2 as recipe
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))  # the reduction beside the recipe
+import train_elastic as recipe
 
 
 class RanklessRNG:
@@ -21,8 +27,13 @@ class RanklessRNG:
     field by field. After a load all ranks draw the same numbers, and no error says so.
     """
 
-    def __init__(self, seed: int, ranked: bool = False) -> None:
-        init_all_rng(seed, ranked)
+    def __init__(self, seed: int) -> None:
+        init_all_rng(seed, ranked=True)
+        self.rank = dist.get_rank()
+        self.ranks = range(self.rank, self.rank + 1)
+
+    def as_rank(self, rank: int) -> nullcontext[None]:
+        return nullcontext()
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -42,8 +53,9 @@ def main() -> None:
     set_deterministic()
     mesh = recipe.setup_distributed()
     config.out.mkdir(parents=True, exist_ok=True)
-    training = recipe.setup_model_and_optimizer(config, mesh)
-    recipe.train(config, mesh, training, RanklessRNG(config.seed, ranked=True))
+    rng: Any = RanklessRNG(config.seed)
+    training = recipe.setup_model_and_optimizer(config, mesh, rng)
+    recipe.train(config, mesh, training, rng)
     leave_group()
 
 

@@ -43,6 +43,7 @@ class Recipe:
         resumes: Other jobs that go on from a checkpoint, by what is different.
         notes: The files with a line for each step, in the order in which a step writes them.
         generators: The streams from which a step draws as often in each of the jobs.
+        logical_ranks: How many there are, where a resume on any number of processes is exact.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Recipe:
     resumes: dict[str, Job]
     notes: tuple[str, ...] = ("losses",)
     generators: tuple[str, ...] = ("python", "numpy", "torch")
+    logical_ranks: int = 0
 
     @property
     def killed_rank(self) -> int:
@@ -77,6 +79,12 @@ RECIPES = (
             "1 replica": Job(2, 2, ("--replicate", "1", "--tp", "2")),
             "3 replicas": Job(6, 2, ("--replicate", "3", "--tp", "2")),
         },
+    ),
+    Recipe(
+        "train_elastic",
+        Job(4),
+        {"on 2 processes": Job(2), "on 1 process": Job(1), "on 8 processes": Job(8)},
+        logical_ranks=8,
     ),
     # Fewer ranks make more rollouts each, so they draw more from torch's stream.
     Recipe("train_grpo", Job(2), ON_1_AND_3, ("rollouts", "losses"), ("python", "numpy")),
@@ -114,16 +122,23 @@ def compare(recipe: Recipe, out: Path) -> Iterator[Finding]:
     whole, killed = out / "uninterrupted", out / "killed"
     train(recipe, recipe.job, whole)
     train(recipe, recipe.job, killed, kill=True)
-    ranks = range(recipe.job.ranks)
+    ranks = range(recipe.logical_ranks or recipe.job.ranks)
     for note in recipe.notes:
         found = [runs.equal_or_not(killed, whole, rank, note) for rank in ranks]
         yield Finding(recipe.name, f"killed: {note}", found, ["equal" for _ in ranks])
 
     saved = runs.read_streams(runs.checkpoint(whole, STEPS), generators=recipe.generators)
     for title, job in recipe.resumes.items():
-        resumed = runs.copy_checkpoint(killed, RESUMED_STEP, out / title)
+        resumed = runs.copy_checkpoint(killed, RESUMED_STEP, out / title.replace(" ", "-"))
         train(recipe, job, resumed)
         last = runs.checkpoint(resumed, STEPS)
+        if recipe.logical_ranks:
+            found = [runs.equal_or_not(resumed, whole, rank, since=RESUMED_STEP) for rank in ranks]
+            yield Finding(recipe.name, f"{title}: losses", found, ["equal" for _ in ranks])
+            equal = runs.equal_tensors(last, runs.checkpoint(whole, STEPS), "app.")
+            found = ["equal" if equal and runs.read_streams(last) == saved else "DIFFERENT"]
+            yield Finding(recipe.name, f"{title}: weights and streams", found, ["equal"])
+            continue
         rows = runs.fates(runs.read_streams(last, generators=recipe.generators), saved)
         expected = runs.expected_fates(job.ranks // job.tp, len(saved))
         by_rank = [[fate for fate in fates for _ in range(job.tp)] for fates in (rows, expected)]

@@ -43,17 +43,22 @@ def last_step(out: Path, rank: int, kind: str = "losses") -> int:
     return max((step for step, _ in read_steps(out, rank, kind)[-1:]), default=-1)
 
 
-def first_difference(out: Path, reference: Path, rank: int, kind: str = "losses") -> int | None:
-    """Return the first step in which a rank's note is not the reference's, bit for bit."""
-    expected = dict(read_steps(reference, rank, kind))
+def first_difference(
+    out: Path, reference: Path, rank: int, kind: str = "losses", since: int = 0
+) -> int | None:
+    """Return the first step from ``since`` on in which a rank's note is not the reference's."""
+    expected = {step: text for step, text in read_steps(reference, rank, kind) if step >= since}
     found = read_steps(out, rank, kind)
     differing = [step for step, text in found if text != expected.get(step)]
     missing = expected.keys() - {step for step, _ in found}
     return min([*differing, *missing], default=None)
 
 
-def equal_or_not(out: Path, reference: Path, rank: int, kind: str = "losses") -> str:
-    step = first_difference(out, reference, rank, kind)
+def equal_or_not(
+    out: Path, reference: Path, rank: int, kind: str = "losses", since: int = 0
+) -> str:
+    """Say whether a rank's notes from a step on are the reference's, bit for bit."""
+    step = first_difference(out, reference, rank, kind, since)
     return "equal" if step is None else f"differs from step {step}"
 
 

@@ -92,6 +92,36 @@ def test_shrinking_drops_a_devices_stream(tmp_path: Path) -> None:
     assert "row 1 is dropped" in words
 
 
+def play_logical_ranks(path: Path, is_first: bool) -> dict[int, list[float]]:
+    begin()
+    rng = StatefulRNG(42, ranked=True, logical_ranks=4)
+    for rank in rng.ranks if is_first else ():
+        with rng.as_rank(rank):
+            [numbers() for _ in range(rank)]
+    if is_first:
+        dcp.save({"rng": rng}, checkpoint_id=path)
+    else:
+        assert warned(lambda: dcp.load({"rng": rng}, checkpoint_id=path)) == []
+    drawn = {}
+    for rank in reversed(rng.ranks):
+        with rng.as_rank(rank):
+            drawn[rank] = numbers()
+    assert warned(rng.state_dict) == []
+    rng.verify_shared()
+    return drawn
+
+
+def test_logical_ranks_have_device_streams_of_their_own_on_any_number_of_processes(
+    tmp_path: Path,
+) -> None:
+    first, second = job(2, play_logical_ranks, tmp_path, True, group=False)
+    expected = {**first, **second}
+    assert len({number for drawn in expected.values() for number in drawn}) == 4 * 10
+    for size in (1, 4, 2):
+        results = job(size, play_logical_ranks, tmp_path, False, group=False)
+        assert {rank: drawn for found in results for rank, drawn in found.items()} == expected
+
+
 def test_under_torchrun(tmp_path: Path) -> None:
     script = Path(__file__).with_name("accelerator.py")
     torchrun(script, 2, str(tmp_path))

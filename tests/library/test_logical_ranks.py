@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 
-from nemo_rng_dcp import RNGState, RNGStateError, ScopedRNG, StatefulRNG
+from nemo_rng_dcp import RNGState, RNGStateError, ScopedRNG, StatefulRNG, init_all_rng
 from nemo_rng_dcp.record import KEY, Record
 from nemo_rng_dcp.table import records_in
 from tests.support.streams import draw, unmoved, warned
@@ -225,6 +225,23 @@ def test_draws_outside_are_told_once_at_the_next_save() -> None:
     torch.rand(1)
     rng.load_state_dict({KEY: rng.state_dict()[KEY].clone()})
     assert warned(rng.state_dict) == []
+
+
+def test_ranked_seeds_inside_of_a_rank_are_the_logical_ranks() -> None:
+    rng = logical()
+    expected = {rank: expected_next(7 + rank, 0) for rank in range(4)}
+
+    def in_a_scope() -> list[float]:
+        with ScopedRNG(7, ranked=True):
+            return draw()
+
+    assert by_rank(rng, in_a_scope) == expected
+    assert in_a_scope() == expected[0]
+    with rng.as_rank(2):
+        init_all_rng(7, ranked=True)
+        assert draw() == expected[2]
+    StatefulRNG(1, ranked=True)
+    assert in_a_scope() == expected[0]
 
 
 def test_a_state_of_automodel_is_loaded_inside_of_its_rank() -> None:

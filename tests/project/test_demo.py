@@ -11,27 +11,34 @@ from scripts.demo.launch import Launch, LaunchError
 PAGE = (Path(__file__).parents[2] / "docs" / "reliability.md").read_text()
 
 
-def write_losses(out: Path, offset: float) -> Path:
-    out.mkdir()
+def write_losses(out: Path, offset: float, first: int = 0) -> Path:
+    out.mkdir(parents=True)
     for rank in range(demo.RANKS):
-        lines = [f"{step} {float(step + offset).hex()}\n" for step in range(demo.STEPS)]
+        lines = [f"{step} {(step + offset).hex()}\n" for step in range(first, demo.STEPS)]
         (out / f"losses-rank{rank}.txt").write_text("".join(lines))
     return out
+
+
+def write_demo(out: Path, per_rank: float = 0.5, rank_less: float = 0.75) -> None:
+    """Write the losses of a demo whose uninterrupted run has the offset 0.5."""
+    write_losses(out / demo.UNINTERRUPTED.name, 0.5)
+    write_losses(out / demo.PER_RANK.name, per_rank)
+    write_losses(out / demo.RANK_LESS.name, rank_less)
+    for processes, step in demo.FEWER.items():
+        write_losses(out / demo.resumed_on(processes).name, per_rank, step)
 
 
 def test_the_demo_sees_one_different_bit(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    uninterrupted = write_losses(tmp_path / "uninterrupted", 0.5)
-    equal = write_losses(tmp_path / "equal", 0.5)
-    rank_less = write_losses(tmp_path / "rank-less", 0.75)
-    assert demo.report_losses(uninterrupted, equal, rank_less)
+    write_demo(tmp_path)
+    assert demo.report(tmp_path)
     assert capsys.readouterr().out.count("differs from step 0") == demo.RANKS
 
-    file = equal / "losses-rank3.txt"
-    file.write_text(file.read_text().replace("30 " + (30.5).hex(), "30 " + (30.5 + 2**-47).hex()))
-    assert not demo.report_losses(uninterrupted, equal, rank_less)
-    assert "differs from step 30" in capsys.readouterr().out
+    file = tmp_path / demo.resumed_on(1).name / "losses-rank3.txt"
+    file.write_text(file.read_text().replace("31 " + (31.5).hex(), "31 " + (31.5 + 2**-47).hex()))
+    assert not demo.report(tmp_path)
+    assert "differs from step 31" in capsys.readouterr().out
 
 
 def test_a_step_that_was_never_trained_differs(tmp_path: Path) -> None:
@@ -46,16 +53,25 @@ def test_a_step_that_was_never_trained_differs(tmp_path: Path) -> None:
     assert runs.last_step(tmp_path / "not begun", 0) == -1
 
 
-def test_the_demo_tells_what_became_of_each_stream(capsys: pytest.CaptureFixture[str]) -> None:
-    def streams(digits: str) -> runs.Streams:
-        return {row: {"torch": digit} for row, digit in enumerate(digits)}
+def test_fates_tell_what_became_of_each_stream() -> None:
+    def streams(letters: str) -> runs.Streams:
+        return {row: {"torch": letter} for row, letter in enumerate(letters)}
 
     saved = streams("abcd")
-    assert demo.report_streams(saved, [streams("ab"), streams("abcdef")])
-    assert capsys.readouterr().out in PAGE
+    for good in ("ab", "abcdef"):
+        assert runs.fates(streams(good), saved) == runs.expected_fates(len(good), 4)
     for bad in ("abcdbf", "abcdee", "abcxef"):
-        assert not demo.report_streams(saved, [streams("ab"), streams(bad)])
+        assert runs.fates(streams(bad), saved) != runs.expected_fates(len(bad), 4)
     assert runs.fates(streams("ba"), saved) == ["MIXED UP", "MIXED UP", "dropped", "dropped"]
+
+
+def test_the_page_shows_what_the_demo_prints(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_demo(tmp_path)
+    demo.report(tmp_path)
+    printed = capsys.readouterr().out.replace("differs from step 0", "differs from step 20")
+    assert printed in PAGE
 
 
 def test_a_wrong_finding_fails_the_recipes(capsys: pytest.CaptureFixture[str]) -> None:

@@ -28,10 +28,14 @@ MODELS = {
     "train_ddp": train_ddp.build_model,
     "train_hsdp_tp": train_hsdp_tp.MLP,
     "train_grpo": train_grpo.Policy,
+    "train_elastic": train_fsdp2.GPT,  # the same model
 }
 # `make recipes` does more: it resumes each of them on fewer and on more ranks.
 SMALL = {recipe.name: replace(recipe, resumes={}) for recipe in recipes.RECIPES}
 SMALL["train_hsdp_tp"] = Recipe("train_hsdp_tp", Job(2, 2, ("--tp", "2")), {})
+SMALL["train_elastic"] = replace(
+    SMALL["train_elastic"], job=Job(2), resumes={"on 1 process": Job(1), "on 4 processes": Job(4)}
+)
 SMALL["train_grpo"] = replace(SMALL["train_grpo"], resumes={"on 1 rank": Job(1)})
 
 
@@ -40,6 +44,9 @@ UNDER_TORCHRUN = "train_fsdp2"
 
 
 def module_of(name: str) -> Any:
+    # As a script that runs, which finds the files beside it.
+    if str(FOLDER) not in sys.path:
+        sys.path.append(str(FOLDER))
     return importlib.import_module(f"scripts.recipes.{name}")
 
 
@@ -127,6 +134,7 @@ def test_the_newest_complete_checkpoints_are_kept(name: str, tmp_path: Path) -> 
         ("train_hsdp_tp", ["--tp", "0"], "--tp is 0, expected >= 1"),
         ("train_hsdp_tp", ["--tp", "3", "--width", "2"], "--tp is 3, expected a divisor of 4 x"),
         ("train_grpo", ["--groups", "4"], "--groups is 4, expected a multiple of 3 ranks"),
+        ("train_elastic", ["--reduction", "x"], "--reduction is x, expected ordered or fsdp2"),
     ],
 )
 def test_a_bad_configuration_is_one_line(
@@ -222,8 +230,11 @@ def test_a_recipe_is_one_file_to_take_home(name: str) -> None:
         elif isinstance(node, ast.ImportFrom):
             imported.add(str(node.module).split(".")[0])
     others = {"numpy", "torch", "tqdm", "nemo_rng_dcp"}
+    if name == "train_elastic":
+        others.add("reduction")  # beside it, to take home too
     assert imported - others <= sys.stdlib_module_names
 
 
 def test_every_recipe_is_tried() -> None:
-    assert {path.stem for path in FOLDER.glob("*.py")} == {r.name for r in recipes.RECIPES}
+    tried = {recipe.name for recipe in recipes.RECIPES}
+    assert {path.stem for path in FOLDER.glob("train_*.py")} == tried

@@ -157,8 +157,10 @@ def _play(path: Path, schedule: list[Segment], number: int, fault: str) -> Drawn
                 return drawn
             if step == segment.first and rank in segment.played:
                 continue
-            is_switched = not by_process and (fault != "a switch left out" or rank != ranks[1])
-            with rng.as_rank(rank) if is_switched else nullcontext():
+            # Left out, the switch leaves the process with the rank that was played before.
+            left_out = fault == "a switch left out" and rank == ranks[1]
+            current = ranks[0] if left_out else rank
+            with nullcontext() if by_process else rng.as_rank(current):
                 drawn[rank, step] = generators.draw(rank, step)
     raise AssertionError("it never saved")
 
