@@ -10,11 +10,11 @@ from typing import Any, NamedTuple, TypeVar
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from nemo_rng_dcp.errors import RNGStateError
-from nemo_rng_dcp.generators import LentGenerators, can_be_registered, source_of
+from nemo_rng_dcp.generators import GeneratorSet, LentGenerators, can_be_registered, source_of
 from nemo_rng_dcp.position import Position
+from nemo_rng_dcp.rank_streams import RankStreams
 from nemo_rng_dcp.record import fingerprint
 from nemo_rng_dcp.seeding import derive_seed
-from nemo_rng_dcp.stateful import StatefulRNG
 
 _Result = TypeVar("_Result")
 
@@ -29,18 +29,22 @@ class Fetcher:
 
     Args:
         loader: Iterable, any number of times.
-        rng: Of the job.
+        generators: Of the job.
+        streams: Of the job; told while generators are lent to the loader.
+        ranked: Whether the rows of the job draw different numbers.
 
     Attributes:
         order: Which generators the samplers have, as a number. Ranks whose samplers' generators
             were alike when this object was made draw one order, and others do not.
     """
 
-    def __init__(self, loader: Any, rng: StatefulRNG) -> None:
-        self._loader, self._rng = loader, rng
+    def __init__(
+        self, loader: Any, generators: GeneratorSet, streams: RankStreams, ranked: bool
+    ) -> None:
+        self._loader, self._streams, self._ranked = loader, streams, ranked
         parts = list(_parts(loader))
         self._with_epoch = [p.value for p in parts if hasattr(p.value, "set_epoch")]
-        names = rng._generators.names_by_source
+        names = generators.names_by_source
         own: dict[str, Any] = {}
         self._of_samplers = set[str]()
         for part in parts:
@@ -52,7 +56,7 @@ class Fetcher:
                 if not part.is_data:
                     self._of_samplers.add(names[source])
         self._own = own.keys()
-        self._generators = LentGenerators(rng._generators, own)
+        self._generators = LentGenerators(generators, own)
         packed = self._generators.pack(self._generators.take())
         states = [packed[name] for name in sorted(self._of_samplers)]
         self.order = int(fingerprint(b"".join(states)), 16)
@@ -110,7 +114,7 @@ class Fetcher:
     def _owners(self, position: Position) -> dict[str, tuple[int, ...]]:
         """Return for each generator what tells its streams apart, beside the pass and the name."""
         of_row = (position.row,)
-        of_rank = of_row if self._rng.ranked else ()
+        of_rank = of_row if self._ranked else ()
         owners: dict[str, tuple[int, ...]] = {}
         for name, slot in self._generators.slots.items():
             generator = name.partition(".")[0]
@@ -132,7 +136,7 @@ class Fetcher:
 
     def _apart(self, function: Callable[[], _Result], number: int | None) -> _Result:
         """Call a function on the streams of a batch, and put back those of the job."""
-        streams, before = self._rng._streams, self._generators.take()
+        streams, before = self._streams, self._generators.take()
         outside, streams.lent = streams.lent, streams.lent or before
         try:
             if number is not None:

@@ -105,7 +105,9 @@ class ResumableLoader:
             raise ValueError(f"batches_per_epoch is {batches_per_epoch}, expected at least 1")
         self.loader, self._rng = loader, rng
         self._limit = batches_per_epoch
-        self._fetchers = [Fetcher(one, rng) for one in self._loaders]
+        self._fetchers = [
+            Fetcher(one, rng._generators, rng._streams, rng.ranked) for one in self._loaders
+        ]
         self._orders = [fetcher.order for fetcher in self._fetchers]
         rng._loaders += 1
         self._seed = derive_seed(rng.seed, "loader", rng._loaders, bits=63)
@@ -198,7 +200,7 @@ class ResumableLoader:
             # If the load finds none, this is what it gives back.
             positions = [position._replace(saved_at=UNREAD) for position in positions]
         rows = self._rng._rows()
-        return {position_key(rows): rows.table([torch.tensor(position) for position in positions])}
+        return {position_key(rows): rows.table([position.to_tensor() for position in positions])}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go to the position in ``state_dict``; the next batch is the one behind it.

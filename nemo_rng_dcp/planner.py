@@ -304,7 +304,7 @@ def _entry(path: _Path) -> _Entry | None:
             positions = [
                 position._replace(saved_at=UNREAD) for position in positions_in(local(value))
             ]
-            unread, generators = [torch.tensor(position) for position in positions], []
+            unread, generators = [position.to_tensor() for position in positions], []
         else:
             records = [Record.from_tensor(tensor) for tensor in records_in(local(value))]
             unread = [marked(record).to_tensor() for record in records]

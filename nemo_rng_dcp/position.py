@@ -64,6 +64,10 @@ class Position(NamedTuple):
     batch_size: int
     workers: int
 
+    def to_tensor(self) -> torch.Tensor:
+        """Return the numbers as a row of a table."""
+        return torch.tensor(self, dtype=torch.int64, device="cpu")
+
     @property
     def is_within_a_pass(self) -> bool:
         return self.fetched > 0

@@ -253,6 +253,15 @@ def test_a_batch_that_fails_moves_nothing() -> None:
         next(iter(loader))
 
 
+def test_the_default_device_does_not_matter(tmp_path: Path) -> None:
+    run = Run(Case("shuffle")).train(until=(0, 2))
+    with torch.device("meta"):
+        run.save(tmp_path)
+        Run(Case("shuffle")).load(tmp_path)
+    again = Run(Case("shuffle")).load(tmp_path)
+    assert (again.loader.epoch, again.loader.batches) == (0, 2)
+
+
 def test_two_loaders_of_one_job_draw_other_numbers() -> None:
     rng = StatefulRNG(1)
     first, second = (ResumableLoader(Shuffled(True), rng) for _ in range(2))
