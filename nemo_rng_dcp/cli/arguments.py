@@ -7,6 +7,8 @@ from inspect import cleandoc
 
 from nemo_rng_dcp.versions import __version__
 
+_MOST_RANKS = 2**20
+"""More than any job has; each is a line of what is explained."""
 _WHERE = "a checkpoint's folder, or a URL such as s3://bucket/step-1000"
 
 
@@ -77,12 +79,13 @@ def _explain(command: argparse.ArgumentParser) -> None:
     exit code: 0 it loads, 1 a load would raise, 2 the checkpoint cannot be read
     """
     command.add_argument("checkpoint", help=_WHERE)
-    job = command.add_argument_group("the job that resumes", "What is left out is as it was saved.")
+    command.add_argument("--entry", help="only this entry, by its key, such as rng")
+    about = "What is left out is as it was saved. All but the first two are about one entry."
+    job = command.add_argument_group("the job that resumes", about)
     job.add_argument("--world-size", type=_positive, required=True, help="its number of ranks")
     job.add_argument("--mesh", type=_mesh, help="such as dp=4,tp=2 (left out: one row per rank)")
-    job.add_argument(
-        "--along", type=_names, help="where streams differ, such as dp (left out: all)"
-    )
+    job.add_argument("--along", type=_names, help="where its streams differ, such as dp")
+    job.add_argument("--logical-ranks", type=_positive, help="as StatefulRNG has it")
     job.add_argument(
         "--ranked", action=argparse.BooleanOptionalAction, help="as StatefulRNG has it"
     )
@@ -103,8 +106,10 @@ def _import(command: argparse.ArgumentParser) -> None:
 
 
 def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of ranks, expected 1 or more")
+    # int() refuses thousands of digits in an error of its own.
+    if not text.isdecimal() or len(text) > 9 or not 0 < int(text) <= _MOST_RANKS:
+        expected = f"expected 1 to {_MOST_RANKS:,}"
+        raise argparse.ArgumentTypeError(f"{text!r:.60} is no number of ranks, {expected}")
     return int(text)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,15 +13,16 @@ from nemo_rng_dcp.cli.reading.opening import open_tables
 from nemo_rng_dcp.cli.reading.table import Table
 from nemo_rng_dcp.cli.streams import distance
 from nemo_rng_dcp.cli.terminal import MANY, aligned, paragraph, plural, within
+from nemo_rng_dcp.generators import is_reserved
 from nemo_rng_dcp.record import Record, fingerprint
 
 
 class Diff:
     """How the streams of two checkpoints, A and B, differ; see ``main.Report``."""
 
-    def __init__(self, a: str, b: str) -> None:
-        self._names = {"a": a, "b": b}
-        self.comparisons = compare(open_tables(a), open_tables(b))
+    def __init__(self, options: argparse.Namespace) -> None:
+        self._names = {"a": options.a, "b": options.b}
+        self.comparisons = compare(open_tables(options.a), open_tables(options.b))
         self.failed = any(comparison.differences for comparison in self.comparisons)
         damaged = sum((comparison.damaged for comparison in self.comparisons), Counter())
         reasons = [f"{plural(damaged[side], 'row')} of {side}" for side in "AB" if damaged[side]]
@@ -134,7 +136,7 @@ def _compare(key: str, a: Table | None, b: Table | None) -> Comparison:
     placed = {side: set(table.placed) if table else set() for side, table in tables.items()}
     for side, table in tables.items():
         found.damaged[side] += table.missing if table else 0
-    first = True
+    first: Record | None = None
     for row in sorted(placed["A"] | placed["B"]):
         in_a, in_b = (_read(table, row) for table in (a, b))
         for side, record in (("A", in_a), ("B", in_b)):
@@ -142,11 +144,19 @@ def _compare(key: str, a: Table | None, b: Table | None) -> Comparison:
         # A damaged row is no difference: nobody knows what it was.
         if isinstance(in_a, str) or isinstance(in_b, str):
             continue
-        if first and in_a is not None and in_b is not None:
+        if first is None and in_a is not None and in_b is not None:
             found.remarks += _remarks(in_a, in_b)
-            first = False
+            first = in_a
         found.compared += 1
         found.differences += _differences(row, in_a, in_b)
+    moved = {difference.generator for difference in found.differences}
+    if first and len({difference.row for difference in found.differences}) == found.compared:
+        found.remarks += [
+            f"{name} did not move in any row, and other streams did: does the job draw from the "
+            "object that it registered?"
+            for name in first.streams
+            if name not in moved and not is_reserved(name) and "." not in name
+        ]
     return found
 
 

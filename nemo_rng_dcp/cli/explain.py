@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from nemo_rng_dcp.cli.heading import title
-from nemo_rng_dcp.cli.job import Options, rows_of_ranks
+from nemo_rng_dcp.cli.heading import name_of, title
+from nemo_rng_dcp.cli.job import OF_ONE_ENTRY, Resuming
 from nemo_rng_dcp.cli.reading.opening import open_tables
 from nemo_rng_dcp.cli.reading.table import Table
 from nemo_rng_dcp.cli.streams import packed_after_seed, refusals
@@ -16,7 +16,6 @@ from nemo_rng_dcp.cli.terminal import MANY, aligned, numbered, paragraph, plural
 from nemo_rng_dcp.generators import is_reserved
 from nemo_rng_dcp.record import Record, fingerprint
 from nemo_rng_dcp.resume import Resume, resume
-from nemo_rng_dcp.table import source_row
 
 CONTINUED, COPIED, FORKED = "continued", "copied", "forked"
 DROPPED, REFUSED = "dropped", "refused"
@@ -26,28 +25,34 @@ class Explanation:
     """What becomes of each RNG entry; see ``main.Report``.
 
     Args:
-        where: The checkpoint.
-        options: The job that resumes, as ``arguments`` describes it.
+        options: The checkpoint and the job that resumes, as ``arguments`` describes them.
 
     Raises:
         ValueError: The job cannot exist.
     """
 
-    def __init__(self, where: str, options: argparse.Namespace) -> None:
-        ranks, mesh = rows_of_ranks(options.world_size, options.mesh, options.along)
-        job = Options(ranks, mesh, options.ranked, options.generators, options.shared)
-        self._where = where
-        self.entries = [Resumed(table, job) for table in open_tables(where)]
+    def __init__(self, options: argparse.Namespace) -> None:
+        self._where = options.checkpoint
+        tables = {table.key: table for table in open_tables(self._where)}
+        names = ", ".join(map(name_of, tables))
+        if options.entry is not None:
+            if options.entry not in tables:
+                raise ValueError(f"--entry {options.entry}: the checkpoint has only {names}")
+            tables = {options.entry: tables[options.entry]}
+        given = [name for name in OF_ONE_ENTRY if getattr(options, name) is not None]
+        if len(tables) > 1 and given:
+            option = f"--{given[0].replace('_', '-')}"
+            why = f"is about one entry, and the checkpoint has {names}: give --entry too"
+            raise ValueError(f"{option} {why}")
+        self.entries = [Resumed(table, options) for table in tables.values()]
         saved = dict.fromkeys(name for entry in self.entries for name in entry.generators)
-        known = job.generators or list(saved)
-        for name in job.shared or ():
+        known = options.generators or [name for name in saved if "." not in name]
+        for name in options.shared or ():
+            why = f"only {', '.join(known)}. --generators names all that it has"
             if is_reserved(name):
-                raise ValueError(
-                    f"--shared {name}: it is a global generator, which is never shared"
-                )
+                raise ValueError(f"--shared {name}: it is a global generator, and never shared")
             if known and name not in known:
-                only = f"only {', '.join(known)}. --generators names all that it has"
-                raise ValueError(f"--shared {name}: the job has no such generator, {only}")
+                raise ValueError(f"--shared {name}: the job has no such generator, {why}")
         self.failed = any(entry.refusals for entry in self.entries)
         self.trouble = ""
 
@@ -104,41 +109,62 @@ class Resumed:
         generators: Those that the records have which are loaded, in their order.
     """
 
-    def __init__(self, table: Table, options: Options) -> None:
-        self.key, self.rows_saved, self.rows = table.key, table.count, len(options.ranks)
+    def __init__(self, table: Table, options: argparse.Namespace) -> None:
+        good = (found for row in table.placed if isinstance(found := table.read(row), Record))
+        self._record = next(good, None)
+        self._job = Resuming(options, self._record)
+        self.key, self.rows_saved, self.rows = table.key, table.count, len(self._job.ranks)
         self.remarks: tuple[str, ...] = ()
         self.refusals: dict[int, str] = {}
-        self.needs_planner = self.rows != self.rows_saved
-        self.generators: dict[str, None] = {}
-        self._record: Record | None = None
-        jobs = options.ranks.items()
-        self.fates = [self._fate(table, options, row, ranks) for row, ranks in jobs]
-        self.fates += [Fate(row, (), DROPPED, row) for row in table.placed if row >= self.rows]
+        self.generators = dict.fromkeys(self._record.streams if self._record else ())
+        dropped = [row for row in table.placed if row >= self.rows]
+        # A new stream's fingerprints take longer than all the rest.
+        many = options.rows is None and not options.json and self.rows + len(dropped) > MANY
+        self._listed = () if many else options.rows
+        sources = range(min(self.rows, table.count))
+        self.fates = [fate for source in sources for fate in self._fates(table, source)]
+        self.fates.sort(key=lambda fate: fate.row)
+        self.fates += [Fate(row, (), DROPPED, row) for row in dropped]
+        length = self._job.length(self._record) if self._record else table.length
+        self.needs_planner = (self.rows, length) != (self.rows_saved, table.length)
 
-    def _fate(self, table: Table, options: Options, row: int, ranks: tuple[int, ...]) -> Fate:
-        source = source_row(row, table.count)
+    def _fates(self, table: Table, source: int) -> Iterator[Fate]:
+        """Return what becomes of the rows that are made from a saved one."""
         record = table.read(source)
-        if isinstance(record, str):
-            return self._refused(row, ranks, source, record)
-        self._record = self._record or record
-        self.generators |= dict.fromkeys(record.streams)
-        if hidden := table.hidden_from(source, ranks):
-            why = "it was saved with use_collectives=False, for the rank of its number alone"
-            return self._refused(row, ranks, source, f"not found by rank {hidden[0]}: {why}")
-        job = options.job(row, record)
-        outcome = resume(record, job)
-        for name, why in refusals(record).items():
-            if name in outcome.states:
-                reason = f"not taken by its generator ({name}: {why})"
-                return self._refused(row, ranks, source, reason)
-        self.remarks = self.remarks or outcome.remarks
-        self.needs_planner |= job.slots.keys() != record.streams.keys()
-        fate = CONTINUED if source == row else FORKED if outcome.seeds else COPIED
-        return Fate(row, ranks, fate, source, tuple(outcome.seeds), _fingerprints(record, outcome))
+        refused = {} if isinstance(record, str) else refusals(record)
+        for row in range(source, self.rows, self.rows_saved):
+            ranks, reason = tuple(self._job.ranks[row]), ""
+            if isinstance(record, str):
+                reason = record
+            elif hidden := table.hidden_from(source, ranks):
+                why = "it was saved with use_collectives=False, for the rank of its number alone"
+                reason = f"not found by rank {hidden[0]}: {why}"
+            else:
+                outcome = resume(record, self._job.of_row(row, record))
+                if taken := [name for name in refused if name in outcome.states]:
+                    reason = f"not taken by its generator ({taken[0]}: {refused[taken[0]]})"
+            if reason or isinstance(record, str):
+                self.refusals[source] = reason
+                yield Fate(row, ranks, REFUSED, source)
+                continue
+            self.remarks = self.remarks or outcome.remarks
+            fate = CONTINUED if source == row else FORKED if outcome.seeds else COPIED
+            listed = within(row, self._listed)
+            fingerprints = _fingerprints(record, outcome) if listed else {}
+            yield Fate(row, ranks, fate, source, tuple(outcome.seeds), fingerprints)
 
-    def _refused(self, row: int, ranks: tuple[int, ...], source: int, reason: str) -> Fate:
-        self.refusals[source] = reason
-        return Fate(row, ranks, REFUSED, source)
+    def _plays(self) -> str:
+        rows: dict[int, list[int]] = {}
+        for row, ranks in self._job.ranks.items():
+            for rank in ranks:
+                rows.setdefault(rank, []).append(row)
+        texts = [
+            f"rank {rank} plays {spans(own).replace('-', ' to ')}" for rank, own in rows.items()
+        ]
+        listed = [*texts[:4], *["..."] * (len(texts) > 4)]
+        if all(fate.fate == CONTINUED for fate in self.fates):
+            listed.append("every stream continues")
+        return ", ".join(listed)
 
     def to_json(self, rows: Sequence[range] | None) -> dict[str, Any]:
         """Return what ``--json`` prints; of the fates only those of ``rows``."""
@@ -149,10 +175,12 @@ class Resumed:
     def lines(self, rows: Sequence[range] | None) -> list[str]:
         """Return the text for a person; of the fates only those of ``rows``."""
         lines = title(self.key, self.rows_saved, self._record)
-        world_size = sum(len(fate.ranks) for fate in self.fates)
+        world_size = len({rank for fate in self.fates for rank in fate.ranks})
         how = "planner=RNGLoadPlanner()" if self.needs_planner else "plain dcp.load"
         size = f"{plural(world_size, 'rank')}, {plural(self.rows, 'row')}"
         lines += paragraph(f"On {size}, with {how}:")
+        if self._job.logical:
+            lines += paragraph(self._plays())
         fates = [fate for fate in self.fates if within(fate.row, rows)]
         if rows is None and len(fates) > MANY:
             lines += _summary(fates, self.rows_saved)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
@@ -26,8 +27,7 @@ class Inspection:
     """What ``inspect`` finds in a checkpoint; see ``main.Report``.
 
     Args:
-        where: The checkpoint.
-        fail_on: The least of the severities that make the exit code 1.
+        options: The checkpoint, and the least of the severities that make the exit code 1.
 
     Attributes:
         entries: What ``StatefulRNG`` stored.
@@ -37,8 +37,8 @@ class Inspection:
         notes: What is worth knowing.
     """
 
-    def __init__(self, where: str, fail_on: str) -> None:
-        checkpoint = open_checkpoint(where)
+    def __init__(self, options: argparse.Namespace) -> None:
+        checkpoint = open_checkpoint(options.checkpoint)
         self.where = checkpoint.where
         self.entries = [findings.examine(table) for table in find_tables(checkpoint)]
         loaders = find_loaders(checkpoint)
@@ -55,7 +55,7 @@ class Inspection:
         elif not self.entries and any(state.lost(writers) for state in self.others):
             text = "no StatefulRNG's record, and other code's RNG state has lost streams: see notes"
             self.findings.append(Finding(LOST, text))
-        failing = findings.SEVERITIES[: findings.SEVERITIES.index(fail_on) + 1]
+        failing = findings.SEVERITIES[: findings.SEVERITIES.index(options.fail_on) + 1]
         self.failed = any(finding.severity in failing for finding in self.findings)
         self.trouble = ""
 

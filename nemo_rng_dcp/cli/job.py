@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import argparse
+from dataclasses import replace
 from math import prod
 
 from nemo_rng_dcp.generators import Slot, is_reserved
@@ -11,73 +11,89 @@ from nemo_rng_dcp.record import Mesh, Record, Stream
 from nemo_rng_dcp.resume import Job
 from nemo_rng_dcp.table import row_major
 
-
-@dataclass(frozen=True)
-class Options:
-    """The job that resumes.
-
-    Attributes:
-        ranks: The ranks that have each row, see :func:`rows_of_ranks`.
-        mesh: The mesh along which its streams differ; ``None``: all ranks.
-        ranked: What it gives ``StatefulRNG``; ``None``: what the saved one was given.
-        generators: What it has; ``None``: what was saved.
-        shared: Which of them are alike on all ranks; ``None``: those that were when saved.
-    """
-
-    ranks: Mapping[int, tuple[int, ...]]
-    mesh: Mesh | None = None
-    ranked: bool | None = None
-    generators: Sequence[str] | None = None
-    shared: Sequence[str] | None = None
-
-    def job(self, row: int, record: Record) -> Job:
-        """Return the job as one of its rows sees it, which loads ``record``."""
-        names = record.streams if self.generators is None else self.generators
-        slots = {}
-        for name in names:
-            stream = record.streams.get(name, Stream("", False, b""))
-            shared = stream.shared if self.shared is None else name in self.shared
-            slots[name] = Slot(stream.kind, shared, is_reserved(name))
-        ranked = record.ranked if self.ranked is None else self.ranked
-        return Job(row, len(self.ranks), self.mesh, ranked, slots)
+OF_ONE_ENTRY = ("along", "logical_ranks", "ranked", "generators", "shared")
+"""Options of ``explain`` that one ``StatefulRNG`` is given."""
 
 
-def rows_of_ranks(
-    world_size: int, mesh: Mapping[str, int] | None, along: Sequence[str] | None
-) -> tuple[dict[int, tuple[int, ...]], Mesh | None]:
-    """Return the ranks that have each row, as ``StatefulRNG(mesh=mesh[along])`` gives them out.
+class Resuming:
+    """The job that resumes, as its ``StatefulRNG`` for one entry is made.
 
     Args:
-        world_size: Ranks of the job, >= 1.
-        mesh: Sizes by name of the dimension, as for ``init_device_mesh``; ``None``: one row a rank.
-        along: The dimensions along which streams differ; ``None``: all.
+        options: As ``arguments`` describes them. What is left out is as in ``saved``.
+        saved: One of the entry's records; ``None``: there is no good one.
 
-    Returns:
-        The ranks by row, and the mesh as a record stores it.
+    Attributes:
+        ranks: The ranks that have each row.
+        mesh: The mesh along which its streams differ; ``None``: all ranks.
+        logical: Whether a row is a logical rank.
 
     Raises:
-        ValueError: The mesh does not have as many ranks, no such dimension, or another order.
+        ValueError: Such a job cannot exist.
     """
+
+    def __init__(self, options: argparse.Namespace, saved: Record | None) -> None:
+        self._options = options
+        self.mesh = _mesh(options, saved.mesh if saved else None)
+        self.ranks: dict[int, list[int]] = {}
+        for rank in range(options.world_size):
+            row, rest = rank, rank
+            if self.mesh is not None:
+                coordinate = {}
+                for name in reversed(list(options.mesh)):
+                    rest, coordinate[name] = divmod(rest, options.mesh[name])
+                along = dict(self.mesh)
+                row = row_major([coordinate[name] for name in along], [*along.values()])
+            self.ranks.setdefault(row, []).append(rank)
+        count = options.logical_ranks or len(self.ranks)
+        each, rest = divmod(count, len(self.ranks))
+        if rest:
+            raise ValueError(f"--logical-ranks {count} is no multiple of {len(self.ranks)} rows")
+        self.ranks = {row: self.ranks[row // each] for row in range(count)}
+        self.logical = options.logical_ranks is not None
+        if self.logical and options.ranked is False:
+            raise ValueError("--no-ranked: logical ranks have streams of their own")
+
+    def of_row(self, row: int, record: Record) -> Job:
+        """Return the job as one of its rows sees it, which loads ``record``."""
+        options, slots = self._options, {}
+        for given in record.streams if options.generators is None else options.generators:
+            # With a NumPy generator goes its seed sequence.
+            for name in (given, f"{given}.seed_seq"):
+                if name == given or name in record.streams:
+                    stream = record.streams.get(name, Stream("", False, b""))
+                    shared = given in (options.shared or ())
+                    shared = stream.shared if options.shared is None else shared
+                    slots[name] = Slot(stream.kind, shared, is_reserved(name))
+        ranked = self.logical or (record.ranked if options.ranked is None else options.ranked)
+        return Job(row, len(self.ranks), self.mesh, ranked, slots, logical=self.logical)
+
+    def length(self, record: Record) -> int:
+        """Return how many numbers its own record has; 0 if it has other generators."""
+        slots, streams = self.of_row(0, record).slots, record.streams
+        if slots.keys() != streams.keys():
+            return 0
+        moved = {name: streams[name]._replace(shared=slots[name].shared) for name in streams}
+        return len(replace(record, mesh=self.mesh, streams=moved).to_tensor())
+
+
+def _mesh(options: argparse.Namespace, saved: Mesh | None) -> Mesh | None:
+    """Return the mesh along which the job's streams differ, as a record stores it."""
+    mesh, along = options.mesh, options.along
     if mesh is None:
         if along is not None:
             raise ValueError("--along names dimensions of a mesh: give --mesh too")
-        return {rank: (rank,) for rank in range(world_size)}, None
-    if prod(mesh.values()) != world_size:
-        text = " x ".join(map(str, mesh.values()))
-        raise ValueError(f"a mesh of {text} has {prod(mesh.values())} ranks, not {world_size}")
-    unknown = [name for name in along or () if name not in mesh]
-    if unknown:
+        return None
+    if prod(mesh.values()) != options.world_size:
+        text = f"{' x '.join(map(str, mesh.values()))} has {prod(mesh.values())} ranks"
+        raise ValueError(f"a mesh of {text}, not {options.world_size}")
+    if along is None:
+        if saved is None:
+            return None
+        along = [name for name in mesh if name in dict(saved)]
+        along = along if len(along) == len(saved) else list(mesh)
+    if unknown := [name for name in along if name not in mesh]:
         raise ValueError(f"the mesh has no dimension {unknown[0]!r}, only {', '.join(mesh)}")
-    names = [name for name in mesh if along is None or name in along]
-    if along is not None and names != list(along):
+    if along != (names := [name for name in mesh if name in along]):
         expected = f"torch takes each dimension once and in the mesh's order, {','.join(names)}"
         raise ValueError(f"--along {','.join(along)}: {expected}")
-    ranks: dict[int, list[int]] = {}
-    for rank in range(world_size):
-        coordinate, rest = {}, rank
-        for name in reversed(list(mesh)):
-            rest, coordinate[name] = divmod(rest, mesh[name])
-        row = row_major([coordinate[name] for name in names], [mesh[name] for name in names])
-        ranks.setdefault(row, []).append(rank)
-    by_row = {row: tuple(found) for row, found in sorted(ranks.items())}
-    return by_row, tuple((name, mesh[name]) for name in names)
+    return tuple((name, mesh[name]) for name in names)

@@ -14,8 +14,8 @@ import torch
 
 from nemo_rng_dcp.cli.terminal import plural
 from nemo_rng_dcp.generators import GeneratorAdapter
+from nemo_rng_dcp.generators import numpy_random as of_numpy
 from nemo_rng_dcp.generators.mt19937 import WORDS, MT19937State
-from nemo_rng_dcp.generators.numpy_random import NumPyAdapter, NumPyGeneratorAdapter
 from nemo_rng_dcp.generators.python_random import PythonAdapter
 from nemo_rng_dcp.generators.torch_random import TorchAdapter
 from nemo_rng_dcp.record import Record, Stream, fingerprint
@@ -31,12 +31,14 @@ def trial_generator(kind: str) -> GeneratorAdapter | None:
     if kind == "python":
         return PythonAdapter(random.Random())
     if kind == "numpy":
-        return NumPyAdapter(np.random.RandomState())
+        return of_numpy.NumPyAdapter(np.random.RandomState())
     if kind == "torch.cpu":
         return TorchAdapter(torch.Generator())
+    if kind == of_numpy.SeedSequenceAdapter.kind:
+        return of_numpy.SeedSequenceAdapter(np.random.default_rng())
     library, _, algorithm = kind.partition(".")
     if library == "numpy" and algorithm in _BIT_GENERATORS:
-        return NumPyGeneratorAdapter(np.random.Generator(getattr(np.random, algorithm)()))
+        return of_numpy.NumPyGeneratorAdapter(np.random.Generator(getattr(np.random, algorithm)()))
     return None
 
 

@@ -70,6 +70,8 @@ def test_a_reason_is_one_line_on_stderr(tmp_path: Path) -> None:
         ["inspect", ".", "--rows", "1-"],
         ["inspect", ".", "--fail-on", "everything"],
         ["explain", ".", "--world-size", "0"],
+        ["explain", ".", "--world-size", "1000000000"],
+        ["explain", ".", "--world-size", "1" * 5000],
         ["explain", ".", "--world-size", "4", "--mesh", "dp4"],
         ["explain", ".", "--world-size", "4", "--mesh", "dp=4", "--along", ""],
         ["explain", ".", "--world-size", "4", "--generators", ""],

@@ -48,6 +48,22 @@ def test_streams_that_differ_are_listed(tmp_path: Path, capsys: Capture) -> None
     assert entry["differences"] == []
 
 
+def test_a_registered_generator_that_never_moved_is_told(tmp_path: Path, capsys: Capture) -> None:
+    """The job draws from a copy of it: the record holds a stream that nobody uses."""
+    noise = np.random.default_rng(1)
+    rng = StatefulRNG(1, generators={"noise": noise})
+    for step in "ab":
+        rng.save(tmp_path / step)
+        draw()
+    words = "diff", tmp_path / "a", tmp_path / "b"
+    text = "noise did not move in any row, and other streams did: does the job draw from the"
+    assert text in ask(capsys, *words)[1]
+    noise.random()
+    rng.save(tmp_path / "c")
+    assert "did not move" not in ask(capsys, "diff", tmp_path / "b", tmp_path / "c")[1]
+    assert "did not move" not in ask(capsys, "diff", tmp_path / "b", tmp_path / "b")[1]
+
+
 def test_other_jobs_and_other_entries(tmp_path: Path, capsys: Capture) -> None:
     a = save(records(50), tmp_path / "a")
     fewer = save(records(3, seed=9), tmp_path / "fewer")

@@ -27,7 +27,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from nemo_rng_dcp import RNGStateError, RNGStateWarning, StatefulRNG
 from nemo_rng_dcp.cli.importing.command import save_records
-from nemo_rng_dcp.cli.importing.rank_states import to_records
+from nemo_rng_dcp.cli.importing.rank_states import to_records, unsure_devices
 from nemo_rng_dcp.cli.importing.search import read_states
 from nemo_rng_dcp.cli.main import main
 from nemo_rng_dcp.cli.reading.opening import open_checkpoint
@@ -203,6 +203,50 @@ def test_miles_stores_torch_alone(tmp_path: Path) -> None:
     assert torch.rand(3).tolist() == expected
 
 
+@pytest.mark.parametrize(
+    ("name", "python", "numpy", "torch_"),
+    [
+        ("rng_rank_00RANK.pt", "python", "numpy", "torch"),  # miles' name
+        ("my-rng.RANK.bin", "python_random", "np_state", "torch_cpu"),
+        ("random_RANK.pkl", "random", "np", "cpu"),
+    ],
+)
+def test_fields_are_read_whatever_the_file_is_called(
+    name: str, python: str, numpy: str, torch_: str, tmp_path: Path
+) -> None:
+    """Of a file that was named as miles does, only torch's state was read."""
+
+    def capture() -> dict[str, Any]:
+        states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+        return {"step": 3, **dict(zip((python, numpy, torch_), states, strict=True))}
+
+    expected = saved(tmp_path, name, capture)
+    (tmp_path / "rng_plot_3.svg").touch()
+    save_records(read_records(tmp_path), tmp_path / "rng")
+    assert [numbers for numbers, _ in job(2, loaded, tmp_path / "rng")] == expected
+
+
+def test_a_state_is_not_left_out_in_silence(tmp_path: Path) -> None:
+    state = {"torch": torch.get_rng_state(), "numpy": np.random.get_state()}
+    torch.save({**state, "builtin": random.getstate()}, tmp_path / "rng_rank_0.pt")
+    with pytest.raises(RNGStateError, match="it has no state of python, but builtin"):
+        read_records(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "verdict"),
+    [
+        ("mp_rank_00/model_optim_rng.pt", "Megatron's, one state for each pipeline and tensor"),
+        ("rng.pt", "it names no rank: one process's state, or one for all ranks"),
+    ],
+)
+def test_what_is_no_ranks_own_is_named(file: str, verdict: str, tmp_path: Path) -> None:
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    torch.save(transformers(), tmp_path / file)
+    with pytest.raises(RNGStateError, match=rf"Found \S+/{file}: {verdict}"):
+        read_records(tmp_path)
+
+
 def test_one_process_of_transformers(tmp_path: Path) -> None:
     expected = saved(tmp_path, "rng_state.pth", transformers, ranks=1)
     assert read_states(tmp_path).ranks[0].place == "rng_state.pth"
@@ -244,28 +288,72 @@ def test_ranks_that_are_alike_are_not_ranked(tmp_path: Path) -> None:
     assert [record.ranked for record in read_records(tmp_path)] == [False, False]
 
 
-def test_of_several_devices_a_rank_has_its_own(tmp_path: Path) -> None:
-    devices = [torch.full((16,), device, dtype=torch.uint8) for device in range(2)]
+def cuda(seed: int, drawn: int) -> torch.Tensor:
+    """Return the state of a CUDA generator: its seed, and how much was drawn since."""
+    state = seed.to_bytes(8, "little") + drawn.to_bytes(8, "little")
+    return torch.frombuffer(bytearray(state), dtype=torch.uint8)
+
+
+def drawn_of(records: list[Record]) -> list[int]:
+    """Return how much was drawn from each row's CUDA stream."""
+    return [int.from_bytes(record.streams["cuda"].state[8:], "little") for record in records]
+
+
+@pytest.mark.parametrize("naming", ["rng_state_{}.pth", "rng_dp_rank_{}.pt"])
+def test_the_device_that_was_used_is_the_ranks(
+    naming: str, tmp_path: Path, capsys: Capture
+) -> None:
+    """Two nodes of two ranks, on machines with four devices: rank 2 had device 0."""
+    for rank in range(4):
+        devices = [cuda(rank, 4000 + rank if device == rank % 2 else 0) for device in range(4)]
+        torch.save({**transformers(), "cuda": devices}, tmp_path / naming.format(rank))
+    records = read_records(tmp_path)
+    assert drawn_of(records) == [4000, 4001, 4002, 4003]
+    assert records[0].streams["cuda"].kind == "torch.cuda"
+    assert main(["import", str(tmp_path), str(tmp_path / "out")]) == 0
+    assert "note" not in capsys.readouterr().out
+
+
+def test_where_several_devices_were_used_the_ranks_own_is_noted(
+    tmp_path: Path, capsys: Capture
+) -> None:
+    devices = [cuda(1, 1 + device) for device in range(2)]
     for rank in range(4):
         torch.save({**transformers(), "cuda": devices}, tmp_path / f"rng_state_{rank}.pth")
-    records = read_records(tmp_path)
-    assert [record.streams["cuda"].state for record in records] == [
-        bytes([d] * 16) for d in (0, 1, 0, 1)
-    ]
-    assert records[0].streams["cuda"].kind == "torch.cuda"
+    assert drawn_of(read_records(tmp_path)) == [1, 2, 1, 2]
+    with unmoved():
+        assert main(["import", str(tmp_path), str(tmp_path / "out")]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "note: cuda: ranks 0-3: the states of several devices do not tell which was" in text
+
+
+def test_devices_of_which_none_was_used_are_told_by_nothing(tmp_path: Path) -> None:
+    state = {**transformers(), "cuda": [cuda(7, 0), cuda(7, 0)]}
+    torch.save(state, tmp_path / "rng_state_0.pth")
+    assert unsure_devices(read_states(tmp_path)) == []  # both are the same stream
+    torch.save({**state, "cuda": [cuda(7, 0), cuda(8, 0)]}, tmp_path / "rng_state_0.pth")
+    assert unsure_devices(read_states(tmp_path)) == [0]
+
+
+def test_a_device_that_was_not_used_is_not_a_ranks_own(tmp_path: Path) -> None:
+    devices = [cuda(1, 5), cuda(1, 6), cuda(1, 0)]
+    for rank in range(3):
+        torch.save({**transformers(), "cuda": devices}, tmp_path / f"rng_state_{rank}.pth")
+    reason = r"rng_state_2\.pth: cuda: .* 3 devices, and drawn from were devices 0-1: .* rank 2's"
+    with pytest.raises(RNGStateError, match=reason):
+        read_records(tmp_path)
 
 
 def test_the_number_of_a_dp_rank_chooses_no_device(tmp_path: Path) -> None:
-    devices = [torch.full((16,), device, dtype=torch.uint8) for device in range(2)]
     for rank in range(2):
-        state = {**automodel(), "cuda_rng_state": devices}
+        state = {**automodel(), "cuda_rng_state": [cuda(1, 5), cuda(1, 6)]}
         torch.save(state, tmp_path / f"rng_dp_rank_{rank}.pt")
     with pytest.raises(RNGStateError, match="found the states of 2 devices"):
         read_records(tmp_path)
 
 
 def save_devices(path: Path) -> None:
-    devices = [torch.full((16,), device, dtype=torch.uint8) for device in range(12)]
+    devices = [cuda(1, device + 1) for device in range(12)]
     states = {
         f"rank_{rank}": {"torch": torch.get_rng_state(), "cuda": devices} for rank in range(12)
     }
@@ -274,8 +362,7 @@ def save_devices(path: Path) -> None:
 
 def test_more_than_ten_devices_of_a_checkpoint_are_taken_by_number(tmp_path: Path) -> None:
     save_devices(tmp_path)
-    states = [record.streams["cuda"].state for record in read_records(tmp_path)]
-    assert states == [bytes([rank] * 16) for rank in range(12)]
+    assert drawn_of(read_records(tmp_path)) == list(range(1, 13))
 
 
 def test_what_is_not_read_of_a_file_is_named(
@@ -383,7 +470,8 @@ def test_a_damaged_file_is_named(content: bytes, tmp_path: Path) -> None:
     [
         ([1], "found a list, expected a dict of states"),
         ({**transformers(), "python": (3, (), None)}, "python: the state is malformed"),
-        ({"cpu": 1}, "it has no 'python', but cpu"),
+        ({"cpu": 1}, "it has no state of python, numpy, torch, but cpu"),
+        ({**transformers(), "random": random.getstate()}, "random is not its only state of python"),
     ],
 )
 def test_another_content_is_named(state: Any, reason: str, tmp_path: Path) -> None:
@@ -444,10 +532,10 @@ def test_rank_named_keys(
 
 
 def test_a_list_of_devices_under_a_rank_named_key(tmp_path: Path) -> None:
-    devices = [torch.full((16,), device, dtype=torch.uint8) for device in range(2)]
+    devices = [cuda(1, device + 1) for device in range(2)]
     states = {f"rank{rank}": {**composer(), "cuda": devices} for rank in range(3)}
     dcp.save({"rng": states}, checkpoint_id=tmp_path)
-    assert [record.streams["cuda"].state[0] for record in read_records(tmp_path)] == [0, 1, 0]
+    assert drawn_of(read_records(tmp_path)) == [1, 2, 1]
 
 
 def no_key_of_rank_1() -> dict[str, Any]:
@@ -564,6 +652,16 @@ def test_json_names_every_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     [row] = found["rows"]
     assert (row["row"], row["file"]) == (1, "rng_state_1.pth")
     assert row["fingerprints"].keys() == {"python", "numpy", "torch"}
+
+
+def test_inspect_says_whose_megatrons_shards_are(tmp_path: Path, capsys: Capture) -> None:
+    """Their numbers are coordinates: it said that ranks have no state, and that import reads it."""
+    job(2, saved_keys, tmp_path, as_megatron)
+    main(["inspect", str(tmp_path)])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "note: found rng_state/shard_0.0_1.2: Megatron's, one state for each pipeline" in text
+    assert "import` does not read it" in text
+    assert "lost" not in text
 
 
 def test_inspect_says_that_import_reads_rank_named_keys(tmp_path: Path, capsys: Capture) -> None:

@@ -7,6 +7,7 @@ import os
 import pickle
 import random
 import resource
+import time
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -208,6 +209,22 @@ def test_a_state_of_too_many_numbers_costs_nothing(name: str, state: Any, folder
     assert "the state is malformed: it has more than 65536 numbers" in reason(folder)
 
 
+@pytest.mark.parametrize("depth", [25, 60])
+def test_nested_tuples_as_a_key_cost_nothing(depth: int, folder: Path) -> None:
+    """torch's unpickler hashed them for ever, and an error that printed them took 560 MB."""
+    file, plain = folder / "rng_state_0.pth", io.BytesIO()
+    torch.save({}, plain)
+    twice = b"".join(b"h%c\x86q%c" % (number, number + 1) for number in range(depth))
+    with zipfile.ZipFile(plain) as old, zipfile.ZipFile(file, "w") as new:
+        for name in old.namelist():
+            hostile = b"\x80\x02})q\x00" + twice + b"K\x01s."
+            new.writestr(name, hostile if name.endswith("data.pkl") else old.read(name))
+    assert file.stat().st_size < 1100
+    started = time.process_time()
+    assert "rng_state_0.pth: damaged, or not written by torch.save" in reason(folder)
+    assert time.process_time() - started < 5
+
+
 def test_a_compressed_file_is_refused(folder: Path) -> None:
     """torch inflates it: 500 kB took 764 MB."""
     file, plain = folder / "rng_state_0.pth", io.BytesIO()
@@ -254,12 +271,12 @@ def test_names_do_not_reach_the_terminal_as_control_codes(
     folder, out = tmp_path / "\033[31mtheirs", tmp_path / "\033[31mours"
     folder.mkdir()
     unknown = torch.zeros(16, dtype=torch.uint8)
-    state = {"rng": {**states(), "torch": torch.get_rng_state(), "\033[31mxpu": unknown}}
+    state = {"rng": {**states(), "\033[31mxpu": unknown}}
     torch.save(state, folder / "\033[31m.pt")
     assert main(["import", str(folder / "\033[31m.pt"), str(out)]) == 0
     printed = capsys.readouterr().out
     assert "\033" not in printed
-    assert "note: not read: \\x1b[31mxpu, cpu\n" in printed
+    assert "note: not read: \\x1b[31mxpu\n" in printed
 
 
 def test_a_field_without_a_name_is_noted(

@@ -10,10 +10,10 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.utils.data import DataLoader
 
-from nemo_rng_dcp import ResumableLoader, StatefulRNG
+from nemo_rng_dcp import ResumableLoader, StatefulRNG, init_all_rng
 from nemo_rng_dcp.record import Record, Stream
 from scripts.demo.rankless import RanklessRNG
 from tests.support.command import Capture, ask, ask_json
@@ -79,6 +79,21 @@ def test_inspect_shows_the_fingerprints_of_every_rank(tmp_path: Path, capsys: Ca
     for row, of_row in enumerate(fingerprints):
         assert f" {row} {of_row['python']} {of_row['numpy']} {of_row['torch']} " in text
     assert text.endswith("no findings")
+
+
+def save_as_a_framework_seeded(path: Path) -> None:
+    # Its numbers are those of a seed and a row that nobody named.
+    init_all_rng(0 if dist.get_rank() == 0 else dist.get_rank() - 1)
+    StatefulRNG(None, ranked=True).save(path)
+
+
+def test_streams_that_a_framework_seeded_have_no_seed(tmp_path: Path, capsys: Capture) -> None:
+    job(2, save_as_a_framework_seeded, tmp_path)
+    _, text = ask(capsys, "inspect", tmp_path)
+    assert "2 rows of 2 ranks, no seed, ranked" in text
+    assert "still at its seed" not in text
+    report = ask_json(capsys, "inspect", tmp_path)
+    assert {row["seed"] for row in report["entries"][0]["streams"]} == {None}
 
 
 def save_along_a_mesh(path: Path) -> None:
@@ -501,3 +516,42 @@ def test_rows_narrows_what_every_command_lists(many: Path, capsys: Capture) -> N
 
 def test_json_has_a_version(many: Path, capsys: Capture) -> None:
     assert ask_json(capsys, "inspect", many)["schema"] == 1
+
+
+def save_in_grids(path: Path) -> None:
+    """Save the streams of an actor and of a critic, on meshes of their own, with logical ranks."""
+    grids = [DeviceMesh("cpu", ranks, mesh_dim_names=("dp",)) for ranks in ([0, 1], [2, 3])]
+    mesh = next(mesh for mesh in grids if mesh.get_coordinate() is not None)
+    rng = StatefulRNG(42, ranked=True, mesh=mesh, logical_ranks=4)
+    for rank in rng.ranks:
+        with rng.as_rank(rank):
+            draw(1 + rank + int(mesh.mesh[0]))
+    dcp.save({"rng": rng}, checkpoint_id=path)
+
+
+def test_grids_are_entries_of_their_own_and_rows_are_logical_ranks(
+    tmp_path: Path, capsys: Capture
+) -> None:
+    """Of two rows in one chunk one was shown."""
+    job(4, save_in_grids, tmp_path / "a")
+    code, text = ask(capsys, "inspect", tmp_path / "a")
+    assert (code, "no findings" in text) == (0, True)
+    for key in ("rng", "rng@2"):
+        assert f"{key}: 4 rows of 4 ranks, seed 42, ranked one row per logical rank" in text
+    entries = ask_json(capsys, "inspect", tmp_path / "a")["entries"]
+    assert [(entry["key"], len(entry["streams"])) for entry in entries] == [
+        ("rng", 4),
+        ("rng@2", 4),
+    ]
+    job(4, save_in_grids, tmp_path / "b")
+    code, text = ask(capsys, "diff", tmp_path / "a", tmp_path / "b")
+    compared = "4 rows compared, no stream differs"
+    assert (code, text) == (0, f"rng: {compared} rng@2: {compared}")
+    change_metadata(tmp_path / "a", _claim_many)
+    code, text = ask(capsys, "inspect", tmp_path / "a")
+    assert (code, "rows are missing" in text) == (1, True)
+
+
+def _claim_many(metadata: Any) -> None:
+    for saved in metadata.state_dict_metadata.values():
+        saved.size = torch.Size([2**60])

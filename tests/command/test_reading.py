@@ -6,6 +6,7 @@ import pickle
 import time
 import zipfile
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -231,6 +232,62 @@ def test_a_generator_with_control_codes_is_refused(tmp_path: Path) -> None:
 def test_a_hash_seed_with_control_codes_is_refused(tmp_path: Path) -> None:
     (bad,) = records(1, hash_seed="\033[31m")
     assert read(save([bad], tmp_path)).read(0) == "damaged: a text in it is not printable"
+
+
+# Other storage writers.
+
+
+@dataclass
+class TheirPlace:
+    """Where another storage writer put a part, in its own words."""
+
+    bucket: str
+
+
+@dataclass
+class TheirPlaceInOurWords:
+    """The same, as DCP's own writer says it."""
+
+    relative_path: str
+    offset: int
+    length: int
+
+
+@dataclass
+class TheirMetadata(Metadata):
+    """Another writer's, which keeps more."""
+
+    more: int = 3
+
+
+def change_places(path: Path, change: Callable[[Any], Any]) -> None:
+    def each(metadata: Any) -> None:
+        places = metadata.storage_data.items()
+        metadata.storage_data = {index: change(place) for index, place in places}
+
+    change_metadata(path, each)
+
+
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [(TheirPlace("b"), r"tests\.command\.test_reading\.TheirPlace"), ("s3://bucket/0", "str")],
+)
+def test_another_storage_writers_class_is_named(place: Any, name: str, path: Path) -> None:
+    """It was called an attack."""
+    change_places(path, lambda _: place)
+    with pytest.raises(RNGStateError, match=rf"another storage writer .*: its {name} says") as e:
+        read(path)
+    assert "do not load" not in str(e.value)
+
+
+def test_another_storage_writers_class_is_read_as_data(path: Path) -> None:
+    change_places(
+        path, lambda place: TheirPlaceInOurWords(place.relative_path, place.offset, place.length)
+    )
+    metadata = pickle.loads((path / ".metadata").read_bytes())
+    (path / ".metadata").write_bytes(pickle.dumps(TheirMetadata(**vars(metadata))))
+    table = read(path)
+    assert [table.read(row) for row in table.placed] == records(2)
 
 
 # What cannot be read.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import warnings
 from collections.abc import Sequence
@@ -11,11 +12,11 @@ from typing import Any
 import torch
 
 from nemo_rng_dcp import standalone
-from nemo_rng_dcp.cli.importing.rank_states import to_records
+from nemo_rng_dcp.cli.importing.rank_states import to_records, unsure_devices
 from nemo_rng_dcp.cli.importing.search import read_states
 from nemo_rng_dcp.cli.reading.folder import storage_of
 from nemo_rng_dcp.cli.streams import fingerprints
-from nemo_rng_dcp.cli.terminal import aligned, plural, visible, within
+from nemo_rng_dcp.cli.terminal import aligned, numbered, paragraph, plural, visible, within
 from nemo_rng_dcp.errors import RNGStateError
 from nemo_rng_dcp.record import KEY, Record
 
@@ -30,11 +31,18 @@ class Import:
 
     failed, trouble = False, ""
 
-    def __init__(self, folder: str, out: str) -> None:
+    def __init__(self, options: argparse.Namespace) -> None:
+        folder, out = options.folder, options.out
         if not folder or "://" in folder:
             raise RNGStateError(f"found {folder!r}, expected a folder of this machine's")
         self._job, self._out = read_states(Path(folder)), out
         self._records = to_records(self._job)
+        self._notes = [f"not read: {', '.join(self._job.unread)}"] if self._job.unread else []
+        if unsure := unsure_devices(self._job):
+            self._notes.append(
+                f"cuda: {numbered('rank', unsure)}: the states of several devices do not tell "
+                "which was the rank's: taken is the one at the rank modulo their number"
+            )
         save_records(self._records, out)
 
     def to_json(self, rows: Sequence[range] | None) -> dict[str, Any]:
@@ -43,6 +51,7 @@ class Import:
             "folder": self._job.where,
             "out": self._out,
             "unread": self._job.unread,
+            "notes": self._notes,
             "rows": self._rows(rows),
         }
 
@@ -54,8 +63,7 @@ class Import:
             for row in self._rows(rows)
         ]
         lines += aligned(["row", "file", *self._records[0].streams], cells)
-        if self._job.unread:
-            lines.append(f"note: not read: {', '.join(self._job.unread)}")
+        lines += [line for note in self._notes for line in paragraph(f"note: {note}")]
         return [*lines, "", f"saved to {visible(self._out)}: load it with StatefulRNG.load()"]
 
     def _rows(self, rows: Sequence[range] | None) -> list[dict[str, Any]]:

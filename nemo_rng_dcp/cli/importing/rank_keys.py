@@ -8,21 +8,12 @@ import re
 from typing import Any
 
 from nemo_rng_dcp.cli.importing import weights_only
-from nemo_rng_dcp.cli.importing.rank_states import JobStates, RankStates, require_ranks
+from nemo_rng_dcp.cli.importing.rank_states import JobStates, RankStates, generator_of, require_all
 from nemo_rng_dcp.cli.reading.checkpoint import Checkpoint, ranks_that_wrote
 from nemo_rng_dcp.cli.reading.keys import find_keys
 from nemo_rng_dcp.errors import RNGStateError
 
-_WORDS = {
-    "numpy": {"numpy", "np"},
-    "cuda": {"cuda"},
-    "torch": {"torch", "cpu"},
-    "python": {"python", "random"},
-}
-"""What a key says of a generator; the first of these is meant, as in ``random_state_0.numpy``."""
-
 _COMPOSER = re.compile(r"rng\.\d+\.(python|numpy|torch|cuda)")
-_MEGATRON = re.compile(r"rng_state/shard_")
 _DEVICE = re.compile(r"cuda\w*\.(\d+)")
 _NO_GLOBAL_RANK = re.compile(r"[a-z]_rank")
 
@@ -38,12 +29,7 @@ def read_keys(checkpoint: Checkpoint) -> JobStates | None:
     found = [(rank, key) for key in find_keys(checkpoint) if (rank := key.rank) is not None]
     if not found:
         return None
-    if megatron := [key.key for _, key in found if _MEGATRON.match(key.key)]:
-        raise RNGStateError(
-            f"{where}: found {megatron[0]}: Megatron's, one state for each pipeline and tensor "
-            "rank and with it its tracker's CUDA streams. Expected one state for each rank"
-        )
-    require_ranks(where, {rank for rank, _ in found}, ranks_that_wrote(checkpoint.files))
+    require_all(where, {rank for rank, _ in found}, ranks_that_wrote(checkpoint.files))
     written = os.stat(where).st_mtime_ns  # the last file of a save is put there by renaming it
     ranks: dict[int, RankStates] = {}
     values: dict[tuple[int, str], dict[int | None, Any]] = {}
@@ -53,7 +39,9 @@ def read_keys(checkpoint: Checkpoint) -> JobStates | None:
         # DCP took a list of devices' states apart.
         match = _DEVICE.fullmatch(key.rest)
         device = int(match[1]) if match else None
-        name = _generator(where, key.key)
+        if not (name := generator_of(key.key)):
+            unknown = "does not say whether it is python, numpy, torch or cuda"
+            raise RNGStateError(f"{where}: {key.key} {unknown}")
         states = values.setdefault((rank, name), {})
         if device in states or (states and None in (device, *states)):
             raise RNGStateError(f"{where}: {key.key} is not rank {rank}'s only state of {name}")
@@ -64,14 +52,6 @@ def read_keys(checkpoint: Checkpoint) -> JobStates | None:
     composer = all(_COMPOSER.fullmatch(key.key) for _, key in found)
     global_ranks = not any(_NO_GLOBAL_RANK.search(key.key.lower()) for _, key in found)
     return JobStates("Composer" if composer else "rank-named keys", where, ranks, global_ranks)
-
-
-def _generator(where: str, key: str) -> str:
-    found = set(re.findall(r"[a-z]+", key.lower()))
-    for name, words in _WORDS.items():
-        if words & found:
-            return name
-    raise RNGStateError(f"{where}: {key} does not say whether it is python, numpy, torch or cuda")
 
 
 def _value(checkpoint: Checkpoint, key: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -10,12 +11,21 @@ from typing import Any
 
 import torch
 
+from nemo_rng_dcp.cli.terminal import numbered
 from nemo_rng_dcp.errors import RNGStateError
 from nemo_rng_dcp.generators.mt19937 import MT19937State
 from nemo_rng_dcp.generators.torch_random import to_bytes
 from nemo_rng_dcp.record import Record, Stream
 from nemo_rng_dcp.versions import UNSEEDED
 
+_WORDS = {
+    "": {"xpu", "mps", "npu", "mlu", "musa", "hpu", "xm"},
+    "numpy": {"numpy", "np"},
+    "cuda": {"cuda"},
+    "torch": {"torch", "cpu"},
+    "python": {"python", "random"},
+}
+"""What a name says of a generator; the first of these is meant, as in ``random_state_0.numpy``."""
 _LARGEST = 2**16
 """More numbers than any generator's state has."""
 
@@ -58,7 +68,7 @@ class JobStates:
         return self.where
 
 
-def require_ranks(where: str, found: set[int], expected: set[int]) -> None:
+def require_all(where: str, found: set[int], expected: set[int]) -> None:
     """Make sure that no rank is missing.
 
     Args:
@@ -77,12 +87,18 @@ def require_ranks(where: str, found: set[int], expected: set[int]) -> None:
         raise RNGStateError(f"{where}: {text}; there are those of {len(found)} of {ranks} ranks")
 
 
+def generator_of(name: str) -> str:
+    """Return "python", "numpy", "torch" or "cuda", by a field's or a key's name; "" for none."""
+    found = set(re.findall(r"[a-z]+", name.lower()))
+    return next((generator for generator, words in _WORDS.items() if words & found), "")
+
+
 def to_records(job: JobStates) -> list[Record]:
     """Return a record for each rank; rank r becomes row r.
 
-    Of several accelerator states, one for each device of a machine, a rank's own is taken to be the
-    one at its rank modulo their number. The seed is rank 0's, as torch's state tells it; the
-    streams count as ranked if ranks differ.
+    Of several devices' states a rank's own is the one of the only device that was drawn from, else
+    the one at its rank modulo their number, see :func:`unsure_devices`. The seed is rank 0's, if
+    torch's state tells it; the streams count as ranked if ranks differ.
 
     Raises:
         RNGStateError: A state is malformed, or ranks have other states than rank 0.
@@ -101,7 +117,7 @@ def to_records(job: JobStates) -> list[Record]:
         rows=len(streams),
         world_size=len(streams),
         # As torch's state begins; its generator uses 32 bits of it.
-        seed=int.from_bytes(states[0].get("torch", b"")[:4], "little"),
+        seed=int.from_bytes(states[0]["torch"][:4], "little") if "torch" in states[0] else None,
         ranked=any(state != states[0] for state in states),
         resizes=0,
         mesh=None,
@@ -113,24 +129,45 @@ def to_records(job: JobStates) -> list[Record]:
     ]
 
 
+def unsure_devices(job: JobStates) -> list[int]:
+    """Return the ranks whose files do not tell which of several devices was theirs."""
+    return [rank for rank in sorted(job.ranks) if not _own_device(job, rank)[1]]
+
+
+def _own_device(job: JobStates, rank: int) -> tuple[int, bool]:
+    """Return the place of a rank's device in its list of states, and whether that is sure."""
+    saved = job.ranks[rank]
+    states = saved.states.get("cuda")
+    if not isinstance(states, list) or not states:
+        return 0, True
+    packed = [bytes(to_bytes(state)) for state in states]
+    # A state ends with how much was drawn. Devices of other ranks stand where they were seeded.
+    used = [device for device, state in enumerate(packed) if any(state[-8:])]
+    if len(used) == 1 or len(set(packed)) == 1:
+        return (used or [0])[0], True
+    own = rank % len(packed)
+    if not job.global_ranks or (used and own not in used):
+        drawn = f"drawn from were {numbered('device', used)}" if used else "none was drawn from"
+        raise RNGStateError(
+            f"{job.where}: {saved.place}: cuda: found the states of {len(packed)} devices, and "
+            f"{drawn}: which was rank {rank}'s? Keep that one alone in the list"
+        )
+    return own, False
+
+
 def _streams(job: JobStates, rank: int) -> dict[str, Stream]:
     saved, streams = job.ranks[rank], {}
     for name, (kind, pack) in _GENERATORS.items():
-        state, where = saved.states.get(name), f"{job.where}: {saved.place}: {name}"
-        if name == "cuda" and isinstance(state, list):
-            # One process saves one device's, or a list of all that it sees.
-            if len(state) > 1 and not job.global_ranks:
-                raise RNGStateError(
-                    f"{where}: found the states of {len(state)} devices; {rank} is no global rank "
-                    "and does not tell which was this rank's. Keep that one alone in the list"
-                )
-            state = state[rank % len(state)] if state else None
-        if state is None:
-            continue
+        state = saved.states.get(name)
         try:
             _require_small(state)
-            streams[name] = Stream(kind, False, pack(state))
-        except (RNGStateError, ValueError, TypeError) as error:
+            if name == "cuda" and isinstance(state, list):
+                # One process saves one device's, or a list of all that it sees.
+                state = state[_own_device(job, rank)[0]] if state else None
+            if state is not None:
+                streams[name] = Stream(kind, False, pack(state))
+        except (ValueError, TypeError) as error:
+            where = f"{job.where}: {saved.place}: {name}"
             raise RNGStateError(f"{where}: the state is malformed: {error}") from error
     return streams
 

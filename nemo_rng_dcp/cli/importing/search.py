@@ -7,7 +7,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
-from nemo_rng_dcp.cli.importing.rank_files import COMPOSER, Files, find_files, read_files
+from nemo_rng_dcp.cli.importing.rank_files import (
+    COMPOSER,
+    OTHER,
+    Files,
+    find_files,
+    not_read,
+    read_files,
+)
 from nemo_rng_dcp.cli.importing.rank_keys import read_keys
 from nemo_rng_dcp.cli.importing.rank_states import JobStates
 from nemo_rng_dcp.cli.reading.checkpoint import ranks_that_wrote
@@ -22,8 +29,8 @@ _Found = TypeVar("_Found", Files, JobStates)
 def read_states(where: Path) -> JobStates:
     """Return the states of a job's ranks from a folder, one below it, or Composer's file.
 
-    Files that a framework writes for its ranks are taken first, then rank-named keys of a DCP
-    checkpoint.
+    Files that a known framework writes for its ranks are taken first, then rank-named keys of a DCP
+    checkpoint, then other files with a rank in their names.
 
     Raises:
         RNGStateError: There are none, or those of several checkpoints; or they cannot be read.
@@ -32,20 +39,24 @@ def read_states(where: Path) -> JobStates:
     if where.is_file():
         return read_files(Files(COMPOSER, where.parent, {0: where.name}))
     folder = Folder(str(where))
-    found = find_files(folder)
+    folders = [folder]
     for name in folder.folders:
         with suppress(OSError):  # a folder of somebody else's
-            found += find_files(folder.inner(name))
-    if found:
-        return read_files(_only_one(where, found))
+            folders.append(folder.inner(name))
+    found = [files for inside in folders for files in find_files(inside)]
+    if known := [files for files in found if files.naming is not OTHER]:
+        return read_files(_only_one(where, known))
     below, error = checkpoints_below(folder)
     checkpoints = [*filter(None, [checkpoint_in(folder)]), *below]
     jobs = [job for checkpoint in checkpoints if (job := read_keys(checkpoint))]
     if jobs:
         return _only_one(where, jobs)
+    if found:
+        return read_files(_only_one(where, found))
     if error is not None:
         raise error
-    notes = [
+    notes = [note for inside in folders for note in not_read(inside)]
+    notes += [
         note
         for checkpoint in checkpoints
         for state in find_foreign(checkpoint)

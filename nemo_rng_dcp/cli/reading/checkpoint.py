@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 
 import torch
 
@@ -45,6 +46,7 @@ class Checkpoint:
         items = sorted(self.keys.items())
         self.records = [key for key, stored in items if stored.is_record(key)]
         self._known: set[Chunk] = set()
+        self._last: tuple[Chunk, torch.Tensor] | None = None
         self._bytes: Counter[str] = Counter()
 
     def chunks(self, key: str) -> dict[Chunk, set[int | None]]:
@@ -70,6 +72,8 @@ class Checkpoint:
             ValueError: They are not there, or are something else.
             OSError: The file cannot be read.
         """
+        if self._last and self._last[0] == chunk:
+            return self._last[1]
         (count,) = chunk.sizes
         name = self._place(chunk)
         beside = 0 if chunk.form == "raw" else ARCHIVE_BYTES
@@ -77,9 +81,17 @@ class Checkpoint:
             raise ValueError(f"{name} has {chunk.length} bytes for {count} numbers of 8 bytes")
         content = self._folder.read(name, chunk.start, chunk.length)
         try:
-            return from_raw(content) if chunk.form == "raw" else from_archive(content, count)
+            numbers = from_raw(content) if chunk.form == "raw" else from_archive(content, count)
         except ValueError as error:
             raise ValueError(f"{name}, byte {chunk.start}: {error}") from error
+        self._last = chunk, numbers
+        return numbers
+
+    def has(self, chunk: Chunk) -> bool:
+        """Return whether all bytes of a part are there."""
+        with suppress(ValueError):
+            return bool(self._place(chunk))
+        return False
 
     def content(self, chunk: Chunk) -> bytes:
         """Return what ``torch.save`` wrote of a part.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from typing import Any
 
 from nemo_rng_dcp.cli.reading.folder import Folder
@@ -50,6 +51,11 @@ class Metadata:
             self._saved = typed(_attribute(metadata, "state_dict_metadata"), dict)
             self.keys = {printable(key): _stored(value) for key, value in self._saved.items()}
             for index, place in typed(_attribute(metadata, "storage_data"), dict).items():
+                if foreign := _foreign(place):
+                    raise RNGStateError(
+                        f"{self._name}: another storage writer than DCP's wrote it: its {foreign} "
+                        "says where the parts are, and only that writer's own reader can read it"
+                    )
                 offset = _attribute(index, "offset", None)
                 where = None if offset is None else _size(offset)
                 self._places.setdefault(printable(_attribute(index, "fqn")), {})[where] = place
@@ -90,17 +96,23 @@ def _is_known(name: str) -> bool:
     return attribute in _KNOWN.get(module, "").split() or bool(_DTYPE.fullmatch(name))
 
 
+def _may_be_stored(name: str) -> bool:
+    """Return whether it may be a class of another package's storage writer."""
+    root = name.partition(" ")[0].partition(".")[0]
+    return root not in {"torch", "numpy", *sys.stdlib_module_names}
+
+
 def _parse(content: bytes, name: str) -> Made:
     try:
-        found = parse(content, _is_known)
+        found = parse(content, _is_known, _may_be_stored)
     except ForbiddenError as error:
         raise RNGStateError(
             f"refused: {name} wants {error}, which DCP never stores there. Nothing in it was "
-            "executed; do not load this checkpoint."
+            "executed. If your own storage writer does not store that, do not load this checkpoint."
         ) from error
     except ValueError as error:
         raise RNGStateError(f"{name} is damaged or truncated ({error})") from error
-    if not isinstance(found, Made) or found.name != f"{_DCP}.metadata Metadata":
+    if not isinstance(found, Made):
         raise RNGStateError(f"{name} holds {type(found).__name__}, expected DCP's Metadata")
     return found
 
@@ -113,6 +125,14 @@ def _attribute(thing: Any, attribute: str, *default: Any) -> Any:
     if default:
         return default[0]
     raise ValueError(f"a {thing.name.rpartition(' ')[2]} has no {attribute}")
+
+
+def _foreign(place: Any) -> str:
+    """Return the class of what another storage writer stored, if DCP's words are not in it."""
+    name = place.name if isinstance(place, Made) else type(place).__name__
+    words = place.state if isinstance(place, Made) and isinstance(place.state, dict) else {}
+    foreign = not _is_known(name) and not {"relative_path", "offset", "length"} <= words.keys()
+    return printable(name.replace(" ", ".")) if foreign else ""
 
 
 def _stored(saved: Any) -> Stored:

@@ -7,8 +7,13 @@ from dataclasses import dataclass, field
 
 from nemo_rng_dcp.cli.reading.checkpoint import Checkpoint, ranks_that_wrote
 from nemo_rng_dcp.cli.reading.index import Stored
-from nemo_rng_dcp.cli.reading.keys import find_keys
+from nemo_rng_dcp.cli.reading.keys import MEGATRON_SHARD, find_keys
 from nemo_rng_dcp.cli.terminal import numbered
+
+MEGATRON = (
+    "Megatron's, one state for each pipeline and tensor rank, with its tracker's CUDA streams: "
+    "`nemo-rng-dcp import` does not read it"
+)
 
 
 @dataclass
@@ -38,7 +43,7 @@ class ForeignState:
         """Return whether a resume gives ranks other streams than they had."""
         if self.ranks or self.each_its_own:
             return bool(self.missing(writers))
-        return len(writers) > 1
+        return len(writers) > 1 and self.prefix != MEGATRON_SHARD
 
     def notes(self, writers: set[int]) -> Iterator[str]:
         """Say what the state is worth; ``writers`` wrote the checkpoint's files."""
@@ -51,6 +56,8 @@ class ForeignState:
             if missing := sorted(self.missing(writers)):
                 ranks = numbered("rank", missing)
                 yield f"{where}: {ranks} wrote to this checkpoint, but no RNG state."
+        elif self.prefix == MEGATRON_SHARD:
+            yield f"found {self.prefix}{min(self.contents)}: {MEGATRON}."
         elif self.each_its_own:
             yield f"{where}: one state a rank, each in a .metadata of its own. New ranks find none."
         elif len(writers) > 1:

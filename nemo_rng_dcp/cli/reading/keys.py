@@ -13,6 +13,9 @@ from nemo_rng_dcp.cli.reading.checkpoint import Checkpoint
 from nemo_rng_dcp.cli.reading.index import Stored
 from nemo_rng_dcp.keys import is_name
 
+MEGATRON_SHARD = "rng_state/shard_"
+"""How Megatron's keys begin. The numbers in them are coordinates, and no ranks."""
+
 _GENERATORS = {"python", "random", "numpy", "np", "torch", "cpu", "cuda", "xpu", "mps"}
 _TORCH_CPU_BYTES, _ACCELERATOR_BYTES = 5056, (16, 816)
 _MT19937_WORDS = (624, 625)
@@ -81,6 +84,8 @@ def _sets_of_generators(keys: Iterable[str]) -> set[str]:
 
 def _split(key: str) -> tuple[str, int | None, str]:
     """Return the prefix that a key shares with others, the rank in it, and what follows."""
+    if key.startswith(MEGATRON_SHARD):
+        return MEGATRON_SHARD, None, key.removeprefix(MEGATRON_SHARD)
     match = _RANK.search(key.lower()) or _numbered(key)
     if match:
         return f"{key[: match.start(1)]}*", int(match[1]), key[match.end() :].lstrip("._/:-")

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 _NAME_LENGTH = 200
+_Asked = Callable[[str], bool]
 
 
 class ForbiddenError(ValueError):
@@ -28,7 +29,7 @@ class Global:
     name: str
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)  # printed, one that is in another again and again never ends
 class Made:
     """What a pickle would build.
 
@@ -44,18 +45,19 @@ class Made:
     state: Any = None
 
 
-def parse(content: bytes, known: Callable[[str], bool]) -> Any:
+def parse(content: bytes, known: _Asked, stored: _Asked = lambda _: False) -> Any:
     """Return what a pickle describes, with :class:`Made` in the place of objects.
 
     Args:
         content: The pickle.
         known: Whether it may name a class or function, given as ``"module name"``.
+        stored: Whether it may name another one as the class of an object, without a call.
 
     Raises:
         ForbiddenError: It names another one.
         ValueError: It is damaged, truncated, or uses what DCP and ``torch.save`` never use.
     """
-    machine, stream = _Machine(known), io.BytesIO(content)
+    machine, stream = _Machine(known, stored), io.BytesIO(content)
     try:
         while (code := stream.read(1)) != pickle.STOP:
             if code not in _OPCODES:
@@ -79,8 +81,8 @@ def typed(value: Any, kind: type) -> Any:
 
 
 class _Machine:
-    def __init__(self, known: Callable[[str], bool]) -> None:
-        self.known = known
+    def __init__(self, known: _Asked, stored: _Asked) -> None:
+        self.known, self.stored = known, stored
         self.stack: list[Any] = []
         self.marks: list[int] = []
         self.memo: dict[int, Any] = {}
@@ -110,7 +112,7 @@ def _update(machine: _Machine, values: list[Any]) -> None:
     target = typed(machine.stack[-1], dict)
     for key, value in zip(values[::2], values[1::2], strict=True):
         # A tuple of tuples of tuples takes for ever to hash.
-        if not isinstance(key, (str, Made)):
+        if not isinstance(key, (str, int, Made)):
             raise ValueError(f"a {type(key).__name__} as a key")
         target[key] = value
 
@@ -120,9 +122,16 @@ def _import(machine: _Machine, module: Any, name: Any) -> None:
     length = len(typed(module, str)) + len(typed(name, str))
     if length > _NAME_LENGTH:
         raise ForbiddenError(f"a name of {length} characters")
-    if not machine.known(f"{module} {name}"):
+    if not (machine.known(f"{module} {name}") or machine.stored(f"{module} {name}")):
         raise ForbiddenError(f"{module:.60}.{name:.60}")
     machine.stack.append(Global(f"{module} {name}"))
+
+
+def _call(machine: _Machine, _: None) -> None:
+    name = typed(machine.stack[-2], Global).name
+    if not machine.known(name):
+        raise ForbiddenError(name.replace(" ", ".")[:120])
+    _make(machine, None)
 
 
 def _make(machine: _Machine, _: None) -> None:
@@ -134,7 +143,8 @@ def _make(machine: _Machine, _: None) -> None:
 
 def _set_state(machine: _Machine, _: None) -> None:
     (state,) = machine.pop(1)
-    typed(machine.stack[-1], Made).state = state
+    if not isinstance(machine.stack[-1], dict):  # a module's state dict has attributes
+        typed(machine.stack[-1], Made).state = state
 
 
 def _memoize(machine: _Machine, place: int) -> None:
@@ -150,6 +160,7 @@ _OPCODES: dict[bytes, Callable[[_Machine, Any], object]] = {
     pickle.NEWFALSE: lambda m, _: m.stack.append(False),
     **dict.fromkeys([pickle.BININT1, pickle.BININT2, pickle.BININT, pickle.LONG1], _push),
     **dict.fromkeys([pickle.SHORT_BINUNICODE, pickle.BINUNICODE, pickle.BINUNICODE8], _push),
+    **dict.fromkeys([pickle.SHORT_BINBYTES, pickle.BINBYTES, pickle.BINFLOAT], _push),
     pickle.EMPTY_TUPLE: lambda m, _: m.stack.append(()),
     pickle.TUPLE1: lambda m, _: m.stack.append(tuple(m.pop(1))),
     pickle.TUPLE2: lambda m, _: m.stack.append(tuple(m.pop(2))),
@@ -164,7 +175,7 @@ _OPCODES: dict[bytes, Callable[[_Machine, Any], object]] = {
     pickle.GLOBAL: lambda m, names: _import(m, *names.split(" ", 1)),
     pickle.STACK_GLOBAL: lambda m, _: _import(m, *m.pop(2)),
     pickle.NEWOBJ: _make,
-    pickle.REDUCE: _make,
+    pickle.REDUCE: _call,
     pickle.BUILD: _set_state,
     pickle.BINPERSID: lambda m, _: m.stack.append(Made("", tuple(m.pop(1)))),
     pickle.MEMOIZE: lambda m, _: _memoize(m, len(m.memo)),

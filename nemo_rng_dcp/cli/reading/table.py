@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-import torch
-
 from nemo_rng_dcp.cli.reading.checkpoint import Checkpoint
 from nemo_rng_dcp.cli.reading.index import Chunk
 from nemo_rng_dcp.errors import RNGStateError
 from nemo_rng_dcp.keys import path_of
-from nemo_rng_dcp.record import KEY, Record
-from nemo_rng_dcp.table import records_in
+from nemo_rng_dcp.record import KEY, LENGTH, ROWS, Record
 
 
 def find_tables(checkpoint: Checkpoint) -> list[Table]:
@@ -25,6 +22,7 @@ class Table:
     Attributes:
         key: Where the ``StatefulRNG`` was in what was saved: "rng" for "rng.rng_streams", "" at
             the top level.
+        length: Numbers of each record.
         count: Rows, by what the checkpoint says. Nothing here is as long as it says.
         placed: The numbers of the rows that it has a place for, in their order.
         missing: How many of the ``count`` rows have none.
@@ -33,26 +31,37 @@ class Table:
     def __init__(self, checkpoint: Checkpoint, key: str) -> None:
         self.key = path_of(key)
         self._checkpoint = checkpoint
-        self._places: dict[int, Chunk | torch.Tensor | str] = {}
+        self._places: dict[int, tuple[Chunk, int] | str] = {}
         self._readers: dict[int, set[int | None]] = {}
         (size,) = checkpoint.keys[key].size
-        chunks = checkpoint.chunks(key)
-        first = next(iter(chunks), Chunk((0,), (size,)))
-        if len(chunks) <= 1 and first.sizes == (size,):
-            # One row, or a whole table that one process wrote.
-            self._places.update(enumerate(self._records(first)))
-            self._readers = dict.fromkeys(self._places, chunks.get(first, set()))
-            self.count = len(self._places)
-        else:
-            length = max([1, *first.sizes])
-            self.count = max(1, size // length)
-            for chunk, readers in chunks.items():
-                row, rest = divmod(chunk.offsets[0], length) if len(chunk.offsets) == 1 else (0, 1)
-                whole = chunk.sizes == (length,) and not rest
-                self._places[row] = chunk if whole else "damaged: it has no chunk of its own"
-                self._readers[row] = readers
+        chunks = checkpoint.chunks(key) or {Chunk((0,), (size,)): set()}
+        sizes = next(iter(chunks)).sizes
+        lengths = (self._length_in(chunk, size) for chunk in chunks)
+        self.length = next(filter(None, lengths), max([1, *sizes]))
+        self.count = max(1, size // self.length)
+        for chunk, readers in chunks.items():
+            places = [divmod(start, self.length) for start in chunk.offsets]
+            row, whole = 0, chunk.sizes == sizes and [rest for _, rest in places] == [0]
+            if places:
+                row = places[0][0]
+            # More rows than the file has bytes for are only claimed.
+            several = whole and sizes[0] > self.length and checkpoint.has(chunk)
+            for number in range(sizes[0] // self.length if several else 1):
+                damaged = "damaged: it has no chunk of its own"
+                self._places[row + number] = (chunk, number) if whole else damaged
+                self._readers[row + number] = readers
         self.placed = sorted(self._places)
         self.missing = self.count - sum(row < self.count for row in self.placed)
+
+    def _length_in(self, chunk: Chunk, size: int) -> int:
+        """Return the length of the record that a part begins with; 0 if the table has another."""
+        try:
+            words = self._checkpoint.numbers(chunk)[: ROWS + 1].tolist()
+        except (ValueError, OSError):
+            return 0
+        length, rows = words[LENGTH :: ROWS - LENGTH] if len(words) > ROWS else (0, 0)
+        fits = length > ROWS and length * rows == size and chunk.sizes[0] % length == 0
+        return int(length) if fits else 0
 
     def expects(self, row: int) -> bool:
         """Return whether there should be such a row, or is one."""
@@ -64,8 +73,9 @@ class Table:
         if isinstance(place, str):
             return place
         try:
-            numbers = self._checkpoint.numbers(place) if isinstance(place, Chunk) else place
-            record = Record.from_tensor(numbers)
+            chunk, number = place
+            numbers = self._checkpoint.numbers(chunk)[number * self.length :]
+            record = Record.from_tensor(numbers[: self.length])
         except RNGStateError as error:
             return f"damaged: {str(error).removeprefix(f'{KEY}: ')}"
         except (ValueError, OSError) as error:
@@ -84,9 +94,3 @@ class Table:
         """Return those of some ranks that do not find a row, though it is there."""
         readers = self._readers.get(row, set())
         return [] if None in readers else [rank for rank in ranks if rank not in readers]
-
-    def _records(self, chunk: Chunk) -> list[torch.Tensor] | list[str]:
-        try:
-            return records_in(self._checkpoint.numbers(chunk))
-        except (ValueError, OSError, RNGStateError) as error:
-            return [f"unreadable: {error}"]

@@ -16,17 +16,20 @@ ARCHIVE_BYTES = 2**16
 _KNOWN = {"torch._utils _rebuild_tensor_v2", "torch LongStorage", "collections OrderedDict"}
 
 
-def require_as_large(archive: zipfile.ZipFile, size: int) -> None:
-    """Make sure that an archive of ``size`` bytes stands for no more bytes than it has.
+def pickle_in(archive: zipfile.ZipFile, size: int) -> tuple[str, bytes]:
+    """Return the name that ``torch.save`` gave an archive of ``size`` bytes, and its pickle.
 
     Raises:
         ForbiddenError: A few bytes in it can stand for all of the memory.
+        ValueError: It has no such pickle, or several.
     """
     entries = archive.infolist()
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
         raise ForbiddenError("something compressed")
     if sum(entry.file_size for entry in entries) > size:
         raise ForbiddenError("more bytes than the file has")
+    (name,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
+    return name.removesuffix("/data.pkl"), archive.read(name)
 
 
 def from_raw(content: bytes) -> torch.Tensor:
@@ -44,10 +47,8 @@ def from_archive(content: bytes, count: int) -> torch.Tensor:
     """
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            (entry,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
-            folder = entry.removesuffix("/data.pkl")
-            require_as_large(archive, len(content))
-            _check_tensor(archive.read(entry), count)
+            folder, pickled = pickle_in(archive, len(content))
+            _check_tensor(pickled, count)
             numbers = archive.read(f"{folder}/data/0")
     except ForbiddenError as error:
         raise ValueError(f"refused: it holds {error}, expected a tensor") from error
