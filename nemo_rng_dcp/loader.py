@@ -52,7 +52,7 @@ class ResumableLoader:
             loader for each rank that this process plays, ``{r: DataLoader(...) for r in
             rng.ranks}``: a batch is ``{r: batch}`` then, of which each is used inside
             ``rng.as_rank(r)``. The pass ends where the first of them ends.
-        rng: The job's.
+        rng: The job's. The loader's streams are made from its ``seed``; without one, as from 0.
         batches_per_epoch: A pass ends after as many batches, at least 1; ``None``: where the loader
             ends.
 
@@ -110,7 +110,7 @@ class ResumableLoader:
         ]
         self._orders = [fetcher.order for fetcher in self._fetchers]
         rng._loaders += 1
-        self._seed = derive_seed(rng.seed, "loader", rng._loaders, bits=63)
+        self._seed = derive_seed(rng.seed or 0, "loader", rng._loaders, bits=63)
         self._epoch = self._begun_again = self._batches = self._fetched = 0
         self._loads = 0
         # Loaded, and no pass was begun since.
