@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING
 from nemo_rng_dcp.versions import __version__
 
 if TYPE_CHECKING:
-    from nemo_rng_dcp.automodel import RNGState as RNGState
     from nemo_rng_dcp.errors import RNGStateError as RNGStateError
     from nemo_rng_dcp.errors import RNGStateWarning as RNGStateWarning
+    from nemo_rng_dcp.generators.tracker import tracker_generators as tracker_generators
     from nemo_rng_dcp.planner import RNGLoadPlanner as RNGLoadPlanner
+    from nemo_rng_dcp.rng_state import RNGState as RNGState
     from nemo_rng_dcp.scoped import ScopedRNG as ScopedRNG
     from nemo_rng_dcp.seeding import derive_seed as derive_seed
     from nemo_rng_dcp.seeding import init_all_rng as init_all_rng
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 # torch takes a second to import, and the command's --help needs none of it.
 _MODULES = {
     "RNGLoadPlanner": "planner",
-    "RNGState": "automodel",
+    "RNGState": "rng_state",
     "RNGStateError": "errors",
     "RNGStateWarning": "errors",
     "ScopedRNG": "scoped",
@@ -27,6 +28,7 @@ _MODULES = {
     "derive_seed": "seeding",
     "init_all_rng": "seeding",
     "seed_worker": "seeding",
+    "tracker_generators": "generators.tracker",
 }
 
 __all__ = ["__version__", *_MODULES]

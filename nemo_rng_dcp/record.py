@@ -51,10 +51,11 @@ _HEAD_FIELDS = (
     "torch_version",
     "contents_bytes",
 )
+_NO_SEED = -1
 _HEAD_RANGES = {
     "rows": (1, 2**31 - 1),
     "world_size": (1, 2**31 - 1),
-    "seed": (0, 2**32 - 1),
+    "seed": (_NO_SEED, 2**32 - 1),
     "ranked": (0, 1),
     "resizes": (0, 2**31 - 1),
 }
@@ -91,8 +92,9 @@ class Record:
         row: The row's number, ``0 <= row < rows``.
         rows: Rows of the table it is part of.
         world_size: Ranks of the job that wrote it.
-        seed: The seed given to ``StatefulRNG``, before a row number was added.
-        ranked: Whether the row number was added to the seed.
+        seed: The seed given to ``StatefulRNG``, before a row number was added; ``None``: it seeded
+            nothing.
+        ranked: Whether the row number was added to the seed, or the streams differ without one.
         resizes: How often the job was resumed with another number of rows before this was written.
         taken_at: When the streams were taken, in ns since 1970, UTC.
         mesh: The mesh along which streams differ; ``None``: all ranks.
@@ -108,7 +110,7 @@ class Record:
     row: int
     rows: int
     world_size: int
-    seed: int
+    seed: int | None
     ranked: bool
     resizes: int
     taken_at: int
@@ -141,7 +143,7 @@ class Record:
             self.row,
             self.rows,
             self.world_size,
-            self.seed,
+            _NO_SEED if self.seed is None else self.seed,
             self.ranked,
             self.resizes,
             -self.taken_at if self.unread else self.taken_at,
@@ -192,9 +194,11 @@ class Record:
                 f"{KEY}: a record{_head_row(words)} says {'; '.join(bad)}. Load another checkpoint."
             )
         del head["layout_version"], head["length"]
+        seed = head.pop("seed")
         mesh, hash_seed, parts, streams = _parse_contents(content, head.pop("contents_bytes"))
         return cls(
             **head | {"ranked": bool(head["ranked"])},
+            seed=None if seed == _NO_SEED else seed,
             mesh=mesh,
             streams=streams,
             hash_seed=hash_seed,

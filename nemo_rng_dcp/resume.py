@@ -175,7 +175,8 @@ def _on_rows(record: Record, job: Job, saved: list[str], forked: list[str]) -> I
             f"{mesh_text(meshes[-1][1])}: row r may belong to another coordinate now"
         )
     has_global = any(slot.is_global for slot in job.slots.values())
-    if job.seed not in (None, record.seed) and any(job.slots[name].is_global for name in saved):
+    seeds = {record.seed, job.seed} - {None}  # without one, a framework has seeded
+    if len(seeds) > 1 and any(job.slots[name].is_global for name in saved):
         yield f"saved with seed={record.seed}, now seed={job.seed}: the saved streams continue"
     if record.ranked != job.ranked and min(rows, now) > 1 and has_global:
         yield (

@@ -14,7 +14,6 @@ from torch.distributed.checkpoint import StorageReader, StorageWriter
 from torch.distributed.device_mesh import DeviceMesh
 
 from nemo_rng_dcp import standalone
-from nemo_rng_dcp.automodel import RNGState, is_automodel_state, packed_states
 from nemo_rng_dcp.errors import RNGStateError, warn
 from nemo_rng_dcp.first_forward import FirstForward
 from nemo_rng_dcp.generators import DeviceWatch, GeneratorSet, States, own_device
@@ -33,6 +32,7 @@ from nemo_rng_dcp.ranks import (
 from nemo_rng_dcp.recompute import ContextFn, recompute_of
 from nemo_rng_dcp.record import Record, Stream, fingerprint
 from nemo_rng_dcp.resume import Job, Loaded, resume
+from nemo_rng_dcp.rng_state import RNGState, is_automodel_state, packed_states
 from nemo_rng_dcp.row_0 import has_its_generators
 from nemo_rng_dcp.seeding import (
     check_logical_ranks,
@@ -75,9 +75,11 @@ class StatefulRNG:
 
     Args:
         seed: An integer (NumPy's too, ``bool`` not), ``0 <= seed`` and ``seed + row < 2**32``; the
-            same on every rank.
+            same on every rank. ``None``: nothing is seeded, and the streams are taken as a
+            framework has seeded them.
         ranked: Add the row number (without a mesh: the global rank) to the seed, so that ranks
-            draw different numbers.
+            draw different numbers. With ``seed=None`` it says whether the streams differ between
+            rows as they are: new rows of a larger job then fork, else they continue as saved.
         mesh: The (sub)mesh along which streams differ: one row per coordinate, numbered
             row-major, and ranks of the same coordinate share a stream. ``None``: one row per
             global rank.
@@ -129,7 +131,7 @@ class StatefulRNG:
 
     def __init__(
         self,
-        seed: int,
+        seed: int | None,
         ranked: bool = False,
         *,
         mesh: DeviceMesh | None = None,
@@ -156,8 +158,14 @@ class StatefulRNG:
         self.mesh = mesh
         self._grid = None if mesh is None else Grid.of(mesh)
         own = self._own_rows()
-        check_seed(seed, own[-1] if ranked else 0)
-        self.seed = int(seed)
+        if seed is not None:
+            check_seed(seed, own[-1] if ranked else 0)
+        elif logical_ranks is not None:
+            raise ValueError(
+                f"logical_ranks={logical_ranks} needs a seed: a framework seeds one stream for "
+                "each process, and not one for each logical rank"
+            )
+        self.seed = None if seed is None else int(seed)
         self._thread = threading.get_ident()
         self._resizes = 0
         self._loaded_states: Mapping[int, States] | None = None
@@ -249,8 +257,8 @@ class StatefulRNG:
             self._warn_of_draws_outside()
         return self._table(rows, packed, is_for_a_load)
 
-    def load_state_dict(self, state_dict: Mapping[str, Any] | RNGState) -> None:
-        """Put every stream of this rank back to where ``state_dict`` has it; all or nothing.
+    def load_state_dict(self, state: Mapping[str, Any] | RNGState) -> None:
+        """Put every stream of this rank back to where ``state`` has it; all or nothing.
 
         Does not communicate. Under DCP every rank calls it with its own row. What is not put back
         bit for bit is said in one warning, by the ranks of row 0: other rows or another mesh than
@@ -259,30 +267,32 @@ class StatefulRNG:
         which nothing was loaded at all says so itself, and its streams stay as they are.
 
         Args:
-            state_dict: What :meth:`state_dict` gave, with the row alone or with all rows; or an
+            state: What :meth:`state_dict` gave, with the row alone or with all rows; or an
                 ``RNGState`` or what NeMo Automodel saves, whose streams become this rank's.
 
         Raises:
             RNGStateError: The record is missing, altered, of a newer layout or of another rank, or
                 a generator would not take its state. No stream of this rank has moved.
-            TypeError: ``state_dict`` is none of these.
+            TypeError: ``state`` is none of these.
             RuntimeError: As for :meth:`state_dict`.
         """
-        if is_automodel_state(state_dict):
-            self._load_automodel_state(state_dict)
+        if is_automodel_state(state):
+            self._load_automodel_state(state)
             return
-        if not isinstance(state_dict, Mapping):
+        if not isinstance(state, Mapping):
             raise TypeError(
-                f"the state is a {type(state_dict).__name__}, expected a mapping or an RNGState"
+                f"the state is a {type(state).__name__}, expected a mapping or an RNGState"
             )
         rows = self._rows()
-        key = own_key(rows.key, [name for name in state_dict if isinstance(name, str)])
+        key = own_key(rows.key, [name for name in state if isinstance(name, str)])
         if key is None:
             raise RNGStateError(
-                f"{rows.key}: the state has no such entry, only {sorted(map(str, state_dict))}; it "
-                "is no state of a StatefulRNG, or of one on another grid of ranks"
+                f"{rows.key}: the state has no such entry, only {sorted(map(str, state))}; it is "
+                "no state of a StatefulRNG, or of one on another grid of ranks. Give it what was "
+                "saved under its own name, such as state['rng'], and not what is around that. RNG "
+                "state that other code stored becomes a checkpoint by `nemo-rng-dcp import`."
             )
-        records = rows.own_records(state_dict[key])
+        records = rows.own_records(state[key])
         # Each is asked, as each no is said once.
         unread = [row for row, record in records.items() if not was_read(record)]
         if unread:
@@ -300,7 +310,7 @@ class StatefulRNG:
             changed = sorted(s.kind for s in record.streams.values()) != sorted(
                 slot.kind for slot in self._generators.slots.values()
             )
-            row_0_says_it = changed and has_its_generators(state_dict[key])
+            row_0_says_it = changed and has_its_generators(state[key])
             remarks = () if row_0_says_it else outcome.of_generators
         if remarks:
             # Before the restore: where warnings are errors, nothing may have moved by then.
@@ -558,8 +568,10 @@ class StatefulRNG:
     def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
         raise TypeError(
             "a StatefulRNG owns the random streams of its process and cannot be copied or "
-            "pickled: pass its state_dict() on, or construct one in the other process. Give "
-            "it to dcp.save at the top level of the dict: DCP pickles what lies deeper."
+            "pickled. In a config or module that is deep-copied: keep it outside. In another "
+            "process: construct one there. In a checkpoint: dcp.save calls state_dict() at the top "
+            "level of its dict alone; deeper, and for torch.save and the deprecated "
+            "save_state_dict, pass rng.state_dict()."
         )
 
     def _table(self, rows: Rows, packed: Packed, is_for_a_load: bool) -> dict[str, torch.Tensor]:
@@ -639,9 +651,10 @@ class StatefulRNG:
             slots = self._generators.slots.items()
             own = [name for name, slot in slots if not slot.shared and not slot.is_global]
             path = "logical rank", rank
+            assert self.seed is not None
             seeds = {name: derive_seed(self.seed, *path, name, bits=64) for name in own}
             self._generators.restore({}, seeds)
-        if self._generators.has_global:
+        if self._generators.has_global and self.seed is not None:
             seed_all(self.seed + rank if self.ranked else self.seed)
 
     def _rewind(self) -> None:
@@ -743,8 +756,8 @@ class StatefulRNG:
     def _rows(self) -> Rows:
         """Return the rows, after making sure that they give this process the streams it has."""
         rows, own = self._current_rows(), self._own_rows()
-        seeded = (self.ranked and self._generators.has_global) or self.logical_ranks is not None
-        if self.ranks != own and seeded:
+        seeded = self.seed is not None and self.ranked and self._generators.has_global
+        if self.ranks != own and (seeded or self.logical_ranks is not None):
             raise RuntimeError(
                 f"this StatefulRNG was seeded for {rows_text(self.ranks)}, but the process has "
                 f"{rows_text(own)}: construct it after init_process_group"

@@ -134,15 +134,14 @@ class Rows:
             RNGStateError: It holds no record, an altered one, or not this process's.
         """
         tensors = records_in(local(table))
-        heads = [words_of(tensor)[: ROWS + 1].tolist() for tensor in tensors]
-        by_row = {
-            head[ROW]: tensor for head, tensor in zip(heads, tensors, strict=True) if head[ROW:]
-        }
+        heads = [words_of(tensor)[: ROWS + 1].tolist() for tensor in tensors if len(tensors) > 1]
+        by_row = {head[ROW]: tensor for head, tensor in zip(heads, tensors, strict=False)}
         own: dict[int, Record] = {}
         for row in self.own:
             # Where a head is damaged, the place in the tensor tells which record it is.
-            source = source_row(row, max(heads[0][-1], 1))
-            tensor = by_row.get(source, tensors[source_row(row, len(tensors))])
+            tensor = tensors[source_row(row, len(tensors))]
+            if heads and heads[0][ROWS] > 0:
+                tensor = by_row.get(source_row(row, heads[0][ROWS]), tensor)
             record = own[row] = Record.from_tensor(tensor)
             source = source_row(row, record.rows)
             if record.row != source:
@@ -151,7 +150,9 @@ class Rows:
                     f"{record.rows}, expected row {source}. A state_dict() holds its own rank's "
                     "rows alone, also when one rank passes it to torch.save: save on all ranks "
                     "with dcp.save or StatefulRNG.save(), and load with dcp.load or "
-                    "StatefulRNG.load()."
+                    "StatefulRNG.load(). Where peers share a file, as the tensor-parallel ranks "
+                    "of a dp rank, give StatefulRNG the mesh along which files differ: "
+                    'mesh=mesh["dp"].'
                 )
         return own
 

@@ -113,8 +113,8 @@ def misfits(checkpoint: Checkpoint) -> Iterator[Finding]:
 
 
 def _row(record: Record) -> Row:
-    seed = record.seed + (record.row if record.ranked else 0)
     # Other seeds than these are not what every generator takes.
+    seed = -1 if record.seed is None else record.seed + (record.row if record.ranked else 0)
     streams = record.streams.items() if 0 <= seed < 2**32 else ()
     at_seed = [
         name

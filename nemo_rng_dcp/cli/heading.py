@@ -18,7 +18,7 @@ def job_of(record: Record) -> dict[str, str]:
     """Return what a record says of the job that saved it, by name, as a person reads it."""
     return {
         "world size": str(record.world_size),
-        "seed": str(record.seed),
+        "seed": "none" if record.seed is None else str(record.seed),
         "ranked": str(record.ranked),
         "resizes": str(record.resizes),
         "mesh": mesh_text(record.mesh),
@@ -32,9 +32,10 @@ def title(key: str, count: int, record: Record | None) -> list[str]:
         return [f"{name}: {plural(count, 'row')}, none of them good"]
     ranked = "ranked" if record.ranked else "not ranked"
     resized = f", resized {plural(record.resizes, 'time')}" if record.resizes else ""
+    seed = "no seed" if record.seed is None else f"seed {record.seed}"
     lines = paragraph(
-        f"{name}: {plural(count, 'row')} of {plural(record.world_size, 'rank')}, seed "
-        f"{record.seed}, {ranked}{resized}"
+        f"{name}: {plural(count, 'row')} of {plural(record.world_size, 'rank')}, {seed}, "
+        f"{ranked}{resized}"
     )
     coordinates = prod(dict(record.mesh).values()) if record.mesh else record.world_size
     along = f"coordinate of {mesh_text(record.mesh)}" if record.mesh else "rank"

@@ -103,6 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     inspected = command.measure(settings.inspected_rows)
     sections = [
         calls.section(called),
+        calls.logical_section(called),
         *checkpoint.sections(saved),
         *planning.sections(planned),
         processes.section(imported),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable
 
 import torch
@@ -26,6 +27,7 @@ def measure(rounds: int, repeat: int) -> Seconds:
     # A copy, as a load gives it: the table that state_dict() handed out is looked at once more.
     state = {key: table.clone() for key, table in rng.state_dict().items()}
     plain = plain_capture()
+    logical = StatefulRNG(seed=0, ranked=True, logical_ranks=2)
     calls: dict[str, Callable[[], object]] = {
         "plain_capture": plain_capture,
         "state_dict": rng.state_dict,
@@ -33,6 +35,8 @@ def measure(rounds: int, repeat: int) -> Seconds:
         "load_state_dict": lambda: rng.load_state_dict(state),
         "fingerprint": rng.fingerprint,
         "scope": enter_scope,
+        "as_rank": lambda: switch(logical),
+        "micro_batch": micro_batch(),
         "derived_generator": lambda: torch.Generator().manual_seed(sample_seed()),
     }
     return interleaved(calls, rounds, repeat)
@@ -45,6 +49,27 @@ def sample_seed() -> int:
 def enter_scope() -> None:
     with ScopedRNG(sample_seed()):
         pass
+
+
+def switch(rng: StatefulRNG) -> None:
+    with rng.as_rank(rng.ranks[-1]):
+        pass
+
+
+def micro_batch() -> Callable[[], object]:
+    """Return the forward and the backward of a small model, 1 MB of weights, on 32 samples."""
+    model = torch.nn.Sequential(
+        torch.nn.Linear(256, 512), torch.nn.Dropout(), torch.nn.Linear(512, 256)
+    )
+    batch = torch.rand(32, 256)
+    return lambda: model(batch).sum().backward()
+
+
+def logical_section(seconds: Seconds) -> Section:
+    found = seconds["as_rank"]
+    limit = Target.at_most(150, 1e6 * statistics.median(found), " us")
+    rows = [Row("with rng.as_rank(r)", text(found), text(seconds["micro_batch"]), limit)]
+    return Section("logical ranks", "a micro-batch", rows)
 
 
 def section(seconds: Seconds) -> Section:

@@ -136,7 +136,9 @@ def compare(recipe: Recipe, out: Path) -> Iterator[Finding]:
             found = [runs.equal_or_not(resumed, whole, rank, since=RESUMED_STEP) for rank in ranks]
             yield Finding(recipe.name, f"{title}: losses", found, ["equal" for _ in ranks])
             equal = runs.equal_tensors(last, runs.checkpoint(whole, STEPS), "app.")
-            found = ["equal" if equal and runs.read_streams(last) == saved else "DIFFERENT"]
+            streams = runs.read_streams(last)
+            equal = equal and len(streams) == recipe.logical_ranks and streams == saved
+            found = ["equal" if equal else "DIFFERENT"]
             yield Finding(recipe.name, f"{title}: weights and streams", found, ["equal"])
             continue
         rows = runs.fates(runs.read_streams(last, generators=recipe.generators), saved)

@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from nemo_rng_dcp import StatefulRNG
+from nemo_rng_dcp import StatefulRNG, init_all_rng
 from nemo_rng_dcp.record import Record, Stream
 from scripts.demo.rankless import RanklessRNG
 from tests.support.command import Capture, ask, ask_json
@@ -45,6 +45,21 @@ def test_inspect_shows_the_fingerprints_of_every_rank(tmp_path: Path, capsys: Ca
     for row, of_row in enumerate(fingerprints):
         assert f" {row} {of_row['python']} {of_row['numpy']} {of_row['torch']} " in text
     assert text.endswith("no findings")
+
+
+def save_as_a_framework_seeded(path: Path) -> None:
+    # Its numbers are those of a seed and a row that nobody named.
+    init_all_rng(0 if dist.get_rank() == 0 else dist.get_rank() - 1)
+    StatefulRNG(None, ranked=True).save(path)
+
+
+def test_streams_that_a_framework_seeded_have_no_seed(tmp_path: Path, capsys: Capture) -> None:
+    job(2, save_as_a_framework_seeded, tmp_path)
+    _, text = ask(capsys, "inspect", tmp_path)
+    assert "2 rows of 2 ranks, no seed, ranked" in text
+    assert "still at its seed" not in text
+    report = ask_json(capsys, "inspect", tmp_path)
+    assert {row["seed"] for row in report["entries"][0]["streams"]} == {None}
 
 
 def save_along_a_mesh(path: Path) -> None:

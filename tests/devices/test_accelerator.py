@@ -26,6 +26,7 @@ from nemo_rng_dcp import (
     StatefulRNG,
     init_all_rng,
     seed_worker,
+    tracker_generators,
 )
 from nemo_rng_dcp.automodel import _get_rng_state, _restore_rng_state
 from nemo_rng_dcp.determinism import environment
@@ -35,6 +36,7 @@ from tests.support.devices import AVAILABLE, COUNT, MODULE, TYPE
 from tests.support.jobs import job
 from tests.support.records import record_of
 from tests.support.streams import draw, unmoved
+from tests.support.trackers import Tracker
 
 pytestmark = [
     pytest.mark.skipif(not AVAILABLE, reason="needs an accelerator (see test_simulated_device.py)"),
@@ -110,6 +112,31 @@ def test_a_recomputation_draws_on_the_device_what_the_forward_drew(preserve: boo
 
 def test_the_record_is_on_the_cpu() -> None:
     assert StatefulRNG(1).state_dict()[KEY].device.type == "cpu"
+
+
+def test_a_trackers_states_and_its_graph_safe_generators_come_back(tmp_path: Path) -> None:
+    """What Megatron-Core and Transformer Engine keep for a device, drawn from as they do."""
+    graph_safe = torch.Generator(f"{TYPE}:0").manual_seed(3)
+    tracker = Tracker(model_parallel_rng=MODULE.get_rng_state(0), expert_parallel_rng=graph_safe)
+
+    def drawn() -> list[list[float]]:
+        outside = MODULE.get_rng_state(0)
+        MODULE.set_rng_state(tracker.states["model-parallel-rng"], 0)
+        forked = draw_on(0)
+        tracker.states["model-parallel-rng"] = MODULE.get_rng_state(0)
+        MODULE.set_rng_state(outside, 0)
+        kept = torch.randn(4, device=f"{TYPE}:0", generator=tracker.states["expert-parallel-rng"])
+        return [forked, kept.tolist(), draw_on(0)]
+
+    rng = StatefulRNG(None, generators=tracker_generators(tracker))
+    kinds = {stream.kind for stream in record_of(rng.state_dict()).streams.values()}
+    assert f"torch.{TYPE}" in kinds
+    drawn()
+    dcp.save({"rng": rng}, checkpoint_id=tmp_path)
+    expected = drawn()
+    dcp.load({"rng": rng}, checkpoint_id=tmp_path)
+    assert drawn() == expected
+    assert tracker.states["expert-parallel-rng"] is graph_safe
 
 
 @two_devices

@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.device_mesh import init_device_mesh
 
 from nemo_rng_dcp import RNGLoadPlanner, RNGStateError, ScopedRNG, StatefulRNG
+from tests.support.command import ask
 from tests.support.jobs import job
 from tests.support.streams import draw, warned
 
@@ -120,6 +121,17 @@ def test_the_metadata_has_a_chunk_for_each_process(tmp_path: Path) -> None:
     entry = stored["rng.rng_streams"]
     assert isinstance(entry, TensorStorageMetadata)
     assert [chunk.sizes[0] * 2 for chunk in entry.chunks] == [entry.size[0]] * 2
+
+
+def test_the_command_sees_the_same_rows_whatever_the_number_of_processes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for size in (1, 4):
+        job(size, save, tmp_path / str(size))
+    code, printed = ask(capsys, "inspect", tmp_path / "4")
+    assert (code, "rng: 8 rows of 4 ranks, seed 42, ranked" in printed) == (0, True)
+    code, printed = ask(capsys, "diff", tmp_path / "1", tmp_path / "4")
+    assert "rng: 8 rows compared, no stream differs" in printed
 
 
 def load_other(path: Path, count: int, way: str) -> tuple[Drawn, list[str]]:

@@ -11,7 +11,15 @@ import numpy as np
 import pytest
 import torch
 
-from nemo_rng_dcp import RNGState, RNGStateError, RNGStateWarning, ScopedRNG, StatefulRNG
+import nemo_rng_dcp
+from nemo_rng_dcp import (
+    RNGState,
+    RNGStateError,
+    RNGStateWarning,
+    ScopedRNG,
+    StatefulRNG,
+    automodel,
+)
 from nemo_rng_dcp.automodel import _get_rng_state, _restore_rng_state
 from nemo_rng_dcp.generators import own_device
 from tests.support.streams import draw, unmoved
@@ -72,6 +80,15 @@ def test_every_form_is_restored(capture: Callable[[], Any], restore: Callable[[A
     expected = draw(700)
     restore(state)
     assert draw(700) == expected
+
+
+def test_the_module_has_their_names_and_takes_their_keyword() -> None:
+    for name in ("RNGState", "ScopedRNG", "StatefulRNG", "init_all_rng"):
+        assert getattr(automodel, name) is getattr(nemo_rng_dcp, name)
+    state = automodel._get_rng_state()
+    expected = draw()
+    automodel.StatefulRNG(1).load_state_dict(state=state)
+    assert draw() == expected
 
 
 def test_our_state_is_their_dict_by_key_and_their_dataclass_by_attribute() -> None:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import random
 import struct
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -32,6 +33,12 @@ def test_layout_1_byte_by_byte() -> None:
     assert tensor.numpy().tobytes() == head + body + check_word
     assert (tensor.dtype, tensor.shape) == (torch.int64, (length,))
     assert Record.from_tensor(tensor) == RECORD
+
+
+def test_no_seed_is_a_number_that_no_job_had() -> None:
+    tensor = replace(RECORD, seed=None).to_tensor()
+    assert tensor[6] == -1
+    assert Record.from_tensor(tensor).seed is None
 
 
 def test_a_record_is_read_with_numpy_and_json_alone() -> None:
@@ -109,8 +116,8 @@ def test_fingerprints_never_change() -> None:
         (3, -1, "row -1, expected 0 to 7"),
         (4, 0, "rows 0, expected 1 to"),
         (5, -5, "world_size -5, expected 1 to"),
-        (6, -7, "seed -7, expected 0 to 4294967295"),
-        (6, 2**32, "seed 4294967296, expected 0 to 4294967295"),
+        (6, -7, "seed -7, expected -1 to 4294967295"),
+        (6, 2**32, "seed 4294967296, expected -1 to 4294967295"),
         (7, 2, "ranked 2, expected 0 to 1"),
         (8, -3, "resizes -3, expected 0 to"),
         (8, 2**63 - 1, "resizes 9223372036854775807, expected 0 to"),

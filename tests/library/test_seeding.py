@@ -37,11 +37,16 @@ def test_seeds_in_range(seed: int) -> None:
 @pytest.mark.parametrize("seed", [-1, 2**32, 2**70, 1.0, "1", None, True, np.True_, [1]])
 @pytest.mark.parametrize("use", [init_all_rng, StatefulRNG, ScopedRNG])
 def test_other_seeds_are_refused_by_name(seed: Any, use: Any) -> None:
-    if use is ScopedRNG and seed is None:
-        return  # None is its way to keep the streams
+    if use is not init_all_rng and seed is None:
+        return  # None is their way to keep the streams
     with unmoved(), pytest.raises(ValueError, match=r"seed is .*2\*\*32 - 1") as caught:
         use(seed)
     assert repr(seed) in str(caught.value)
+
+
+def test_logical_ranks_need_a_seed() -> None:
+    with unmoved(), pytest.raises(ValueError, match="logical_ranks=4 needs a seed"):
+        StatefulRNG(None, ranked=True, logical_ranks=4)
 
 
 def test_seed_and_rank_must_fit_together(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,4 +45,5 @@ def execute(script: Path, arguments: tuple[str, ...], variables: dict[str, str] 
         os.environ.update(variables)
     os.chdir(script.parent)
     sys.argv = [str(script), *arguments]
+    sys.path.insert(0, str(script.parent))  # as Python does
     runpy.run_path(str(script), run_name="__main__")

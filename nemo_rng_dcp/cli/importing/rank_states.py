@@ -97,7 +97,7 @@ def to_records(job: JobStates) -> list[Record]:
     """Return a record for each rank; rank r becomes row r.
 
     Of several devices' states a rank's own is the one of the only device that was drawn from, else
-    the one at its rank modulo their number, see :func:`unsure_devices`. The seed is rank 0's, as
+    the one at its rank modulo their number, see :func:`unsure_devices`. The seed is rank 0's, if
     torch's state tells it; the streams count as ranked if ranks differ.
 
     Raises:
@@ -117,7 +117,7 @@ def to_records(job: JobStates) -> list[Record]:
         rows=len(streams),
         world_size=len(streams),
         # As torch's state begins; its generator uses 32 bits of it.
-        seed=int.from_bytes(states[0].get("torch", b"")[:4], "little"),
+        seed=int.from_bytes(states[0]["torch"][:4], "little") if "torch" in states[0] else None,
         ranked=any(state != states[0] for state in states),
         resizes=0,
         mesh=None,

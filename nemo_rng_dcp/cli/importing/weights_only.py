@@ -17,10 +17,10 @@ from typing import IO, Any
 import numpy as np
 import torch
 
-from nemo_rng_dcp.automodel import RNGState
 from nemo_rng_dcp.cli.reading.pickles import ForbiddenError, parse
 from nemo_rng_dcp.cli.reading.tensors import pickle_in
 from nemo_rng_dcp.errors import RNGStateError
+from nemo_rng_dcp.rng_state import RNGState
 
 _OLDER_RNG_STATE = "nemo_automodel.components.training.rng.RNGState"
 
