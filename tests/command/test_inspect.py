@@ -402,7 +402,7 @@ def test_findings_have_one_order(tmp_path: Path, capsys: Capture) -> None:
 
 
 def save_rank_less(path: Path) -> None:
-    dcp.save({"rng": RanklessRNG(42, ranked=True)}, checkpoint_id=path)
+    dcp.save({"rng": RanklessRNG(42)}, checkpoint_id=path)
 
 
 def test_rank_less_keys_have_lost_the_streams(tmp_path: Path, capsys: Capture) -> None:
@@ -416,7 +416,7 @@ def test_rank_less_keys_have_lost_the_streams(tmp_path: Path, capsys: Capture) -
 
 
 def save_rank_named(path: Path) -> None:
-    rng = RanklessRNG(42, ranked=True)
+    rng = RanklessRNG(42)
     dcp.save({f"rng.rank{dist.get_rank()}": rng.state_dict()}, checkpoint_id=path)
 
 
