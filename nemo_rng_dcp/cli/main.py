@@ -8,7 +8,6 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from importlib import import_module
 from typing import Any, Protocol, TextIO
 
 from nemo_rng_dcp.cli.arguments import parser
@@ -74,20 +73,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code
 
 
-_REPORTS = {
-    "inspect": "inspect Inspection",
-    "diff": "diff Diff",
-    "explain": "explain Explanation",
-    "import": "importing.command Import",
-}
-"""The module and the class of each command's report."""
-
-
 def _report(options: argparse.Namespace) -> Report:
     # torch takes a second to import: each command imports what it needs, --help nothing.
-    module, name = _REPORTS[options.command].split()
-    report: Report = getattr(import_module(f"nemo_rng_dcp.cli.{module}"), name)(options)
-    return report
+    if options.command == "inspect":
+        from nemo_rng_dcp.cli.inspect import Inspection
+
+        return Inspection(options)
+    if options.command == "diff":
+        from nemo_rng_dcp.cli.diff import Diff
+
+        return Diff(options)
+    if options.command == "explain":
+        from nemo_rng_dcp.cli.explain import Explanation
+
+        return Explanation(options)
+    from nemo_rng_dcp.cli.importing.command import Import
+
+    return Import(options)
 
 
 def _write(text: str, stream: TextIO) -> None:

@@ -127,16 +127,11 @@ def _import(machine: _Machine, module: Any, name: Any) -> None:
     machine.stack.append(Global(f"{module} {name}"))
 
 
-def _call(machine: _Machine, _: None) -> None:
-    name = typed(machine.stack[-2], Global).name
-    if not machine.known(name):
-        raise ForbiddenError(name.replace(" ", ".")[:120])
-    _make(machine, None)
-
-
-def _make(machine: _Machine, _: None) -> None:
+def _make(machine: _Machine, is_call: bool) -> None:
     called, arguments = machine.pop(2)
     name, arguments = typed(called, Global).name, typed(arguments, tuple)
+    if is_call and not machine.known(name):
+        raise ForbiddenError(name.replace(" ", ".")[:120])
     ordered_dict = name == "collections OrderedDict" and not arguments
     machine.stack.append({} if ordered_dict else Made(name, arguments))
 
@@ -174,8 +169,8 @@ _OPCODES: dict[bytes, Callable[[_Machine, Any], object]] = {
     pickle.SETITEMS: lambda m, _: _update(m, m.pop_to_mark()),
     pickle.GLOBAL: lambda m, names: _import(m, *names.split(" ", 1)),
     pickle.STACK_GLOBAL: lambda m, _: _import(m, *m.pop(2)),
-    pickle.NEWOBJ: _make,
-    pickle.REDUCE: _call,
+    pickle.NEWOBJ: lambda m, _: _make(m, is_call=False),
+    pickle.REDUCE: lambda m, _: _make(m, is_call=True),
     pickle.BUILD: _set_state,
     pickle.BINPERSID: lambda m, _: m.stack.append(Made("", tuple(m.pop(1)))),
     pickle.MEMOIZE: lambda m, _: _memoize(m, len(m.memo)),

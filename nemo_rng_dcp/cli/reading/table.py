@@ -40,16 +40,13 @@ class Table:
         self.length = next(filter(None, lengths), max([1, *sizes]))
         self.count = max(1, size // self.length)
         for chunk, readers in chunks.items():
-            places = [divmod(start, self.length) for start in chunk.offsets]
-            row, whole = 0, chunk.sizes == sizes and [rest for _, rest in places] == [0]
-            if places:
-                row = places[0][0]
+            row, rest = divmod(chunk.offsets[0], self.length) if chunk.offsets else (0, 1)
+            whole = len(chunk.offsets) == 1 and chunk.sizes == sizes and not rest
             # More rows than the file has bytes for are only claimed.
             several = whole and sizes[0] > self.length and checkpoint.has(chunk)
             for number in range(sizes[0] // self.length if several else 1):
-                damaged = "damaged: it has no chunk of its own"
-                self._places[row + number] = (chunk, number) if whole else damaged
-                self._readers[row + number] = readers
+                place = (chunk, number) if whole else "damaged: it has no chunk of its own"
+                self._places[row + number], self._readers[row + number] = place, readers
         self.placed = sorted(self._places)
         self.missing = self.count - sum(row < self.count for row in self.placed)
 
