@@ -35,6 +35,7 @@ test-device: setup
 	TORCH_CPP_LOG_LEVEL=ERROR PYTHONPATH=tests/devices/simulated_device $(BIN)/python -m pytest -n 2
 
 # 1,000,000 damaged or mixed records and 100,000 sequences of uses; 20,000 damaged .metadata files;
+# a resume in every combination of a loader's order, workers and draws;
 # 200 schedules of world sizes on logical ranks.
 fuzz: setup
 	FUZZ_RECORDS=$${FUZZ_RECORDS:-1000000} FUZZ_SEQUENCES=$${FUZZ_SEQUENCES:-100000} \
@@ -43,6 +44,7 @@ fuzz: setup
 		$(BIN)/python -m pytest -n 2 --dist=load tests/fuzz/test_metadata.py
 	FUZZ_SCHEDULES=$${FUZZ_SCHEDULES:-200} \
 		$(BIN)/python -m pytest -n 2 --dist=load tests/fuzz/test_schedules.py
+	FUZZ_LOADERS=1 $(BIN)/python -m pytest -n 2 --dist=load tests/library/test_loader.py
 
 # Plants faults one at a time and looks whether the tests that reach them notice; an hour on 2 cores.
 mutants: setup

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from nemo_rng_dcp.errors import RNGStateError as RNGStateError
     from nemo_rng_dcp.errors import RNGStateWarning as RNGStateWarning
     from nemo_rng_dcp.generators.tracker import tracker_generators as tracker_generators
+    from nemo_rng_dcp.loader import ResumableLoader as ResumableLoader
     from nemo_rng_dcp.planner import RNGLoadPlanner as RNGLoadPlanner
     from nemo_rng_dcp.rng_state import RNGState as RNGState
     from nemo_rng_dcp.scoped import ScopedRNG as ScopedRNG
@@ -23,6 +24,7 @@ _MODULES = {
     "RNGState": "rng_state",
     "RNGStateError": "errors",
     "RNGStateWarning": "errors",
+    "ResumableLoader": "loader",
     "ScopedRNG": "scoped",
     "StatefulRNG": "stateful",
     "derive_seed": "seeding",

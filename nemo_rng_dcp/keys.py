@@ -8,10 +8,15 @@ KEY = "rng_streams"
 """The key under which records are stored, and by which they are found."""
 
 
-def is_name(name: str) -> bool:
+def is_name(name: str, expected: str = KEY) -> bool:
     """Return whether the last part of a key is a record's, of whichever grid."""
     base, at, lowest = name.partition("@")
-    return base == KEY and (lowest.isdecimal() or not at)
+    return base == expected and (lowest.isdecimal() or not at)
+
+
+def base_of(key: str) -> str:
+    """Return the last part of a key, without the grid."""
+    return key.rpartition(".")[2].partition("@")[0]
 
 
 def path_of(key: str) -> str:
@@ -35,7 +40,7 @@ def own_key(key: str, saved: Collection[str]) -> str | None:
     """
     if key in saved:
         return key
-    moved = [other for other in beside(key, saved) if not other.endswith(KEY)]
+    moved = [other for other in beside(key, saved) if other != renamed(key, base_of(key))]
     return moved[0] if len(moved) == 1 else None
 
 
@@ -48,5 +53,5 @@ def renamed(key: str, name: str) -> str:
 def beside(key: str, saved: Collection[str]) -> list[str]:
     """Return the keys, of all that there are, of the records of all grids where an entry is."""
     places = ((other, other.rpartition(".")) for other in saved)
-    path = key.rpartition(".")[0]
-    return [other for other, (place, _, name) in places if place == path and is_name(name)]
+    path, base = key.rpartition(".")[0], base_of(key)
+    return [other for other, (place, _, name) in places if place == path and is_name(name, base)]

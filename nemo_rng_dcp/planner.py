@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Collection, Iterator, MutableMapping
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
@@ -20,7 +20,8 @@ from torch.distributed.checkpoint.metadata import (
 from nemo_rng_dcp import row_0
 from nemo_rng_dcp.errors import RNGStateError, warn
 from nemo_rng_dcp.grids import refuse_one_for_two, warn_if_moved
-from nemo_rng_dcp.keys import beside, is_name, own_key
+from nemo_rng_dcp.keys import base_of, beside, is_name, own_key
+from nemo_rng_dcp.position import POSITION_KEY, UNREAD, positions_in
 from nemo_rng_dcp.ranks import world_size
 from nemo_rng_dcp.record import Record
 from nemo_rng_dcp.table import (
@@ -52,16 +53,18 @@ class _Entry:
 
     Attributes:
         path: The containers that it is nested in, from the outside in, each with the key in it.
-        value: The live table; once it is planned, one with room for the records that are read
+        value: The live table; once it is planned, one with room for the rows that are read
             instead, or with marks if there are none.
-        records: What this process has of the live table.
+        unread: What is given back if there is nothing to read: the live rows, with marks.
+        generators: The names of a record's; none for a loader's position.
         wanted: Which rows these are.
         reads: What is read instead.
     """
 
     path: _Path
     value: torch.Tensor
-    records: list[Record]
+    unread: list[torch.Tensor]
+    generators: Collection[str]
     wanted: Wanted
     reads: list[ReadItem] = dataclasses.field(default_factory=list)
 
@@ -195,13 +198,12 @@ class RNGLoadPlanner(LoadPlanner):
                 # They are a table still, since a state dict that is kept may be saved again.
                 records = buffer_for(entry.reads)
                 if not entry.reads:
-                    records = joined([marked(record).to_tensor() for record in entry.records])
+                    records = joined(entry.unread)
                 entry.value = with_records(entry.value, records)
         reads = [read for entry in self._entries.values() for read in entry.reads]
         plan = dataclasses.replace(plan, items=[*plan.items, *reads])
         names = {
-            (key, entry.wanted.own[0]): entry.records[0].streams
-            for key, entry in self._entries.items()
+            (key, entry.wanted.own[0]): entry.generators for key, entry in self._entries.items()
         }
         return row_0.tell(plan, names)
 
@@ -218,12 +220,16 @@ class RNGLoadPlanner(LoadPlanner):
                 f"the checkpoint has RNG state at {', '.join(ignored)}, for which this job has no "
                 "StatefulRNG under that key: ignored",
             )
+        ignored = [key for key in record_keys(self._saved, POSITION_KEY) if key not in known]
+        if ignored:
+            warn(
+                f"the checkpoint has the position of a loader at {', '.join(ignored)}, for which "
+                "this job has no ResumableLoader under that key: ignored",
+            )
         return row_0.spread(global_plan, self.planner.create_global_plan)
 
     def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
-        entries = {
-            key: (entry.value, entry.records[0].streams) for key, entry in self._entries.items()
-        }
+        entries = {key: (entry.value, entry.generators) for key, entry in self._entries.items()}
         return self.planner.finish_plan(row_0.hear(central_plan, entries))
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
@@ -267,6 +273,10 @@ for _name in dir(LoadPlanner):
         setattr(RNGLoadPlanner, _name, _passed_on(_name))
 
 
+def _is_ours(name: str) -> bool:
+    return is_name(name) or is_name(name, POSITION_KEY)
+
+
 def _find(value: Any, path: _Path = ()) -> Iterator[tuple[str, _Path]]:
     """Find the tensors with a record's name, with the keys that DCP's planners give them."""
     if any(container is value for container, _ in path):
@@ -276,7 +286,7 @@ def _find(value: Any, path: _Path = ()) -> Iterator[tuple[str, _Path]]:
     nested = {t for t in set(map(type, values)) if issubclass(t, (list, MutableMapping))}
     if isinstance(value, MutableMapping):
         for key, inner in value.items():
-            if isinstance(key, str) and is_name(key) and isinstance(inner, torch.Tensor):
+            if isinstance(key, str) and _is_ours(key) and isinstance(inner, torch.Tensor):
                 here = (*path, (value, key))
                 yield ".".join(str(key) for _, key in here), here
     if nested:
@@ -290,7 +300,15 @@ def _entry(path: _Path) -> _Entry | None:
     container, key = path[-1]
     value = container[key]
     try:
-        records = [Record.from_tensor(tensor) for tensor in records_in(local(value))]
+        if base_of(key) == POSITION_KEY:
+            positions = [
+                position._replace(saved_at=UNREAD) for position in positions_in(local(value))
+            ]
+            unread, generators = [position.to_tensor() for position in positions], []
+        else:
+            records = [Record.from_tensor(tensor) for tensor in records_in(local(value))]
+            unread = [marked(record).to_tensor() for record in records]
+            generators = list(records[0].streams)
     except RNGStateError:
         return None
-    return _Entry(path, value, records, Wanted.of(value))
+    return _Entry(path, value, unread, generators, Wanted.of(value))

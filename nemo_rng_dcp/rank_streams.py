@@ -50,6 +50,7 @@ class RankStreams:
 
     Attributes:
         ranks: As given.
+        lent: By generator, the current rank's state where a loader has its own in place.
         drawn_outside: Generators that were drawn from outside of :meth:`as_rank` since the last
             restore, as of the last :meth:`take`; those that all ranks share not counted. Whoever
             has told of them may clear it.
@@ -57,6 +58,7 @@ class RankStreams:
 
     def __init__(self, generators: GeneratorSet, ranks: range, *, logical: bool = False) -> None:
         self.ranks = ranks
+        self.lent: States = {}
         self.drawn_outside: set[str] = set()
         self._generators = generators
         self._logical = logical
@@ -208,6 +210,12 @@ class RankStreams:
         if moment.here is not None:
             return moment.here  # a signal handler asks in the middle of a switch
         now = generators.take(moment.outside)
+        if self.lent:
+            # What a scope has parked is not what was lent.
+            in_scope = generators.parked_at is not None
+            for name, slot in generators.slots.items():
+                if name in self.lent and not (in_scope and slot.is_global):
+                    now[name] = self.lent[name]
         if moment.outside is None:
             return now
         moved = generators.moved(moment.outside, now)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal, NoReturn, SupportsIndex, overload
@@ -173,6 +174,11 @@ class StatefulRNG:
         self._first_forward = FirstForward(
             lambda: self._rewind_is_due() and self._generators.parked_at is None, self._rewind
         )
+        # Loaders that were made; those whose next batch is in the middle of a pass; and whether one
+        # of them has rewound since the load.
+        self._loaders = 0
+        self._waiting: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._loader_rewound = True
         self.loaded: Loaded | None = None
         """What the last load restored, with its rows, world size and time; ``None``: nothing."""
         self._streams = RankStreams(self._generators, own, logical=logical_ranks is not None)
@@ -250,6 +256,8 @@ class StatefulRNG:
         states = self._streams.take()
         self._watch.warn_if_reseeded(states, speaks=rows.own.start == len(rows.own))
         packed = {rank: self._generators.pack(of_rank) for rank, of_rank in states.items()}
+        if self._a_loader_will_rewind():
+            packed = self._loaded_instead_of(packed, is_for_a_load)
         if not is_for_a_load:
             self._warn_in_a_scope("the record holds")
             self._warn_of_exchanged_generators()
@@ -318,6 +326,7 @@ class StatefulRNG:
             warn(f"RNG state{row}: {'. '.join(remarks)}")
         self._restore(states, {row: outcome.seeds for row, outcome in outcomes.items()})
         self.loaded, self._resizes, self._is_rewound = outcome.loaded, outcome.resizes, False
+        self._loader_rewound = False
 
     def save(
         self,
@@ -602,6 +611,29 @@ class StatefulRNG:
         """Return whether a load put streams back that nobody has rewound to since."""
         return self._loaded_states is not None and not self._is_rewound
 
+    def _a_loader_will_rewind(self) -> bool:
+        due = self._loaded_states is not None and not self._loader_rewound
+        return due and len(self._waiting) > 0
+
+    def _rewind_for_a_loader(self) -> None:
+        """Rewind, unless a loader had it done since the last load."""
+        if self._loaded_states is not None and not self._loader_rewound:
+            self._rewind()
+        self._loader_rewound = True
+
+    def _loaded_instead_of(self, packed: Packed, is_for_a_load: bool) -> Packed:
+        """Return what a loader is going to rewind to; warn if something has drawn meanwhile."""
+        assert self._loaded_states is not None
+        loaded = {rank: self._generators.pack(s) for rank, s in self._loaded_states.items()}
+        if packed != loaded and not is_for_a_load:
+            warn(
+                f"rank {global_rank()}: this save comes before the first batch of a "
+                "ResumableLoader that goes on in the middle of a pass, and something has drawn "
+                "since the load. What was loaded is stored, since that batch begins with a rewind. "
+                "If the loader is not used again, call its set_epoch()"
+            )
+        return loaded
+
     def _warn_of_a_missed_rewind(self, packed: Packed) -> None:
         names = self._first_forward.names
         if not names or not self._rewind_is_due():
@@ -644,6 +676,7 @@ class StatefulRNG:
         self._watch.warn_if_another_is_current()
         self._restore({self.rank: states})
         self.loaded, self._is_rewound = Loaded(), False
+        self._loader_rewound = False
 
     def _seed(self, rank: int) -> None:
         """Start the current rank's streams."""

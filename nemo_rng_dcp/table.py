@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from nemo_rng_dcp.errors import RNGStateError
 from nemo_rng_dcp.grids import Grid, names_of
-from nemo_rng_dcp.keys import is_name
+from nemo_rng_dcp.keys import base_of, is_name
 from nemo_rng_dcp.ranks import world_size
 from nemo_rng_dcp.record import KEY, LENGTH, ROW, ROWS, Mesh, Record, mesh_text, words_of
 
@@ -212,24 +212,25 @@ def records_in(tensor: torch.Tensor) -> list[torch.Tensor]:
     return [tensor]
 
 
-def is_record(key: str, dtype: object, size: Sequence[int]) -> bool:
+def is_record(key: str, dtype: object, size: Sequence[int], name: str = KEY) -> bool:
     """Return whether a load takes what a checkpoint has under a key for records.
 
     Args:
         key: The key in the checkpoint.
         dtype: The tensor's data type; ``None``, for example, where no tensor is stored.
         size: The tensor's shape.
+        name: The last part of their keys, without a grid.
     """
-    return is_name(key.rpartition(".")[2]) and dtype == torch.int64 and len(size) == 1
+    return is_name(key.rpartition(".")[2], name) and dtype == torch.int64 and len(size) == 1
 
 
-def record_keys(saved: Mapping[str, Any]) -> list[str]:
-    """Return the keys under which a checkpoint's metadata lists records."""
+def record_keys(saved: Mapping[str, Any], name: str = KEY) -> list[str]:
+    """Return the keys under which a checkpoint's metadata lists records; see :func:`is_record`."""
     return [
         key
         for key, stored in saved.items()
         if isinstance(stored, TensorStorageMetadata)
-        and is_record(key, stored.properties.dtype, stored.size)
+        and is_record(key, stored.properties.dtype, stored.size, name)
     ]
 
 
@@ -273,7 +274,7 @@ def reads_of_rows(key: str, wanted: Wanted, saved: Any, entry: str | None = None
             f"{key}: the checkpoint holds bytes (a pickle) here, expected a tensor. No StatefulRNG "
             "wrote that; it was not read. Load without RNG state, or another checkpoint."
         )
-    is_one = is_record(key, saved.properties.dtype, saved.size)
+    is_one = is_record(key, saved.properties.dtype, saved.size, base_of(key))
     if not is_one or not saved.chunks or not all(saved.chunks[0].sizes):
         raise RNGStateError(
             f"{key}: the checkpoint holds {saved.properties.dtype} {tuple(saved.size)} in "

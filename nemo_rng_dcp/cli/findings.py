@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from nemo_rng_dcp.cli.heading import job_of
@@ -11,6 +11,7 @@ from nemo_rng_dcp.cli.reading.table import Table
 from nemo_rng_dcp.cli.streams import fingerprints, packed_after_seed, refusals
 from nemo_rng_dcp.generators import is_reserved
 from nemo_rng_dcp.keys import is_name, path_of
+from nemo_rng_dcp.position import POSITION_KEY, Position
 from nemo_rng_dcp.record import KEY, Record
 
 DAMAGE, LOST, SUSPICIOUS = "damage", "lost", "suspicious"
@@ -110,6 +111,16 @@ def misfits(checkpoint: Checkpoint) -> Iterator[Finding]:
         if is_name(key.rpartition(".")[2]) and not stored.is_record(key):
             text = f"{KEY} is {stored}, expected int64 of one dimension"
             yield Finding(DAMAGE, f"{text}: a load finds no record in it", path_of(key))
+
+
+def of_loaders(loaders: Mapping[str, Sequence[Position] | str]) -> Iterator[Finding]:
+    """Find what is wrong with the positions of loaders."""
+    for key, found in loaders.items():
+        if isinstance(found, str):
+            yield Finding(DAMAGE, f"{POSITION_KEY}: {found}", key)
+        elif len({(at.epoch, at.begun_again, at.fetched) for at in found}) > 1:
+            text = "rows are at different batches: a save in which ranks were not at one step"
+            yield Finding(SUSPICIOUS, text, key)
 
 
 def _row(record: Record) -> Row:

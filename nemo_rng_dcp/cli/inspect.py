@@ -13,9 +13,11 @@ from nemo_rng_dcp.cli.findings import LOST, Entry, Finding, Row
 from nemo_rng_dcp.cli.heading import name_of, title
 from nemo_rng_dcp.cli.reading.checkpoint import ranks_that_wrote
 from nemo_rng_dcp.cli.reading.foreign import ForeignState, find_foreign
+from nemo_rng_dcp.cli.reading.loaders import find_loaders
 from nemo_rng_dcp.cli.reading.opening import open_checkpoint
 from nemo_rng_dcp.cli.reading.table import find_tables
 from nemo_rng_dcp.cli.terminal import MANY, aligned, numbered, paragraph, plural, within
+from nemo_rng_dcp.position import UNKNOWN, Position
 from nemo_rng_dcp.record import Record
 
 _OF_A_ROW = ("row", "taken_at", "seed", "ranked", "world_size", "resizes", "hash_seed")
@@ -29,6 +31,7 @@ class Inspection:
 
     Attributes:
         entries: What ``StatefulRNG`` stored.
+        loaders: Where each ``ResumableLoader`` is, by key.
         others: RNG state that other code stored.
         findings: What is wrong.
         notes: What is worth knowing.
@@ -38,9 +41,12 @@ class Inspection:
         checkpoint = open_checkpoint(options.checkpoint)
         self.where = checkpoint.where
         self.entries = [findings.examine(table) for table in find_tables(checkpoint)]
+        loaders = find_loaders(checkpoint)
+        self.loaders = {key: found for key, found in loaders.items() if not isinstance(found, str)}
         self.others = find_foreign(checkpoint)
         self.findings = [finding for entry in self.entries for finding in entry.findings]
         self.findings += findings.misfits(checkpoint)
+        self.findings += findings.of_loaders(loaders)
         writers = ranks_that_wrote(checkpoint.files)
         self.notes = [note for state in self.others for note in state.notes(writers)]
         if not (self.findings or self.entries or self.others):
@@ -57,6 +63,10 @@ class Inspection:
         return {
             "checkpoint": self.where,
             "entries": [_entry_json(entry, rows) for entry in self.entries],
+            "loaders": [
+                {"key": key, "rows": [position._asdict() for position in positions]}
+                for key, positions in self.loaders.items()
+            ],
             "others": [
                 {"prefix": state.prefix, "ranks": sorted(state.ranks), "keys": list(state.contents)}
                 for state in self.others
@@ -67,6 +77,8 @@ class Inspection:
 
     def lines(self, rows: Sequence[range] | None) -> list[str]:
         lines = [line for entry in self.entries for line in _entry_lines(entry, rows)]
+        for key, positions in self.loaders.items():
+            lines += [*_loader_lines(key, positions), ""]
         lines += [line for state in self.others for line in _foreign_lines(state)]
         lines += [line for note in self.notes for line in paragraph(f"note: {note}")]
         lines += [line for finding in self.findings for line in _finding_lines(finding)]
@@ -124,6 +136,16 @@ def _time(nanoseconds: int) -> str:
         return f"{nanoseconds} ns since 1970"
     moment = datetime.fromtimestamp(nanoseconds // 10**9, timezone.utc)
     return f"{moment:%Y-%m-%d %H:%M:%S} UTC"
+
+
+def _loader_lines(key: str, positions: Sequence[Position]) -> list[str]:
+    """Return where a loader is and what it says of itself."""
+    at = positions[0]
+    figures = {"length": at.loader_length, "samples": at.samples, "batch size": at.batch_size}
+    told = [f"{name} {number:,}" for name, number in figures.items() if number != UNKNOWN]
+    of_rows = f"a loader of {plural(at.rows, 'row')}"
+    where = f"behind batch {at.batches:,} of epoch {at.epoch:,}"
+    return paragraph(f"{name_of(key)}: {of_rows}, {where} ({', '.join(told) or 'a stream'})")
 
 
 def _foreign_lines(state: ForeignState) -> list[str]:

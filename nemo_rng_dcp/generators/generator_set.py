@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from nemo_rng_dcp.errors import RNGStateError
+from nemo_rng_dcp.generators.adapter import GeneratorAdapter
 from nemo_rng_dcp.generators.held import Held
 from nemo_rng_dcp.generators.numpy_random import NumPyAdapter
 from nemo_rng_dcp.generators.parked import (
@@ -23,7 +24,11 @@ from nemo_rng_dcp.generators.parked import (
     unpark,
 )
 from nemo_rng_dcp.generators.python_random import PythonAdapter
-from nemo_rng_dcp.generators.registry import generators_of_process, registered_generators
+from nemo_rng_dcp.generators.registry import (
+    generators_of_process,
+    registered_generators,
+    source_of,
+)
 
 _Result = TypeVar("_Result")
 
@@ -104,6 +109,16 @@ class GeneratorSet:
             name: Slot(adapter.kind, name.partition(".")[0] in shared, name in of_process)
             for name, adapter in self._adapters.items()
         }
+
+    @property
+    def registered(self) -> dict[str, GeneratorAdapter]:
+        """The adapters of those that the job registered, by name."""
+        return {n: adapter for n, adapter in self._adapters.items() if not self.slots[n].is_global}
+
+    @property
+    def names_by_source(self) -> dict[int, str]:
+        """The names of the registered objects by :func:`source_of`; of functions there is none."""
+        return {source_of(generator): name for name, generator in self._held.generators.items()}
 
     @property
     def parked_at(self) -> str | None:

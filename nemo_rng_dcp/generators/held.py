@@ -33,13 +33,13 @@ class Held:
     """
 
     def __init__(self, generators: Mapping[str, Any], shared: Mapping[str, Any]) -> None:
-        self._generators = {
+        self.generators = {
             name: generator
             for given in (generators, shared)
             for name, generator in given.items()
             if isinstance(generator, tuple(_FRESH))
         }
-        self._at_first = {name: self._references(name) for name in self._generators}
+        self._at_first = {name: self._references(name) for name in self.generators}
         self._seen: dict[str, int] = {}
 
     def dropped(self) -> list[str]:
@@ -48,7 +48,7 @@ class Held:
         It is said at the second time: a job may save once more when its loop is over.
         """
         for name, first in self._at_first.items():
-            kind = next(kind for kind in _FRESH if isinstance(self._generators[name], kind))
+            kind = next(kind for kind in _FRESH if isinstance(self.generators[name], kind))
             alone = _references_of_the_set_alone(kind)
             # Then too, the mapping held it. If nothing else did, it may stand for a generator that
             # only other ranks have.
@@ -59,7 +59,7 @@ class Held:
         return [name for name, times in self._seen.items() if times == 2]
 
     def _references(self, name: str) -> tuple[int, int]:
-        generator = self._generators[name]
+        generator = self.generators[name]
         # Others may draw from NumPy's bit generator through another handle.
         bits = getattr(generator, "_bit_generator", None)
         return sys.getrefcount(generator), 0 if bits is None else sys.getrefcount(bits)

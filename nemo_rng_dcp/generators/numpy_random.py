@@ -102,7 +102,7 @@ class NumPyAdapter:
 
     def seed(self, value: int) -> None:
         if value < SEED_LIMIT:
-            self.set(np.random.RandomState(value).get_state(legacy=False))
+            self._generator.seed(value)  # it takes the lock by itself
         else:
             self.set(MT19937State.from_seed(value).to_numpy())
 

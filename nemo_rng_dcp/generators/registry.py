@@ -86,12 +86,12 @@ def registered_generators(
                 raise ValueError(f"{name} is in generators and in shared_generators: choose one")
             find = _finder(generator)
             first = find()
-            source = _source(first)
+            source = source_of(first)
             if source in owners:
                 raise ValueError(
                     f"{name} is the same generator as {owners[source]}: register each stream once"
                 )
-            if source != _source(find()):
+            if source != source_of(find()):
                 raise ValueError(
                     f"{name}: the function that was registered returned another generator at its "
                     "second call: return the one that is in use"
@@ -109,6 +109,27 @@ def registered_generators(
                 _check_that_it_can_be_stored(part, adapter)
             adapters.update(parts)
     return adapters
+
+
+def can_be_registered(value: Any) -> bool:
+    """Return whether a value is a generator of torch, NumPy or Python, and none of the process's.
+
+    What only looks like one is none: a subclass without a state, or one in a state of its own.
+    """
+    kinds = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+    if not isinstance(value, kinds):
+        return False
+    try:
+        registered_generators({"trial": value}, {}, None)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def source_of(generator: Any) -> int:
+    """Return what two handles of one stream have in common, while one of them lives."""
+    # As two of NumPy's generators over one bit generator are.
+    return id(getattr(generator, "_bit_generator", generator))
 
 
 def is_reserved(name: str) -> bool:
@@ -153,7 +174,7 @@ class _Current:
 
     def _now(self) -> GeneratorAdapter:
         generator = self._find()
-        owner = self._owners.get(_source(generator))
+        owner = self._owners.get(source_of(generator))
         if owner is not None:
             raise ValueError(f"the function returned the generator of {owner}")
         try:
@@ -171,11 +192,6 @@ def _finder(generator: Any) -> Callable[[], Any]:
     if callable(generator) and not isinstance(generator, (type, GeneratorAdapter)):
         return generator  # type: ignore[no-any-return]
     return lambda: generator
-
-
-def _source(generator: Any) -> int:
-    # Two of NumPy's generators over one bit generator are two handles of one stream.
-    return id(getattr(generator, "_bit_generator", generator))
 
 
 def _parts(name: str, generator: Any) -> dict[str, GeneratorAdapter]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
+from functools import partial
 
 import torch
+from torch.utils.data import DataLoader
 
-from nemo_rng_dcp import ScopedRNG, StatefulRNG, derive_seed
+from nemo_rng_dcp import ResumableLoader, ScopedRNG, StatefulRNG, derive_seed
 from scripts.bench.table import Row, Section, text
-from scripts.bench.timing import Target, interleaved
+from scripts.bench.timing import Target, differences, interleaved
 from scripts.bench.ways import plain_capture, plain_restore
 
 Seconds = dict[str, list[float]]
@@ -27,6 +29,7 @@ def measure(rounds: int, repeat: int) -> Seconds:
     # A copy, as a load gives it: the table that state_dict() handed out is looked at once more.
     state = {key: table.clone() for key, table in rng.state_dict().items()}
     plain = plain_capture()
+    samples: DataLoader[int] = DataLoader(range(10**9))  # type: ignore[arg-type]
     logical = StatefulRNG(seed=0, ranked=True, logical_ranks=2)
     calls: dict[str, Callable[[], object]] = {
         "plain_capture": plain_capture,
@@ -35,6 +38,8 @@ def measure(rounds: int, repeat: int) -> Seconds:
         "load_state_dict": lambda: rng.load_state_dict(state),
         "fingerprint": rng.fingerprint,
         "scope": enter_scope,
+        "batch": partial(next, iter(ResumableLoader(samples, rng))),
+        "plain_batch": partial(next, iter(samples)),
         "as_rank": lambda: switch(logical),
         "micro_batch": micro_batch(),
         "derived_generator": lambda: torch.Generator().manual_seed(sample_seed()),
@@ -75,9 +80,17 @@ def logical_section(seconds: Seconds) -> Section:
 def section(seconds: Seconds) -> Section:
     capture, restore = seconds["state_dict"], seconds["load_state_dict"]
     plain = seconds["plain_capture"], seconds["plain_restore"]
+    batch, plain_batch = seconds["batch"], seconds["plain_batch"]
+    added = statistics.median(differences(batch, plain_batch))
     rows = [
         Row("capture", text(capture), text(plain[0]), Target.ratio(2.5, capture, plain[0])),
         Row("check + restore", text(restore), text(plain[1]), Target.ratio(4, restore, plain[1])),
+        Row(
+            "a batch of ResumableLoader",
+            text(batch),
+            text(plain_batch),
+            Target.at_most(100, added * 1e6, " us more"),
+        ),
         Row("fingerprint()", text(seconds["fingerprint"])),
         Row("with ScopedRNG(derive_seed(...))", text(seconds["scope"])),
         Row("Generator().manual_seed(derive_seed(...))", text(seconds["derived_generator"])),

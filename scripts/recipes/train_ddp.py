@@ -3,11 +3,12 @@
     torchrun --standalone --nproc-per-node 2 scripts/recipes/train_ddp.py --out runs/ddp
 
 Start it again with the same ``--out``, on any number of ranks, and it goes on from the newest
-checkpoint. Three kinds of random numbers meet here:
+checkpoint: behind the last batch, or on another number of ranks at the start of that epoch. Three
+kinds of random numbers meet here, and the checkpoint has an entry for each:
 
 - The order of the samples: ``DistributedSampler`` makes it from its seed and the epoch.
-- Augmentation in DataLoader workers, seeded by epoch and rank; they draw again for skipped batches.
-- Dropout in this process: its streams are in the checkpoint.
+- Augmentation in DataLoader workers, which ``ResumableLoader`` seeds by epoch and rank.
+- Dropout in this process: ``StatefulRNG`` stores its streams.
 
 Tested on CPU with gloo and on one GPU with NCCL. The output folder gets ``checkpoints/``,
 ``run.json`` and, with a line for each step, ``losses-rank<r>.txt``.
@@ -22,7 +23,6 @@ import random
 import shutil
 import sysconfig
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,7 +37,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from tqdm import tqdm
 
-from nemo_rng_dcp import RNGLoadPlanner, ScopedRNG, StatefulRNG, derive_seed, seed_worker
+from nemo_rng_dcp import ResumableLoader, RNGLoadPlanner, RNGStateError, ScopedRNG, StatefulRNG
 from nemo_rng_dcp.determinism import environment, set_deterministic
 
 VOCABULARY = 256  # one token per byte
@@ -80,22 +80,21 @@ def build_model(config: Config) -> nn.Module:
 
 @dataclass
 class AppState:
-    """Model, optimizer and the place in the data as one entry of the checkpoint."""
+    """Model, optimizer and the place in the training as one entry of the checkpoint."""
 
     training: Training
     step: int = 0
     epoch: int = 0
-    samples: int = 0  # trained in this epoch, by all ranks
 
     def state_dict(self) -> dict[str, Any]:
         model, optimizer = get_state_dict(*self.training)
-        place = torch.tensor([self.step, self.epoch, self.samples])
+        place = torch.tensor([self.step, self.epoch])
         return {"model": model, "optimizer": optimizer, "place": place}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         model, optimizer = state["model"], state["optimizer"]
         set_state_dict(*self.training, model_state_dict=model, optim_state_dict=optimizer)
-        self.step, self.epoch, self.samples = state["place"].tolist()
+        self.step, self.epoch = state["place"].tolist()
 
 
 class Crops(Dataset[torch.Tensor]):
@@ -177,59 +176,55 @@ def save_checkpoint(out: Path, keep: int, state: dict[str, Any], step: int) -> N
             shutil.rmtree(old)
 
 
-def batches_of(epoch: int, config: Config, dataset: Crops) -> Iterator[torch.Tensor]:
-    """Return this rank's batches of an epoch: the same ones each time it is called."""
+def setup_loader(config: Config, rng: StatefulRNG) -> ResumableLoader:
+    """Return this rank's share of the data."""
+    dataset = Crops(config.samples, config.length)
     sampler: DistributedSampler[int] = DistributedSampler(dataset, seed=config.seed, drop_last=True)
-    sampler.set_epoch(epoch)
-    # Without a generator the iterator would draw the workers' seeds from the stream of dropout.
-    seed = derive_seed(config.seed, "workers", epoch, dist.get_rank())
     loader = DataLoader(
-        dataset,
-        config.batch,
-        sampler=sampler,
-        drop_last=True,
-        num_workers=config.workers,
-        worker_init_fn=seed_worker,
-        generator=torch.Generator().manual_seed(seed),
+        dataset, config.batch, sampler=sampler, drop_last=True, num_workers=config.workers
     )
-    return iter(loader)
+    return ResumableLoader(loader, rng)
+
+
+def load_newest(config: Config, state: dict[str, Any]) -> None:
+    """Load the newest checkpoint, if there is one."""
+    for checkpoint in complete_checkpoints(config.out)[-1:]:
+        try:
+            dcp.load(state, checkpoint_id=checkpoint, planner=RNGLoadPlanner())
+        except RNGStateError as error:  # another number of ranks: its batches are other samples
+            print(f"this epoch begins anew: {error}")
+            rest = {name: entry for name, entry in state.items() if name != "loader"}
+            dcp.load(rest, checkpoint_id=checkpoint, planner=RNGLoadPlanner())
+            state["loader"].set_epoch(state["app"].epoch)
 
 
 def train(config: Config, device: str, training: Training, rng: StatefulRNG) -> None:
     """Go on from the newest checkpoint, if there is one, to the last step."""
     model, optimizer = training
-    dataset, app = Crops(config.samples, config.length), AppState(training)
-    state = {"app": app, "rng": rng}
-    newest = complete_checkpoints(config.out)[-1:]
-    for checkpoint in newest:
-        dcp.load(state, checkpoint_id=checkpoint, planner=RNGLoadPlanner())
-    rank, per_step = dist.get_rank(), config.batch * dist.get_world_size()
+    app, loader = AppState(training), setup_loader(config, rng)
+    state = {"app": app, "rng": rng, "loader": loader}
+    load_newest(config, state)
+    rank = dist.get_rank()
     bar = tqdm(total=config.steps, initial=app.step, unit="step", disable=rank != 0)
+    if loader.batches:
+        bar.set_description(f"skipping {loader.batches} batches")
     with (config.out / f"losses-rank{rank}.txt").open("a", buffering=1) as losses:
-        while app.step < config.steps:
-            batches = batches_of(app.epoch, config, dataset)
-            # On another number of ranks, less than a step of samples may be trained twice.
-            for _ in range(app.samples // per_step):
-                next(batches, None)
-            if newest:
-                rng.rewind()  # without workers, skipping has drawn from this process's streams
-                newest = []
-            for tokens in batches:
+        for app.epoch in loader.epochs(config.steps):  # an epoch has a step at least
+            for tokens in loader:
+                if app.step == config.steps:
+                    return
                 tokens = tokens.to(device)
                 loss = nn.functional.cross_entropy(model(tokens[:, :-1]), tokens[:, -1])
                 loss.backward()
                 optimizer.step()
                 optimizer.zero_grad()
                 losses.write(f"{app.step} {float(loss.item()).hex()}\n")
+                bar.set_description("training", refresh=False)
                 bar.set_postfix(epoch=app.epoch, loss=f"{loss.item():.3f}", refresh=False)
                 bar.update()
                 app.step += 1
-                app.samples += per_step
                 if app.step % config.save_every == 0:
                     save_checkpoint(config.out, config.keep, state, app.step)
-                if app.step == config.steps:
-                    return
-            app.epoch, app.samples = app.epoch + 1, 0
 
 
 def main() -> None:

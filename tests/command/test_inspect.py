@@ -11,8 +11,9 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.utils.data import DataLoader
 
-from nemo_rng_dcp import StatefulRNG, init_all_rng
+from nemo_rng_dcp import ResumableLoader, StatefulRNG, init_all_rng
 from nemo_rng_dcp.record import Record, Stream
 from scripts.demo.rankless import RanklessRNG
 from tests.support.command import Capture, ask, ask_json
@@ -25,6 +26,39 @@ pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 
 # What real ranks saved.
+
+
+def save_a_loader(path: Path, uneven: bool) -> None:
+    rng = StatefulRNG(42, ranked=True)
+    loader = ResumableLoader(DataLoader(range(7), batch_size=2), rng)
+    batches = iter(loader)
+    for _ in range(3 - (uneven and dist.get_rank())):
+        next(batches)
+    dcp.save({"rng": rng, "data": loader}, checkpoint_id=path)
+
+
+def test_inspect_shows_where_a_loader_is(tmp_path: Path, capsys: Capture) -> None:
+    job(2, save_a_loader, tmp_path / "even", False)
+    code, text = ask(capsys, "inspect", tmp_path / "even")
+    at = "data: a loader of 2 rows, behind batch 3 of epoch 0"
+    assert f"{at} (length 4, samples 7, batch size 2)" in text
+    assert code == 0
+    [loader] = ask_json(capsys, "inspect", tmp_path / "even")["loaders"]
+    assert loader["key"] == "data"
+    assert [(row["row"], row["batches"]) for row in loader["rows"]] == [(0, 3), (1, 3)]
+
+    job(2, save_a_loader, tmp_path / "uneven", True)
+    code, text = ask(capsys, "inspect", tmp_path / "uneven")
+    assert "suspicious: data: rows are at different batches" in text
+
+
+def test_inspect_finds_a_damaged_position(tmp_path: Path, capsys: Capture) -> None:
+    dcp.save(
+        {"data": {"loader_position": torch.zeros(16, dtype=torch.int64)}}, checkpoint_id=tmp_path
+    )
+    code, text = ask(capsys, "inspect", tmp_path)
+    assert "damage: data: loader_position: loader_position: found layout 0" in text
+    assert code == 1
 
 
 def save_deep_down(path: Path) -> list[dict[str, str]]:

@@ -1,14 +1,16 @@
 """torchdata's StatefulDataLoader: it keeps the order of the samples, and none of the streams."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch.nn.parallel import DistributedDataParallel
 
-from nemo_rng_dcp import StatefulRNG
+from nemo_rng_dcp import ResumableLoader, StatefulRNG
 from tests.frameworks.training import (
     AFTER,
     BATCH,
@@ -21,6 +23,7 @@ from tests.frameworks.training import (
     run_page,
     train_step,
 )
+from tests.support.jobs import job
 from tests.support.streams import draw
 
 pytestmark = pytest.mark.frameworks
@@ -97,3 +100,58 @@ def test_the_trap_of_workers(tmp_path: Any) -> None:
     batches = iter(again)
     rng.load(tmp_path)
     assert not torch.equal(next(batches), expected)
+
+
+def resume_with_workers(folder: Path, workers: int, every: int) -> None:
+    """Save in the middle of an epoch as the page shows it, and go on in new objects."""
+    from torchdata.stateful_dataloader import StatefulDataLoader
+
+    def begin(seed: int) -> dict[str, Any]:
+        names: dict[str, Any] = {"rank": dist.get_rank(), "dataset": Augmented()}
+        names["rng"] = StatefulRNG(seed, ranked=True)
+        run_page("torchdata", 2, names)
+        names["loader"] = StatefulDataLoader(
+            names["dataset"],
+            batch_size=BATCH,
+            shuffle=True,
+            num_workers=workers,
+            snapshot_every_n_steps=every,
+        )
+        run_page("torchdata", 3, names)
+        return names
+
+    names = begin(1)
+    batches = iter(names["loader"])
+    for _ in range(BEFORE):
+        next(batches)
+    dcp.save(names["state"], checkpoint_id=folder)
+    expected = [(batch.tolist(), draw()) for batch in batches]
+    names = begin(1000)
+    dcp.load(names["state"], checkpoint_id=folder)
+    batches = iter(names["loader"])
+    names["rng"].rewind()
+    assert [(batch.tolist(), draw()) for batch in batches] == expected
+
+
+@pytest.mark.parametrize(("workers", "every"), [(0, 1), (1, 1), (2, 3)])
+def test_workers_streams_in_a_dcp_checkpoint(workers: int, every: int, tmp_path: Path) -> None:
+    job(2, resume_with_workers, tmp_path, workers, every)
+
+
+def test_resumable_loader_goes_through_its_batches(tmp_path: Path) -> None:
+    from torchdata.stateful_dataloader import StatefulDataLoader
+
+    def run(seed: int, load: bool) -> list[Any]:
+        rng = StatefulRNG(seed)
+        loader: Any = StatefulDataLoader(Augmented(), BATCH, shuffle=True, num_workers=1)
+        wrapped = ResumableLoader(loader, rng)
+        state = {"rng": rng, "loader": wrapped}
+        if load:
+            dcp.load(state, checkpoint_id=tmp_path)
+            return [(batch.tolist(), draw()) for batch in wrapped]
+        batches = iter(wrapped)
+        next(batches)
+        dcp.save(state, checkpoint_id=tmp_path)
+        return [(batch.tolist(), draw()) for batch in batches]
+
+    assert run(1, load=False) == run(2, load=True)

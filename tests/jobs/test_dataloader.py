@@ -5,6 +5,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -263,3 +264,54 @@ def test_a_plain_loader_continues_mid_epoch_from_the_start_of_the_epoch(
     size: int, workers: int, tmp_path: Path
 ) -> None:
     job(size, resume_from_the_start_of_the_epoch, workers, tmp_path)
+
+
+# What docs/dataloaders.md says does not work without ResumableLoader.
+
+
+def test_a_samplers_generator_that_is_registered_does_not_bring_back_the_order() -> None:
+    """torch draws the order when the epoch begins; the saved stream is behind that."""
+
+    def begin(seed: int) -> tuple[StatefulRNG, DataLoader[Any]]:
+        shuffle = torch.Generator().manual_seed(seed)
+        rng = StatefulRNG(seed, shared_generators={"shuffle": shuffle})
+        return rng, DataLoader(range(SAMPLES), shuffle=True, generator=shuffle)  # type: ignore[arg-type]
+
+    rng, loader = begin(1)
+    before = rng.state_dict()
+    batches = iter(loader)
+    first = next(batches)
+    within = rng.state_dict()
+    order = torch.cat([first, *batches]).tolist()
+    for state, comes_back in ((before, True), (within, False)):
+        rng, loader = begin(2)
+        rng.load_state_dict(state)
+        assert (torch.cat(list(loader)).tolist() == order) == comes_back
+
+
+def test_a_generator_that_workers_draw_from_is_registered_in_vain() -> None:
+    noise = np.random.default_rng(1)
+    rng = StatefulRNG(1, generators={"noise": noise})
+
+    class Noisy(Drawing):
+        def __getitem__(self, index: int) -> torch.Tensor:
+            return torch.tensor(noise.random())
+
+    before = rng.fingerprint()["noise"]
+    list(DataLoader(Noisy(), num_workers=1))
+    assert rng.fingerprint()["noise"] == before
+
+
+def test_persistent_workers_do_not_begin_a_later_epoch_again() -> None:
+    def epochs(*numbers: int) -> list[list[float]]:
+        generator = torch.Generator()
+        loader = DataLoader(
+            Drawing(), shuffle=True, num_workers=1, persistent_workers=True, generator=generator
+        )
+        orders = []
+        for number in numbers:
+            generator.manual_seed(number)
+            orders.append([batch[0, 0].item() for batch in loader])
+        return orders
+
+    assert epochs(0, 1)[1] != epochs(1)[0]

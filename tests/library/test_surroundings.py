@@ -100,17 +100,17 @@ def test_the_default_device_does_not_matter(
 def test_an_interrupt_while_a_scope_is_entered_leaves_no_trace(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    real, interrupts = np.random.set_state, iter([KeyboardInterrupt])
+    real, interrupts = np.random.seed, iter([KeyboardInterrupt])
 
-    def interrupted(state: Any) -> None:
+    def interrupted(seed: int) -> None:
         for interrupt in interrupts:
             raise interrupt
-        real(state)
+        real(seed)
 
     scope = ScopedRNG(5)
     with monkeypatch.context() as patch:
         # Python's generator has been seeded by then.
-        patch.setattr(np.random, "set_state", interrupted)
+        patch.setattr(np.random, "seed", interrupted)
         with unmoved(), pytest.raises(KeyboardInterrupt):
             scope.__enter__()
     with unmoved(), scope:  # it can be entered again

@@ -57,6 +57,7 @@ def numbers(value: Any) -> list[float]:
     [
         "capture",
         "check + restore",
+        "a batch of ResumableLoader",
         "with ScopedRNG",
         "dcp.save",
         "dcp.load",

@@ -33,7 +33,7 @@ def test_importing_the_package_imports_no_torch() -> None:
 # The house: the modules and folders of the package, each on the floor above all that it imports.
 
 PACKAGE = Path(nemo_rng_dcp.__file__).parent
-FLOORS, FLOORS_OF_THE_LIBRARY = 8, 6
+FLOORS, FLOORS_OF_THE_LIBRARY = 8, 7
 
 
 def house() -> dict[str, set[str]]:

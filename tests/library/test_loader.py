@@ -1,0 +1,577 @@
+"""ResumableLoader in one process: every resume is the uninterrupted run."""
+
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.utils.data import DataLoader, RandomSampler
+
+from nemo_rng_dcp import (
+    ResumableLoader,
+    RNGStateError,
+    RNGStateWarning,
+    ScopedRNG,
+    StatefulRNG,
+)
+from tests.support import jobs
+from tests.support.loaders import (
+    ORDERS,
+    SAMPLES,
+    Case,
+    Drawing,
+    NoisyCollate,
+    Run,
+    Shuffled,
+    behind,
+    check_resumes,
+    loader_of,
+)
+from tests.support.streams import draw, states, unmoved, warned
+
+EVERYWHERE: list[Any] = [(0, 0), (0, 1), (0, 2), (0, "last"), (0, "end"), (1, 2), (1, "end")]
+
+# With workers a run takes half a second: one case for each order here, all of them in `make fuzz`.
+WORKERS = [
+    Case(order, (1, 2, 4)[number % 3], ("sample", "collate", "sample, collate")[number % 2])
+    for number, order in enumerate(ORDERS)
+    if order != "iterable"
+]
+IN_FULL = os.environ.get("FUZZ_LOADERS") is not None
+PRODUCT = [
+    Case(order, workers, places)
+    for order in ORDERS
+    for workers in (0, 1, 2, 4)
+    for places in ("", "sample", "collate", "sample, collate")
+]
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),
+    pytest.mark.filterwarnings("ignore:Detected an existing checkpoint"),
+    # A resumed run has another one, to show that it does not matter.
+    pytest.mark.filterwarnings("ignore:RNG state. saved with seed=.*:UserWarning"),
+]
+
+
+@pytest.mark.parametrize("case", [Case(order) for order in ORDERS], ids=str)
+def test_a_resume_is_the_uninterrupted_run(case: Case, tmp_path: Path) -> None:
+    check_resumes(case, tmp_path, EVERYWHERE)
+
+
+@pytest.mark.parametrize("case", WORKERS, ids=str)
+def test_a_resume_with_workers_is_the_uninterrupted_run(case: Case, tmp_path: Path) -> None:
+    check_resumes(case, tmp_path, [(0, 2), (1, "end")])
+
+
+@pytest.mark.parametrize("case", PRODUCT if IN_FULL else [], ids=str)
+def test_a_resume_in_every_combination(case: Case, tmp_path: Path) -> None:
+    check_resumes(case, tmp_path, EVERYWHERE)
+
+
+# A spawned worker imports torch, which takes seconds; the fork server has imported it.
+@pytest.mark.parametrize("method", ["forkserver", *["spawn"] * IN_FULL])
+def test_workers_that_are_no_forks(method: str, tmp_path: Path) -> None:
+    jobs.preload()
+
+    def loader() -> Any:
+        return loader_of("shuffle", 1, "sample", {}, multiprocessing_context=method)
+
+    case = Case("shuffle", 1)
+    run = Run(case, loader=loader())
+    run.train({(0, 2): tmp_path}, until=(0, 4))
+    resumed = Run(case, seed=7, loader=loader()).load(tmp_path).disturb().train(until=(0, 4))
+    assert resumed.steps == behind(run.steps, (0, 2))
+
+
+def test_a_validation_inside_of_an_epoch(tmp_path: Path) -> None:
+    check_resumes(Case("shuffle"), tmp_path, EVERYWHERE, validates=True)
+
+
+@pytest.mark.parametrize("order", ["shuffle", "stream", "iterable"])
+def test_an_epoch_that_ends_early(order: str, tmp_path: Path) -> None:
+    check_resumes(Case(order), tmp_path, EVERYWHERE[:-1], batches_per_epoch=3)
+
+
+def test_a_checkpoint_resumes_twice_and_a_resume_resumes(tmp_path: Path) -> None:
+    case, first, second, third = Case("shuffle"), *(tmp_path / name for name in "abc")
+    expected = Run(case).train({(0, 1): first}).steps
+    for _ in range(2):
+        again = Run(case).load(first)
+        again.save(second)  # right after the load
+        assert again.disturb().train({(0, 3): third}).steps == behind(expected, (0, 1))
+        assert Run(case).load(second).disturb().train().steps == behind(expected, (0, 1))
+        assert Run(case).load(third).disturb().train().steps == behind(expected, (0, 3))
+
+
+def test_a_checkpoint_that_is_written_in_the_background(tmp_path: Path) -> None:
+    case = Case("shuffle")
+    run = Run(case).train(until=(0, 2))
+    writing: Any = dcp.async_save(run.state, checkpoint_id=tmp_path)
+    done = len(run.steps)
+    # The loop was left: its iterator is still the one in use.
+    assert run.loader._current is not None
+    run.steps += [(0, run.loader.batches, batch, run.draw()) for batch in run.loader._current]
+    writing.result()
+    resumed = Run(case).load(tmp_path).disturb().train(until=(0, "end"))
+    assert resumed.steps == run.steps[done:]
+
+
+def test_a_load_moves_the_loop_that_is_under_way(tmp_path: Path) -> None:
+    """A job that goes back to its last checkpoint, after a spike for example."""
+    case = Case("shuffle")
+    expected = Run(case).train({(0, 2): tmp_path}).steps
+    for back in [(0, 2), (0, 3), (0, 4), (1, 1), (1, 3)]:
+        run, moved = Run(case), False
+        for epoch in run.loader.epochs(2):
+            run.draw()
+            for batch in run.loader:
+                run.steps.append((epoch, run.loader.batches, batch, run.draw()))
+                if (epoch, run.loader.batches) == back and not moved:
+                    moved = True
+                    run.load(tmp_path).disturb()
+                    run.steps.clear()
+        assert [step[1:] for step in run.steps] == [s[1:] for s in behind(expected, (0, 2))], back
+
+
+def pair(rng: StatefulRNG) -> list[ResumableLoader]:
+    return [
+        ResumableLoader(loader_of(order, 0, "sample", {}), rng) for order in ("shuffle", "lazy")
+    ]
+
+
+def zipped(rng: StatefulRNG, loaders: list[ResumableLoader], save: Path | None) -> list[Any]:
+    steps = []
+    for number, batches in enumerate(zip(*loaders, strict=True), start=1):
+        steps.append((batches, draw()))
+        if save is not None and number == 2:
+            dcp.save({"b": rng, "a": loaders[0], "c": loaders[1]}, checkpoint_id=save)
+            steps.clear()
+    return steps
+
+
+def test_two_loaders_in_one_loop(tmp_path: Path) -> None:
+    rng = StatefulRNG(1, ranked=True)
+    expected = zipped(rng, pair(rng), tmp_path)
+    rng = StatefulRNG(2, ranked=True)
+    loaders = pair(rng)
+    dcp.load({"b": rng, "a": loaders[0], "c": loaders[1]}, checkpoint_id=tmp_path)
+    draw()
+    assert zipped(rng, loaders, None) == expected
+    assert len(expected) == 2
+
+
+def test_one_loader_after_the_other_rewinds_once(tmp_path: Path) -> None:
+    """A second loader that is first asked for a batch later must not rewind again."""
+
+    def run(rng: StatefulRNG, resumed: bool) -> list[Any]:
+        loaders = pair(rng)
+        state = {"rng": rng, "first": loaders[0], "second": loaders[1]}
+        first, second = map(iter, loaders)
+        if resumed:
+            dcp.load(state, checkpoint_id=tmp_path)
+        else:
+            next(first), next(second)
+            dcp.save(state, checkpoint_id=tmp_path)
+        steps = [(next(first), draw()), (next(first), draw())]
+        return [*steps, (next(second), draw())]
+
+    expected = run(StatefulRNG(1), resumed=False)
+    assert run(StatefulRNG(2), resumed=True) == expected
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_sample_that_cannot_be_read_is_skipped(workers: int, tmp_path: Path) -> None:
+    def batches_of(run: Run, save: Path | None) -> list[Any]:
+        steps: list[Any] = []
+        batches = iter(run.loader)
+        while True:
+            try:
+                steps.append((next(batches), run.draw()))
+            except OSError:
+                steps.append("bad")
+            except StopIteration:
+                return steps
+            if save is not None and len(steps) == 5:
+                run.save(save)
+                steps.clear()
+
+    def run_of(seed: int) -> Run:
+        loader = DataLoader(
+            Drawing(bad=3),
+            shuffle=True,
+            num_workers=workers,
+            collate_fn=NoisyCollate(True),
+        )
+        return Run(Case("shuffle"), seed, loader=loader)
+
+    saved = run_of(1)
+    expected = batches_of(saved, tmp_path)
+    resumed = run_of(2).load(tmp_path).disturb()
+    assert resumed.loader.batches == (5 if "bad" in expected else 4)
+    assert batches_of(resumed, None) == expected
+
+
+def test_going_on_without_workers_reads_no_batch(tmp_path: Path) -> None:
+    class Counting(Drawing):
+        read = 0
+
+        def __getitem__(self, index: int) -> list[float]:
+            self.read += 1
+            return super().__getitem__(index)
+
+    case, dataset = Case("shuffle"), Counting()
+    expected = Run(case, loader=DataLoader(dataset, 2, True)).train({(0, 3): tmp_path}).steps
+    dataset.read = 0
+    resumed = Run(case, loader=DataLoader(dataset, 2, True)).load(tmp_path).train(until=(0, 4))
+    assert dataset.read == SAMPLES % 2
+    assert repr(resumed.steps) == repr(behind(expected, (0, 3))[:1])
+
+
+def test_batches_move_nothing_and_depend_on_nothing_else() -> None:
+    rng = StatefulRNG(1)
+    loader = ResumableLoader(loader_of("shuffle", 0, "sample, collate", {}), rng)
+    with unmoved():
+        first = list(loader)
+    rng = StatefulRNG(1)
+    loader = ResumableLoader(loader_of("shuffle", 0, "sample, collate", {}), rng)
+    second = []
+    for batch in loader:
+        second.append(batch)
+        draw()
+    assert first == second
+    assert list(loader) != first
+
+
+def test_a_batch_that_fails_moves_nothing() -> None:
+    loader = ResumableLoader(DataLoader(Drawing(bad=0), batch_size=1), StatefulRNG(1))
+    with unmoved(), pytest.raises(OSError, match="cannot be read"):
+        next(iter(loader))
+
+
+def test_the_default_device_does_not_matter(tmp_path: Path) -> None:
+    run = Run(Case("shuffle")).train(until=(0, 2))
+    with torch.device("meta"):
+        run.save(tmp_path)
+        Run(Case("shuffle")).load(tmp_path)
+    again = Run(Case("shuffle")).load(tmp_path)
+    assert (again.loader.epoch, again.loader.batches) == (0, 2)
+
+
+def test_two_loaders_of_one_job_draw_other_numbers() -> None:
+    rng = StatefulRNG(1)
+    first, second = (ResumableLoader(Shuffled(True), rng) for _ in range(2))
+    assert list(first) != list(second)
+
+
+def orders_of_ranks(generators: list[torch.Generator]) -> list[list[Any]]:
+    """The orders on two ranks whose samplers have these generators."""
+    return [
+        list(ResumableLoader(DataLoader(range(40), 40, True, generator=generator), rng))
+        for rng, generator in zip([StatefulRNG(1), StatefulRNG(1)], generators, strict=True)
+    ]
+
+
+def test_samplers_whose_generators_are_alike_draw_one_order() -> None:
+    first, second = orders_of_ranks([torch.Generator().manual_seed(3) for _ in range(2)])
+    assert torch.equal(first[0], second[0])
+    first, second = orders_of_ranks([torch.Generator().manual_seed(3 + n) for n in range(2)])
+    assert not torch.equal(first[0], second[0])
+
+
+def test_another_number_of_workers_warns_and_keeps_the_order(tmp_path: Path) -> None:
+    for order in ("shuffle", "lazy", "loader's own"):
+        expected = Run(Case(order, 0, "")).train({(0, 2): tmp_path}).steps
+        run = Run(Case(order, 2, ""), seed=9)
+        with pytest.warns(RNGStateWarning, match="with 0 workers and goes on with 2"):
+            run.load(tmp_path)
+        assert run.train().steps == behind(expected, (0, 2))
+
+
+def test_epochs_and_batches_are_counted() -> None:
+    loader = ResumableLoader(DataLoader(range(3)), StatefulRNG(1), batches_per_epoch=2)
+    seen = [(epoch, loader.epoch, loader.batches) for epoch in loader.epochs(2) for _ in loader]
+    assert seen == [(0, 0, 1), (0, 0, 2), (1, 1, 1), (1, 1, 2)]
+    assert (loader.epoch, loader.batches, len(loader)) == (2, 0, 2)
+    assert not list(loader.epochs(2))
+    assert loader.dataset == range(3)
+
+
+class Told:
+    """Notes the epochs that it is told."""
+
+    def __init__(self, *inner: Any) -> None:
+        self.epochs: list[int] = []
+        self.sampler = inner[0] if inner else None
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epochs.append(epoch)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.sampler or [])
+
+    def __len__(self) -> int:
+        return SAMPLES
+
+    def __getitem__(self, index: int) -> int:
+        return index
+
+
+def test_every_part_is_told_the_epoch_and_who_speaks_last_is_heard() -> None:
+    sampler, dataset = Told(range(SAMPLES)), Told()
+    batch_sampler = Told(sampler)
+    batch_sampler.__class__ = type("B", (Told,), {"__iter__": lambda s: iter([[0], [1]])})
+    loader = ResumableLoader(DataLoader(dataset, batch_sampler=batch_sampler), StatefulRNG(1))  # type: ignore[arg-type]
+    for part in (sampler, batch_sampler, dataset):
+        assert part.epochs == [], "the user may have told it another one before"
+    for epoch in loader.epochs(2):
+        sampler.set_epoch(100 + epoch)
+        list(loader)
+    loader.set_epoch(5)
+    assert sampler.epochs == [100, 1, 101, 2, 5]
+    assert batch_sampler.epochs == dataset.epochs == [1, 2, 5]
+
+
+@pytest.mark.filterwarnings("ignore:the loader's pass of epoch 0 was left")
+def test_an_epoch_can_be_set() -> None:
+    loader = ResumableLoader(DataLoader(range(40), 40, True), StatefulRNG(1))
+    orders = [next(iter(loader)).tolist()]
+    for epoch in (0, 1, 2, 1):
+        loader.set_epoch(epoch)
+        orders += [batch.tolist() for batch in loader]
+    assert orders[0] != orders[1], "begun anew"
+    assert orders[2] == orders[4]
+    assert len({str(order) for order in orders}) == 4
+    for wrong in (-1, 1.5, True):
+        with pytest.raises(ValueError, match="expected an integer of at least 0"):
+            loader.set_epoch(wrong)  # type: ignore[arg-type]
+
+
+def test_setting_the_epoch_ends_the_pass_under_way() -> None:
+    loader = ResumableLoader(DataLoader(range(4)), StatefulRNG(1))
+    seen = []
+    for batch in loader:
+        seen.append(batch.item())
+        loader.set_epoch(1)
+    assert seen == [0]
+    assert loader.epoch == 1
+
+
+def test_a_pass_that_was_left_is_said_once() -> None:
+    loader = ResumableLoader(DataLoader(range(4)), StatefulRNG(1))
+    next(iter(loader))
+
+    def leave() -> None:
+        for _ in range(2):
+            next(iter(loader))
+
+    (message,) = warned(leave)
+    assert "pass of epoch 0 was left behind batch 1, and epoch 0 begins anew" in message
+    assert "batches_per_epoch=" in message
+
+
+def test_a_loop_over_epochs_says_once_that_passes_are_left() -> None:
+    loader = ResumableLoader(DataLoader(range(4)), StatefulRNG(1))
+
+    def leave() -> None:
+        for _ in loader.epochs(3):
+            next(iter(loader))
+
+    (message,) = warned(leave)
+    assert "left behind batch 1, and the next epoch begins" in message
+    assert (loader.epoch, loader.batches) == (3, 0)
+
+
+def test_an_epoch_without_a_pass_is_counted_and_nothing_is_said() -> None:
+    loader = ResumableLoader(DataLoader(range(4)), StatefulRNG(1))
+    assert warned(lambda: list(loader.epochs(3))) == []
+    assert loader.epoch == 3
+
+
+def test_an_older_iterator_raises() -> None:
+    loader = ResumableLoader(DataLoader(range(4)), StatefulRNG(1))
+    old, new = iter(loader), iter(loader)
+    assert next(new) == 0
+    with pytest.raises(RuntimeError, match="a newer iterator of this ResumableLoader exists"):
+        next(old)
+    assert next(new) == 1
+    assert len(new) == 4
+
+
+def generator_function() -> Iterator[int]:
+    yield 1
+
+
+@pytest.mark.parametrize(
+    ("loader", "message"),
+    [
+        (iter([1]), "an iterator: it can be gone through once only"),
+        (generator_function(), "an iterator: it can be gone through once only"),
+        (generator_function, "a function, expected an iterable"),
+        (3, "a int, expected an iterable"),
+        ({0: iter([1])}, "an iterator: it can be gone through once only"),
+    ],
+)
+def test_what_can_be_gone_through_once_is_refused(loader: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        ResumableLoader(loader, StatefulRNG(1))
+
+
+def test_a_loader_whose_batches_would_not_come_again_is_refused() -> None:
+    rng = StatefulRNG(1)
+    with pytest.raises(ValueError, match="persistent_workers=True"):
+        ResumableLoader(DataLoader(range(4), num_workers=1, persistent_workers=True), rng)
+    with pytest.raises(ValueError, match="in_order=False and several workers"):
+        ResumableLoader(DataLoader(range(4), num_workers=2, in_order=False), rng)
+    ResumableLoader(DataLoader(range(4), num_workers=1, in_order=False), rng)
+
+
+def test_loaders_are_those_of_the_ranks_that_a_process_plays() -> None:
+    rng, loader = StatefulRNG(1, ranked=True, logical_ranks=2), DataLoader(range(4))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"give \{r: DataLoader\(...\) for r in rng.ranks\}"):
+        ResumableLoader(loader, rng)
+    with pytest.raises(ValueError, match=r"those of ranks \[0\], expected \[0, 1\]"):
+        ResumableLoader({0: loader}, rng)
+    assert list(ResumableLoader({0: loader}, StatefulRNG(1))) == [{0: n} for n in range(4)]
+
+
+def test_other_arguments_are_checked() -> None:
+    loader = DataLoader(range(4))
+    with pytest.raises(TypeError, match="rng is a int"):
+        ResumableLoader(loader, 3)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"batches_per_epoch is 1\.5"):
+        ResumableLoader(loader, StatefulRNG(1), batches_per_epoch=1.5)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="batches_per_epoch is 0, expected at least 1"):
+        ResumableLoader(loader, StatefulRNG(1), batches_per_epoch=0)
+
+
+@pytest.mark.parametrize(
+    ("now", "message"),
+    [
+        (DataLoader(range(12), 3), "batch size 2, and now it is 3"),
+        (DataLoader(range(13), 2), "dataset's size 12, and now it is 13"),
+        (
+            DataLoader(range(12), 2, sampler=RandomSampler(range(12), num_samples=8)),
+            "length 6, and now it is 4",
+        ),
+        (Shuffled(False), "batch size 2, and now it is none"),
+    ],
+)
+def test_another_loader_is_refused_in_the_middle_of_an_epoch(now: Any, message: str) -> None:
+    saved = ResumableLoader(DataLoader(range(12), 2), StatefulRNG(1))
+    batches = iter(saved)
+    next(batches)
+    state = saved.state_dict()
+    loader = ResumableLoader(now, StatefulRNG(1))
+    with pytest.raises(RNGStateError, match=message):
+        loader.load_state_dict(state)
+    assert loader.epoch == loader.batches == 0
+    list(batches)
+    loader.load_state_dict(saved.state_dict())
+    assert loader.epoch == 1
+
+
+def test_what_is_no_position_is_refused() -> None:
+    loader = ResumableLoader(DataLoader(range(4)), StatefulRNG(1))
+    state = loader.state_dict()
+    (key, table), *_ = state.items()
+    newer = table.clone()
+    newer[0] = 2
+    for wrong, message in [
+        ({}, "the state is none of a ResumableLoader"),
+        ({key: table.float()}, "found torch.float32"),
+        ({key: table[1:]}, "expected torch.int64"),
+        ({key: newer}, "found layout 2"),
+    ]:
+        with pytest.raises(RNGStateError, match=message):
+            loader.load_state_dict(wrong)
+
+
+def test_a_save_before_the_pending_rewind_stores_what_was_loaded(tmp_path: Path) -> None:
+    case, first, second = Case("shuffle"), tmp_path / "a", tmp_path / "b"
+    expected = Run(case).train({(0, 2): first}).steps
+    run = Run(case).load(first)
+    assert warned(lambda: run.save(second)) == [], "nothing has drawn yet"
+    (message,) = warned(lambda: run.disturb().save(second))
+    assert "this save comes before the first batch of a ResumableLoader" in message
+    assert warned(lambda: run.load(second)) == [], "a load asks for the state, too"
+    assert Run(case).load(second).disturb().train().steps == behind(expected, (0, 2))
+    run.load(first).loader.set_epoch(3)
+    assert warned(lambda: run.disturb().save(second)) == [], "no rewind will come"
+
+
+def test_a_rewind_by_hand_does_not_replace_the_loaders(tmp_path: Path) -> None:
+    case = Case("shuffle")
+    expected = Run(case).train({(0, 2): tmp_path}).steps
+    run = Run(case).load(tmp_path)
+    run.rng.rewind()
+    assert run.disturb().train().steps == behind(expected, (0, 2))
+
+
+def test_a_first_batch_inside_a_scope_is_said_and_the_streams_come_back(tmp_path: Path) -> None:
+    case = Case("shuffle")
+    expected = Run(case).train({(0, 2): tmp_path}).steps
+    run = Run(case).load(tmp_path)
+    loaded = run.rng.fingerprint()
+    run.disturb()
+
+    def first_batch() -> None:
+        with ScopedRNG(3):
+            before = states()
+            batch = next(iter(run.loader))
+            assert states() == before, "the scope goes on with its own streams"
+            assert batch == behind(expected, (0, 2))[0][2]
+
+    (message,) = warned(first_batch)
+    assert "inside the ScopedRNG entered at" in message
+    assert run.rng.fingerprint() == loaded
+
+
+def test_a_save_inside_of_a_fetch_stores_the_streams_of_the_job(tmp_path: Path) -> None:
+    class Saving(Drawing):
+        run: Run | None = None
+
+        def __getitem__(self, index: int) -> list[float]:
+            if index == 3 and self.run is not None:
+                self.run.save(tmp_path)
+            return super().__getitem__(index)
+
+    case, dataset = Case("shuffle"), Saving()
+    run = Run(case, loader=DataLoader(dataset, collate_fn=list))
+    dataset.run = run
+    run.train(until=(0, 4))
+    before = next(step for step in run.steps if step[1] == 4)
+    resumed = Run(case, loader=DataLoader(Drawing(), collate_fn=list)).load(tmp_path).disturb()
+    assert resumed.train(until=(0, 4)).steps == [before]
+
+
+def test_a_rank_without_global_generators_has_a_loader_too(tmp_path: Path) -> None:
+    def batches(save: bool) -> list[Any]:
+        noise = np.random.default_rng(1)
+        rng = StatefulRNG(1, generators={"noise": noise}, global_generators=False)
+        loader = ResumableLoader(loader_of("lazy", 0, "sample", {}), rng)
+        state = {"rng": rng, "loader": loader}
+        with unmoved():
+            if save:
+                next(batches := iter(loader))
+                dcp.save(state, checkpoint_id=tmp_path)
+                return [(batch, noise.random()) for batch in batches]
+            dcp.load(state, checkpoint_id=tmp_path)
+            noise.random()
+            return [(batch, noise.random()) for batch in loader]
+
+    assert batches(save=True) == batches(save=False)
+
+
+def test_a_generator_that_global_numpy_shares_is_no_generator_of_the_loader() -> None:
+    """scikit-learn's check_random_state(None) gives NumPy's global RandomState."""
+    sampler = RandomSampler(range(4), generator=torch.default_generator)
+    sampler.state = np.random.mtrand._rand  # type: ignore[attr-defined]
+    sampler.entropy = random.SystemRandom()  # type: ignore[attr-defined]
+    loader = ResumableLoader(DataLoader(range(4), sampler=sampler), StatefulRNG(1))
+    with unmoved():
+        assert sorted(loader) == [0, 1, 2, 3]
