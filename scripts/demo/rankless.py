@@ -27,8 +27,8 @@ class RanklessRNG:
     field by field. After a load all ranks draw the same numbers, and no error says so.
     """
 
-    def __init__(self, seed: int) -> None:
-        init_all_rng(seed, ranked=True)
+    def __init__(self, seed: int, ranked: bool = True) -> None:
+        init_all_rng(seed, ranked)
         self.rank = dist.get_rank()
         self.ranks = range(self.rank, self.rank + 1)
 

@@ -66,7 +66,8 @@ def save(path: Path) -> list[float]:
 
 def load(path: Path) -> tuple[list[float], list[str]]:
     begin()
-    rng = StatefulRNG(7, ranked=True)
+    rng = StatefulRNG(42, ranked=True)
+    numbers()
     messages = warned(lambda: dcp.load({"rng": rng}, checkpoint_id=path, planner=RNGLoadPlanner()))
     return numbers(), messages
 

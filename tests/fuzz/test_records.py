@@ -277,6 +277,9 @@ def read(content: bytes, row: int) -> tuple[list[int], dict[str, tuple[str, byte
 # Sequences of uses.
 
 
+GLOBAL = ("python", "numpy", "torch")
+
+
 class Model:
     """The five streams once more, as objects that nothing else touches."""
 
@@ -362,14 +365,24 @@ class Uses:
         assert numbers(self.streams[name], count) == self.model.draw(name, count), name
 
     def save(self) -> None:
+        state = self.model.state()
+        if self.scopes:  # the global streams of the StatefulRNG come back when these end
+            state |= {name: self.scopes[0][1][name] for name in GLOBAL}
         with unmoved():
-            self.saves.append((self.rng.state_dict()[KEY], self.model.state()))
+            self.saves.append((self.rng.state_dict()[KEY], state))
 
     def load(self) -> None:
         table, state = self.rnd.choice(self.saves)
         self.rng.load_state_dict({KEY: table.clone()})
-        self.model.restore(state)
+        self.restored(state)
         self.loaded = state
+
+    def restored(self, state: dict[str, Any]) -> None:
+        if self.scopes:
+            here = self.model.state()
+            self.scopes[0][1].update({name: state[name] for name in GLOBAL})
+            state = {**state, **{name: here[name] for name in GLOBAL}}
+        self.model.restore(state)
 
     def load_damaged(self) -> None:
         table = self.rnd.choice(self.saves)[0].clone()
@@ -384,7 +397,7 @@ class Uses:
     def rewind(self) -> None:
         assert self.loaded is not None
         self.rng.rewind()
-        self.model.restore(self.loaded)
+        self.restored(self.loaded)
 
     def enter(self) -> None:
         seed = self.rnd.choice([None, self.rnd.getrandbits(32)])

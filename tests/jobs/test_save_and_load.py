@@ -319,7 +319,7 @@ def test_streams_come_back_from_every_place_in_a_checkpoint(tmp_path: Path) -> N
 
 def test_below_the_top_level_the_object_itself_is_refused(tmp_path: Path) -> None:
     state = {"app": {"rng": StatefulRNG(42)}}
-    with pytest.raises(CheckpointException, match="top level of the dict"):
+    with pytest.raises(CheckpointException, match="top level of its dict alone"):
         dcp.save(state, checkpoint_id=tmp_path)
 
 
