@@ -22,6 +22,7 @@ from nemo_rng_dcp import RNGLoadPlanner, StatefulRNG
 from nemo_rng_dcp.generators.numpy_random import NumPyGeneratorAdapter
 from nemo_rng_dcp.record import fingerprint
 from tests.fixtures import LAYOUT_1
+from tests.project.test_package import house
 from tests.support.jobs import job
 from tests.support.scripts import run_script
 from tests.support.streams import warned
@@ -133,8 +134,17 @@ def test_every_module_is_in_the_table_of_modules() -> None:
     text = (ROOT / "CONTRIBUTING.md").read_text()
     modules = re.search(r"^## Modules$(.*?)^## ", text, re.DOTALL | re.MULTILINE)
     assert modules is not None
-    listed = re.findall(r"^\| `([\w/.]+)`", modules[1], re.MULTILINE)
+    text, _, command = modules[1].partition("### The command")
+    listed = re.findall(r"^\| `([\w/.]+)`", text, re.MULTILINE)
     assert set(listed) == rooms - {"__init__.py", "__main__.py"}
+    imports = house()
+    names = [name.removesuffix(".py").rstrip("/") for name in listed]
+    for above, name in enumerate(names):
+        assert not imports[name] & set(names[:above]), f"{name} imports from above it"
+    cli = package / "cli"
+    rooms = {path.stem for path in cli.glob("*.py")} | {path.name + "/" for path in cli.glob("*/")}
+    listed = re.findall(r"^\| `([\w/.]+)`", command, re.MULTILINE)
+    assert set(listed) == rooms - {"__init__", "__pycache__/"}
 
 
 # The format.
