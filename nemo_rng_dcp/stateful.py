@@ -30,7 +30,7 @@ from nemo_rng_dcp.ranks import (
 )
 from nemo_rng_dcp.recompute import ContextFn, recompute_of
 from nemo_rng_dcp.record import Record, Stream, fingerprint
-from nemo_rng_dcp.resume import Job, Loaded, resume
+from nemo_rng_dcp.resume import Job, Loaded, Resume, resume
 from nemo_rng_dcp.rewinds import Packed, Rewinds
 from nemo_rng_dcp.rng_state import RNGState, is_automodel_state, packed_states
 from nemo_rng_dcp.row_0 import has_its_generators
@@ -270,7 +270,7 @@ class StatefulRNG:
             RuntimeError: As for :meth:`state_dict`.
         """
         if is_automodel_state(state):
-            self._load_automodel_state(state)
+            self._load_automodel_state(packed_states(state, self.device))
             return
         if not isinstance(state, Mapping):
             raise TypeError(
@@ -286,29 +286,18 @@ class StatefulRNG:
                 "state that other code stored becomes a checkpoint by `nemo-rng-dcp import`."
             )
         records = rows.own_records(state[key])
-        # Each is asked, as each no is said once.
-        unread = [row for row, record in records.items() if not was_read(record)]
-        if unread:
+        # A list: each is asked, as each no is said once.
+        were_read = [was_read(record) for record in records.values()]
+        if not all(were_read):
             self._note_that_nothing_was_loaded(rows)
             return
         outcomes = {row: resume(record, self._job(row, rows)) for row, record in records.items()}
         states = {row: self._unpacked(row, outcome.states) for row, outcome in outcomes.items()}
         self._watch.warn_if_another_is_current()
-        # The rows of a process have the same to say.
-        record, outcome = records[rows.row], outcomes[rows.row]
-        remarks = outcome.remarks
-        if rows.row != 0:
-            # Row 0 speaks for all, but knows its own generators only. It has these: where others
-            # were saved in kind, whose records have another length, it misses them as well.
-            changed = sorted(s.kind for s in record.streams.values()) != sorted(
-                slot.kind for slot in self._generators.slots.values()
-            )
-            row_0_says_it = changed and has_its_generators(state[key])
-            remarks = () if row_0_says_it else outcome.of_generators
-        if remarks:
-            # Before the restore: where warnings are errors, nothing may have moved by then.
-            row = f", {rows_text(rows.own)}" if rows.row else ""
-            warn(f"RNG state{row}: {'. '.join(remarks)}")
+        # The rows of a process have the same to say. Before the restore: where warnings are errors,
+        # nothing may have moved by then.
+        outcome = outcomes[rows.row]
+        self._tell(rows, records[rows.row], outcome, state[key])
         self._restore(states, {row: outcome.seeds for row, outcome in outcomes.items()})
         self._rewinds.note_load()
         self.loaded, self._resizes = outcome.loaded, outcome.resizes
@@ -601,7 +590,22 @@ class StatefulRNG:
             "another seed, as docs/elastic.md shows under 'A checkpoint without RNG state'"
         )
 
-    def _load_automodel_state(self, state: Any) -> None:
+    def _tell(self, rows: Rows, record: Record, outcome: Resume, table: torch.Tensor) -> None:
+        """Warn of what a load does other than restoring, if that is for this row to say."""
+        remarks = outcome.remarks
+        if rows.row != 0:
+            # Row 0 speaks for all, but knows its own generators only. It has these: where others
+            # were saved in kind, whose records have another length, it misses them as well.
+            changed = sorted(s.kind for s in record.streams.values()) != sorted(
+                slot.kind for slot in self._generators.slots.values()
+            )
+            row_0_says_it = changed and has_its_generators(table)
+            remarks = () if row_0_says_it else outcome.of_generators
+        if remarks:
+            row = f", {rows_text(rows.own)}" if rows.row else ""
+            warn(f"RNG state{row}: {'. '.join(remarks)}")
+
+    def _load_automodel_state(self, packed: Mapping[str, bytes]) -> None:
         """Restore the global streams, which are all that NeMo Automodel's state knows."""
         if not self._generators.has_global:
             raise RNGStateError(
@@ -613,7 +617,7 @@ class StatefulRNG:
                 f"the state is one rank's, and this process plays ranks {self.ranks[0]} to "
                 f"{self.ranks[-1]}: load it inside as_rank() of the rank that it belongs to"
             )
-        states = self._generators.unpack(packed_states(state, self.device))
+        states = self._generators.unpack(packed)
         self._watch.warn_if_another_is_current()
         self._restore({self.rank: states})
         self._rewinds.note_load()
