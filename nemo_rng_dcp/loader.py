@@ -109,8 +109,8 @@ class ResumableLoader:
             Fetcher(one, rng._generators, rng._streams, rng.ranked) for one in self._loaders
         ]
         self._orders = [fetcher.order for fetcher in self._fetchers]
-        rng._loaders += 1
-        self._seed = derive_seed(rng.seed or 0, "loader", rng._loaders, bits=63)
+        rng._rewinds.loaders += 1
+        self._seed = derive_seed(rng.seed or 0, "loader", rng._rewinds.loaders, bits=63)
         self._epoch = self._begun_again = self._batches = self._fetched = 0
         self._loads = 0
         # Loaded, and no pass was begun since.
@@ -142,7 +142,7 @@ class ResumableLoader:
             :attr:`epoch`.
         """
         if self._is_loaded and self._fetched == 0:
-            self._rng._rewind_for_a_loader()
+            self._rng._rewinds.rewind_for_loaders()
         while self._epoch < n:
             epoch, loads = self._epoch, self._loads
             yield epoch
@@ -288,7 +288,7 @@ class ResumableLoader:
         self._epoch, self._batches, self._fetched = epoch, batches, fetched
         self._begun_again = begun_again
         # A save while this loader is going to rewind has to store what was loaded.
-        waiting = self._rng._waiting
+        waiting = self._rng._rewinds.waiting
         (waiting.add if self._is_loaded and fetched else waiting.discard)(self)
         for fetcher in self._fetchers:
             fetcher.end()
@@ -304,9 +304,9 @@ class ResumableLoader:
         for fetcher, position in zip(self._fetchers, self._positions(), strict=True):
             fetcher.begin(position)
         if goes_on:
-            self._rng._rewind_for_a_loader()
+            self._rng._rewinds.rewind_for_loaders()
         self._is_loaded = False
-        self._rng._waiting.discard(self)
+        self._rng._rewinds.waiting.discard(self)
 
     def _next(self) -> Any:
         if self._batches == self._limit:

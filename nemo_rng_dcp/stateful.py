@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal, NoReturn, SupportsIndex, overload
@@ -16,7 +15,6 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from nemo_rng_dcp import standalone
 from nemo_rng_dcp.errors import RNGStateError, warn
-from nemo_rng_dcp.first_forward import FirstForward
 from nemo_rng_dcp.generators import DeviceWatch, GeneratorSet, States, own_device
 from nemo_rng_dcp.grids import Grid
 from nemo_rng_dcp.keys import own_key
@@ -32,7 +30,8 @@ from nemo_rng_dcp.ranks import (
 )
 from nemo_rng_dcp.recompute import ContextFn, recompute_of
 from nemo_rng_dcp.record import Record, Stream, fingerprint
-from nemo_rng_dcp.resume import Job, Loaded, resume
+from nemo_rng_dcp.resume import Job, Loaded, Resume, resume
+from nemo_rng_dcp.rewinds import Packed, Rewinds
 from nemo_rng_dcp.rng_state import RNGState, is_automodel_state, packed_states
 from nemo_rng_dcp.row_0 import has_its_generators
 from nemo_rng_dcp.seeding import (
@@ -44,9 +43,6 @@ from nemo_rng_dcp.seeding import (
 )
 from nemo_rng_dcp.table import Rows, rows_text
 from nemo_rng_dcp.unread import load_is_asking, marked, was_read
-
-Packed = dict[int, dict[str, bytes]]
-"""Packed states by rank and generator."""
 
 
 class StatefulRNG:
@@ -169,16 +165,7 @@ class StatefulRNG:
         self.seed = None if seed is None else int(seed)
         self._thread = threading.get_ident()
         self._resizes = 0
-        self._loaded_states: Mapping[int, States] | None = None
-        self._is_rewound = True  # nothing was loaded, or rewind() was called since
-        self._first_forward = FirstForward(
-            lambda: self._rewind_is_due() and self._generators.parked_at is None, self._rewind
-        )
-        # Loaders that were made; those whose next batch is in the middle of a pass; and whether one
-        # of them has rewound since the load.
-        self._loaders = 0
-        self._waiting: weakref.WeakSet[Any] = weakref.WeakSet()
-        self._loader_rewound = True
+        self._rewinds = Rewinds(self._generators, self._restore)
         self.loaded: Loaded | None = None
         """What the last load restored, with its rows, world size and time; ``None``: nothing."""
         self._streams = RankStreams(self._generators, own, logical=logical_ranks is not None)
@@ -256,12 +243,10 @@ class StatefulRNG:
         states = self._streams.take()
         self._watch.warn_if_reseeded(states, speaks=rows.own.start == len(rows.own))
         packed = {rank: self._generators.pack(of_rank) for rank, of_rank in states.items()}
-        if self._a_loader_will_rewind():
-            packed = self._loaded_instead_of(packed, is_for_a_load)
+        packed = self._rewinds.to_save(packed, is_for_a_load)
         if not is_for_a_load:
             self._warn_in_a_scope("the record holds")
             self._warn_of_exchanged_generators()
-            self._warn_of_a_missed_rewind(packed)
             self._warn_of_draws_outside()
         return self._table(rows, packed, is_for_a_load)
 
@@ -285,7 +270,7 @@ class StatefulRNG:
             RuntimeError: As for :meth:`state_dict`.
         """
         if is_automodel_state(state):
-            self._load_automodel_state(state)
+            self._load_automodel_state(packed_states(state, self.device))
             return
         if not isinstance(state, Mapping):
             raise TypeError(
@@ -301,32 +286,21 @@ class StatefulRNG:
                 "state that other code stored becomes a checkpoint by `nemo-rng-dcp import`."
             )
         records = rows.own_records(state[key])
-        # Each is asked, as each no is said once.
-        unread = [row for row, record in records.items() if not was_read(record)]
-        if unread:
+        # A list: each is asked, as each no is said once.
+        were_read = [was_read(record) for record in records.values()]
+        if not all(were_read):
             self._note_that_nothing_was_loaded(rows)
             return
         outcomes = {row: resume(record, self._job(row, rows)) for row, record in records.items()}
         states = {row: self._unpacked(row, outcome.states) for row, outcome in outcomes.items()}
         self._watch.warn_if_another_is_current()
-        # The rows of a process have the same to say.
-        record, outcome = records[rows.row], outcomes[rows.row]
-        remarks = outcome.remarks
-        if rows.row != 0:
-            # Row 0 speaks for all, but knows its own generators only. It has these: where others
-            # were saved in kind, whose records have another length, it misses them as well.
-            changed = sorted(s.kind for s in record.streams.values()) != sorted(
-                slot.kind for slot in self._generators.slots.values()
-            )
-            row_0_says_it = changed and has_its_generators(state[key])
-            remarks = () if row_0_says_it else outcome.of_generators
-        if remarks:
-            # Before the restore: where warnings are errors, nothing may have moved by then.
-            row = f", {rows_text(rows.own)}" if rows.row else ""
-            warn(f"RNG state{row}: {'. '.join(remarks)}")
+        # The rows of a process have the same to say. Before the restore: where warnings are errors,
+        # nothing may have moved by then.
+        outcome = outcomes[rows.row]
+        self._tell(rows, records[rows.row], outcome, state[key])
         self._restore(states, {row: outcome.seeds for row, outcome in outcomes.items()})
-        self.loaded, self._resizes, self._is_rewound = outcome.loaded, outcome.resizes, False
-        self._loader_rewound = False
+        self._rewinds.note_load()
+        self.loaded, self._resizes = outcome.loaded, outcome.resizes
 
     def save(
         self,
@@ -438,14 +412,14 @@ class StatefulRNG:
             RuntimeError: Nothing has been loaded yet, or the last load restored nothing; or it is
                 called inside :meth:`as_rank` of a process that plays several ranks.
         """
-        if self._loaded_states is None:
+        if self._rewinds.states is None:
             raise RuntimeError("rewind() goes back to the last load, and nothing was loaded yet")
         if self._streams.is_inside and len(self.ranks) > 1:
             raise RuntimeError(
                 f"rewind() inside as_rank({self.rank}) would put back the streams of ranks "
                 f"{self.ranks[0]} to {self.ranks[-1]}, all of them: call it outside, once"
             )
-        self._rewind()
+        self._rewinds.rewind()
 
     def rewind_at_first_forward(
         self,
@@ -487,7 +461,7 @@ class StatefulRNG:
             RuntimeError: In that forward: it runs inside an activation checkpoint. Checkpoints
                 inside the model are fine.
         """
-        self._first_forward.wait_for(model, when)
+        self._rewinds.first_forward.wait_for(model, when)
 
     @property
     def recompute(self) -> ContextFn:
@@ -607,52 +581,8 @@ class StatefulRNG:
             records = [marked(record) for record in records]
         return {rows.key: rows.table([record.to_tensor() for record in records])}
 
-    def _rewind_is_due(self) -> bool:
-        """Return whether a load put streams back that nobody has rewound to since."""
-        return self._loaded_states is not None and not self._is_rewound
-
-    def _a_loader_will_rewind(self) -> bool:
-        due = self._loaded_states is not None and not self._loader_rewound
-        return due and len(self._waiting) > 0
-
-    def _rewind_for_a_loader(self) -> None:
-        """Rewind, unless a loader had it done since the last load."""
-        if self._loaded_states is not None and not self._loader_rewound:
-            self._rewind()
-        self._loader_rewound = True
-
-    def _loaded_instead_of(self, packed: Packed, is_for_a_load: bool) -> Packed:
-        """Return what a loader is going to rewind to; warn if something has drawn meanwhile."""
-        assert self._loaded_states is not None
-        loaded = {rank: self._generators.pack(s) for rank, s in self._loaded_states.items()}
-        if packed != loaded and not is_for_a_load:
-            warn(
-                f"rank {global_rank()}: this save comes before the first batch of a "
-                "ResumableLoader that goes on in the middle of a pass, and something has drawn "
-                "since the load. What was loaded is stored, since that batch begins with a rewind. "
-                "If the loader is not used again, call its set_epoch()"
-            )
-        return loaded
-
-    def _warn_of_a_missed_rewind(self, packed: Packed) -> None:
-        names = self._first_forward.names
-        if not names or not self._rewind_is_due():
-            return
-        assert self._loaded_states is not None
-        if packed == {r: self._generators.pack(s) for r, s in self._loaded_states.items()}:
-            return  # a save right after the load: the rewind may still come
-        warn(
-            f"rank {global_rank()}: this save comes before the rewind that "
-            f"rewind_at_first_forward() was asked for: since the load, no forward of "
-            f"{' or '.join(names)} has run in training mode, with gradients enabled and outside of "
-            "a ScopedRNG (or when= has counted none). Whatever drew since the load has moved the "
-            "streams, the resume is not exact, and no rewind follows now. Give it the module whose "
-            "forward the step calls, or call rewind() right before the first step"
-        )
-        self._first_forward.release()
-
     def _note_that_nothing_was_loaded(self, rows: Rows) -> None:
-        self.loaded = self._loaded_states = None
+        self.loaded = self._rewinds.states = None
         warn(
             f"rank {global_rank()}: the load restored no random stream: the checkpoint holds "
             f"no RNG state ({rows.key}) for {rows_text(rows.own)}. The streams stay where they "
@@ -660,7 +590,22 @@ class StatefulRNG:
             "another seed, as docs/elastic.md shows under 'A checkpoint without RNG state'"
         )
 
-    def _load_automodel_state(self, state: Any) -> None:
+    def _tell(self, rows: Rows, record: Record, outcome: Resume, table: torch.Tensor) -> None:
+        """Warn of what a load does other than restoring, if that is for this row to say."""
+        remarks = outcome.remarks
+        if rows.row != 0:
+            # Row 0 speaks for all, but knows its own generators only. It has these: where others
+            # were saved in kind, whose records have another length, it misses them as well.
+            changed = sorted(s.kind for s in record.streams.values()) != sorted(
+                slot.kind for slot in self._generators.slots.values()
+            )
+            row_0_says_it = changed and has_its_generators(table)
+            remarks = () if row_0_says_it else outcome.of_generators
+        if remarks:
+            row = f", {rows_text(rows.own)}" if rows.row else ""
+            warn(f"RNG state{row}: {'. '.join(remarks)}")
+
+    def _load_automodel_state(self, packed: Mapping[str, bytes]) -> None:
         """Restore the global streams, which are all that NeMo Automodel's state knows."""
         if not self._generators.has_global:
             raise RNGStateError(
@@ -672,11 +617,11 @@ class StatefulRNG:
                 f"the state is one rank's, and this process plays ranks {self.ranks[0]} to "
                 f"{self.ranks[-1]}: load it inside as_rank() of the rank that it belongs to"
             )
-        states = self._generators.unpack(packed_states(state, self.device))
+        states = self._generators.unpack(packed)
         self._watch.warn_if_another_is_current()
         self._restore({self.rank: states})
-        self.loaded, self._is_rewound = Loaded(), False
-        self._loader_rewound = False
+        self._rewinds.note_load()
+        self.loaded = Loaded()
 
     def _seed(self, rank: int) -> None:
         """Start the current rank's streams."""
@@ -690,19 +635,14 @@ class StatefulRNG:
         if self._generators.has_global and self.seed is not None:
             seed_all(self.seed + rank if self.ranked else self.seed)
 
-    def _rewind(self) -> None:
-        assert self._loaded_states is not None
-        self._restore(self._loaded_states)
-        self._is_rewound = True
-
     def _restore(
         self,
         states: Mapping[int, States],
         seeds: Mapping[int, Mapping[str, int]] | None = None,
     ) -> None:
         self._warn_in_a_scope("what is loaded or rewound are")
-        self._loaded_states = self._streams.restore(states, seeds)
-        self._watch.note_seeds(self._loaded_states)
+        self._rewinds.states = self._streams.restore(states, seeds)
+        self._watch.note_seeds(self._rewinds.states)
 
     def _unpacked(self, row: int, packed: Mapping[str, bytes]) -> States:
         try:
@@ -803,8 +743,8 @@ class StatefulRNG:
             )
         if self.ranks != own:
             self._streams.renumber(own[0])
-            if self._loaded_states is not None:
-                self._loaded_states = dict(zip(own, self._loaded_states.values(), strict=True))
+            if self._rewinds.states is not None:
+                self._rewinds.states = dict(zip(own, self._rewinds.states.values(), strict=True))
         return rows
 
 

@@ -33,7 +33,7 @@ def test_importing_the_package_imports_no_torch() -> None:
 # The house: the modules and folders of the package, each on the floor above all that it imports.
 
 PACKAGE = Path(nemo_rng_dcp.__file__).parent
-FLOORS, FLOORS_OF_THE_LIBRARY = 8, 7
+FLOORS, FLOORS_OF_THE_LIBRARY = 8, 6
 
 
 def house() -> dict[str, set[str]]:
@@ -66,6 +66,7 @@ def test_no_import_runs_upward_and_the_floors_are_few() -> None:
     rooms, floors = house(), dict[str, int]()
     for room in TopologicalSorter(rooms).static_order():  # a circle is a CycleError
         floors[room] = 1 + max((floors[below] for below in rooms[room]), default=0)
-    library = {room: floor for room, floor in floors.items() if room not in ("cli", "__main__")}
+    face = ("__init__", "__main__", "cli")  # names of the library for others, and no part of it
+    library = {room: floor for room, floor in floors.items() if room not in face}
     assert max(floors.values()) <= FLOORS, floors
     assert max(library.values()) <= FLOORS_OF_THE_LIBRARY, library
