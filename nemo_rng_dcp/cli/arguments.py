@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from inspect import cleandoc
 
 from nemo_rng_dcp.versions import __version__
@@ -85,10 +86,8 @@ def _explain(command: argparse.ArgumentParser) -> None:
     job.add_argument("--world-size", type=_positive, required=True, help="its number of ranks")
     job.add_argument("--mesh", type=_mesh, help="such as dp=4,tp=2 (left out: one row per rank)")
     job.add_argument("--along", type=_names, help="where its streams differ, such as dp")
-    job.add_argument("--logical-ranks", type=_positive, help="as StatefulRNG has it")
-    job.add_argument(
-        "--ranked", action=argparse.BooleanOptionalAction, help="as StatefulRNG has it"
-    )
+    job.add_argument("--logical-ranks", type=_positive, help="its logical_ranks=")
+    job.add_argument("--ranked", action=argparse.BooleanOptionalAction, help="its ranked=")
     job.add_argument("--generators", type=_names, help="all, such as python,numpy,torch,noise")
     job.add_argument("--shared", type=_names_or_none, help="its shared_generators, '' for none")
 
@@ -127,12 +126,10 @@ def _names(text: str) -> list[str]:
 def _rows(text: str) -> list[range]:
     spans = []
     for part in text.split(","):
-        first, dash, last = part.partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()):
+        match = re.fullmatch(r"(\d{1,18})(?:-(\d{1,18}))?", part)
+        if not match or int(match[2] or match[1]) < int(match[1]):
             raise argparse.ArgumentTypeError(f"{text!r} is no list of rows such as 12,40-44")
-        if int(last or first) < int(first):
-            raise argparse.ArgumentTypeError(f"{part!r} ends before it begins")
-        spans.append(range(int(first), int(last or first) + 1))
+        spans.append(range(int(match[1]), int(match[2] or match[1]) + 1))
     return spans
 
 

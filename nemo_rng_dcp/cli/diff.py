@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from nemo_rng_dcp.cli.heading import job_of, name_of
 from nemo_rng_dcp.cli.reading.opening import open_tables
@@ -24,7 +24,7 @@ class Diff:
         self._names = {"a": options.a, "b": options.b}
         self.comparisons = compare(open_tables(options.a), open_tables(options.b))
         self.failed = any(comparison.differences for comparison in self.comparisons)
-        damaged = sum((comparison.damaged for comparison in self.comparisons), Counter())
+        damaged = {side: sum(found.damaged[side] for found in self.comparisons) for side in "AB"}
         reasons = [f"{plural(damaged[side], 'row')} of {side}" for side in "AB" if damaged[side]]
         why = "missing or damaged, not compared; see inspect"
         self.trouble = f"{' and '.join(reasons)} {why}" if reasons else ""
@@ -37,7 +37,8 @@ class Diff:
         return [line for found in self.comparisons for line in found.lines(rows)]
 
 
-class Difference(NamedTuple):
+@dataclass(frozen=True)
+class Difference:
     """A stream that A and B have in two states.
 
     Attributes:
@@ -70,17 +71,11 @@ class Comparison:
     compared: int = 0
     differences: list[Difference] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
-    damaged: Counter[str] = field(default_factory=Counter)
+    damaged: dict[str, int] = field(default_factory=dict)
 
     def to_json(self, rows: Sequence[range] | None) -> dict[str, Any]:
         """Return what ``--json`` prints; of the differences only those in ``rows``."""
-        return {
-            "key": self.key,
-            "compared": self.compared,
-            "differences": [found._asdict() for found in self._within(rows)],
-            "remarks": self.remarks,
-            "damaged": {side: self.damaged[side] for side in "AB"},
-        }
+        return {**asdict(self), "differences": [asdict(found) for found in self._within(rows)]}
 
     def lines(self, rows: Sequence[range] | None) -> list[str]:
         """Return the text for a person; of the differences only those in ``rows``."""
@@ -107,12 +102,11 @@ class Comparison:
         return [found for found in self.differences if within(found.row, rows)]
 
     def _first(self) -> str:
-        row, generator, a, b, far = self.differences[0]
-        if "-" in (a, b):
-            how = f"only in {'B' if a == '-' else 'A'}"
-        else:
-            how = f"B is {far}" if far else "another stream, or far off"
-        return f"row {row} {generator}: {how}"
+        found = self.differences[0]
+        how = f"B is {found.distance}" if found.distance else "another stream, or far off"
+        if "-" in (found.a, found.b):
+            how = f"only in {'B' if found.a == '-' else 'A'}"
+        return f"row {found.row} {found.generator}: {how}"
 
 
 def compare(a: Sequence[Table], b: Sequence[Table]) -> list[Comparison]:
@@ -134,8 +128,7 @@ def _compare(key: str, a: Table | None, b: Table | None) -> Comparison:
         found.remarks.append(f"only in {'B' if a is None else 'A'}")
     tables = {"A": a, "B": b}
     placed = {side: set(table.placed) if table else set() for side, table in tables.items()}
-    for side, table in tables.items():
-        found.damaged[side] += table.missing if table else 0
+    found.damaged = {side: table.missing if table else 0 for side, table in tables.items()}
     first: Record | None = None
     for row in sorted(placed["A"] | placed["B"]):
         in_a, in_b = (_read(table, row) for table in (a, b))

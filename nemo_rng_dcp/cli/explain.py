@@ -13,7 +13,6 @@ from nemo_rng_dcp.cli.reading.opening import open_tables
 from nemo_rng_dcp.cli.reading.table import Table
 from nemo_rng_dcp.cli.streams import packed_after_seed, refusals
 from nemo_rng_dcp.cli.terminal import MANY, aligned, numbered, paragraph, plural, spans, within
-from nemo_rng_dcp.generators import is_reserved
 from nemo_rng_dcp.record import Record, fingerprint
 from nemo_rng_dcp.resume import Resume, resume
 
@@ -45,14 +44,6 @@ class Explanation:
             why = f"is about one entry, and the checkpoint has {names}: give --entry too"
             raise ValueError(f"{option} {why}")
         self.entries = [Resumed(table, options) for table in tables.values()]
-        saved = dict.fromkeys(name for entry in self.entries for name in entry.generators)
-        known = options.generators or [name for name in saved if "." not in name]
-        for name in options.shared or ():
-            why = f"only {', '.join(known)}. --generators names all that it has"
-            if is_reserved(name):
-                raise ValueError(f"--shared {name}: it is a global generator, and never shared")
-            if known and name not in known:
-                raise ValueError(f"--shared {name}: the job has no such generator, {why}")
         self.failed = any(entry.refusals for entry in self.entries)
         self.trouble = ""
 
@@ -106,7 +97,6 @@ class Resumed:
         remarks: What ``StatefulRNG`` will say, a sentence each.
         needs_planner: Whether ``dcp.load`` needs ``RNGLoadPlanner``.
         refusals: Why a load raises, by saved row.
-        generators: Those that the records have which are loaded, in their order.
     """
 
     def __init__(self, table: Table, options: argparse.Namespace) -> None:
@@ -116,7 +106,6 @@ class Resumed:
         self.key, self.rows_saved, self.rows = table.key, table.count, len(self._job.ranks)
         self.remarks: tuple[str, ...] = ()
         self.refusals: dict[int, str] = {}
-        self.generators = dict.fromkeys(self._record.streams if self._record else ())
         dropped = [row for row in table.placed if row >= self.rows]
         # A new stream's fingerprints take longer than all the rest.
         many = options.rows is None and not options.json and self.rows + len(dropped) > MANY
@@ -155,16 +144,13 @@ class Resumed:
 
     def _plays(self) -> str:
         rows: dict[int, list[int]] = {}
-        for row, ranks in self._job.ranks.items():
+        for row, ranks in enumerate(self._job.ranks):
             for rank in ranks:
                 rows.setdefault(rank, []).append(row)
-        texts = [
-            f"rank {rank} plays {spans(own).replace('-', ' to ')}" for rank, own in rows.items()
-        ]
-        listed = [*texts[:4], *["..."] * (len(texts) > 4)]
-        if all(fate.fate == CONTINUED for fate in self.fates):
-            listed.append("every stream continues")
-        return ", ".join(listed)
+        texts = [f"rank {rank} plays {spans(rows[rank]).replace('-', ' to ')}" for rank in rows]
+        whole = all(fate.fate == CONTINUED for fate in self.fates)
+        endings = ["..."] * (len(texts) > 4) + ["every stream continues"] * whole
+        return ", ".join([*texts[:4], *endings])
 
     def to_json(self, rows: Sequence[range] | None) -> dict[str, Any]:
         """Return what ``--json`` prints; of the fates only those of ``rows``."""

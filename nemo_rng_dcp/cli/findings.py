@@ -8,11 +8,11 @@ from dataclasses import dataclass, field, replace
 from nemo_rng_dcp.cli.heading import job_of
 from nemo_rng_dcp.cli.reading.checkpoint import Checkpoint
 from nemo_rng_dcp.cli.reading.table import Table
-from nemo_rng_dcp.cli.streams import fingerprints, packed_after_seed, refusals
+from nemo_rng_dcp.cli.streams import packed_after_seed, refusals
 from nemo_rng_dcp.generators import is_reserved
 from nemo_rng_dcp.keys import is_name, path_of
 from nemo_rng_dcp.position import POSITION_KEY, Position
-from nemo_rng_dcp.record import KEY, Record
+from nemo_rng_dcp.record import KEY, Record, fingerprint
 
 DAMAGE, LOST, SUSPICIOUS = "damage", "lost", "suspicious"
 SEVERITIES = (DAMAGE, LOST, SUSPICIOUS)
@@ -38,21 +38,6 @@ class Finding:
     rows: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True)
-class Row:
-    """A good row.
-
-    Attributes:
-        record: The record, with empty states.
-        fingerprints: By generator: 12 digits, as of ``StatefulRNG.fingerprint()``.
-        at_seed: The generators that are where the job's seed puts them.
-    """
-
-    record: Record
-    fingerprints: dict[str, str]
-    at_seed: frozenset[str]
-
-
 @dataclass
 class Entry:
     """The good rows of a table and what was found out about it.
@@ -60,48 +45,58 @@ class Entry:
     Attributes:
         key: The key of the entry, "" at the top level of the checkpoint.
         count: Rows, by what the checkpoint says.
-        rows: The good ones, by number.
+        records: The good ones, by row, with empty states.
+        fingerprints: By generator, in their order, and by row: 12 digits, as of
+            ``StatefulRNG.fingerprint()``.
+        at_seed: By generator the rows in which it is where the job's seed puts it.
         findings: What was found.
     """
 
     key: str
     count: int
-    rows: dict[int, Row] = field(default_factory=dict)
+    records: dict[int, Record] = field(default_factory=dict)
+    fingerprints: dict[str, dict[int, str]] = field(default_factory=dict)
+    at_seed: dict[str, list[int]] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
 
-    @property
-    def generators(self) -> list[str]:
-        """The generators that at least one row has, in their order."""
-        return list(dict.fromkeys(name for row in self.rows.values() for name in row.fingerprints))
-
-    def fingerprints(self, name: str) -> dict[int, str]:
-        """Return a generator's fingerprints, by row."""
-        rows = self.rows.items()
-        return {n: row.fingerprints[name] for n, row in rows if name in row.fingerprints}
+    def add(self, row: int, record: Record) -> None:
+        """Take a good row in."""
+        emptied = {name: stream._replace(state=b"") for name, stream in record.streams.items()}
+        self.records[row] = replace(record, streams=emptied)
+        seed = -1 if record.seed is None else record.seed + (record.row if record.ranked else 0)
+        for name, stream in record.streams.items():
+            self.fingerprints.setdefault(name, {})[row] = fingerprint(stream.state)
+            # Not every generator takes other seeds than these.
+            told = is_reserved(name) and 0 <= seed < 2**32
+            if told and stream.state == packed_after_seed(stream.kind, seed):
+                self.at_seed.setdefault(name, []).append(row)
 
 
 def examine(table: Table) -> Entry:
     """Check every row of a table as a load would, and compare the rows with each other."""
     entry = Entry(table.key, table.count)
     damage: dict[tuple[str, str], list[int]] = {}
-    for number in table.placed:
-        record = table.read(number)
+    for row in table.placed:
+        record = table.read(row)
         if isinstance(record, str):
             reasons = {"": record}
-        else:
-            why = "a load refuses it, though its check word fits"
-            reasons = {name: f"{why}: {reason}" for name, reason in refusals(record).items()}
-            if not reasons:
-                entry.rows[number] = _row(record)
-        for name, text in reasons.items():
-            damage.setdefault((name, text), []).append(number)
-    for (name, text), rows in damage.items():
+        elif not (reasons := refusals(record)):
+            entry.add(row, record)
+        for found in reasons.items():
+            damage.setdefault(found, []).append(row)
+    for (name, reason), rows in damage.items():
+        text = f"a load refuses it, though its check word fits: {reason}" if name else reason
         entry.findings.append(Finding(DAMAGE, text, entry.key, name, tuple(rows)))
     if table.missing:
         first = next((n for n, row in enumerate(table.placed) if n != row), len(table.placed))
         text = f"{table.missing} of {table.count} rows are missing, the first is {first}"
         entry.findings.append(Finding(DAMAGE, text, entry.key))
-    entry.findings += [*_disagreements(entry), *_alike(entry), *_at_their_seed(entry)]
+    entry.findings += [*_disagreements(entry), *_alike(entry)]
+    text = "still at its seed: nothing was drawn from it, or it was seeded again"
+    for name in entry.fingerprints:
+        if name in entry.at_seed:
+            at_seed = tuple(entry.at_seed[name])
+            entry.findings.append(Finding(SUSPICIOUS, text, entry.key, name, at_seed))
     return entry
 
 
@@ -123,35 +118,14 @@ def of_loaders(loaders: Mapping[str, Sequence[Position] | str]) -> Iterator[Find
             yield Finding(SUSPICIOUS, text, key)
 
 
-def _row(record: Record) -> Row:
-    # Other seeds than these are not what every generator takes.
-    seed = -1 if record.seed is None else record.seed + (record.row if record.ranked else 0)
-    streams = record.streams.items() if 0 <= seed < 2**32 else ()
-    at_seed = [
-        name
-        for name, stream in streams
-        if is_reserved(name) and stream.state == packed_after_seed(stream.kind, seed)
-    ]
-    emptied = {name: stream._replace(state=b"") for name, stream in record.streams.items()}
-    return Row(replace(record, streams=emptied), fingerprints(record), frozenset(at_seed))
-
-
 def _disagreements(entry: Entry) -> Iterator[Finding]:
     """Find rows that were not written by the job that wrote the first one."""
-    if not entry.rows:
-        return
-    number, first = next(iter(entry.rows.items()))
-    claims = {n: _claims(row.record) for n, row in entry.rows.items()}
-    for (severity, name), expected in claims[number].items():
-        rows = tuple(n for n, found in claims.items() if found[severity, name] != expected)
-        if rows:
-            text = f"another {name} than row {number}'s {expected}"
+    claims = {row: _claims(record) for row, record in entry.records.items()}
+    first = next(iter(claims), 0)
+    for (severity, name), expected in claims.get(first, {}).items():
+        if rows := tuple(row for row, found in claims.items() if found[severity, name] != expected):
+            text = f"another {name} than row {first}'s {expected}"
             yield Finding(severity, text, entry.key, "", rows)
-    names = first.fingerprints
-    rows = tuple(n for n, row in entry.rows.items() if row.fingerprints.keys() != names.keys())
-    if rows:
-        text = f"other generators than row {number}'s {', '.join(names)}"
-        yield Finding(SUSPICIOUS, text, entry.key, "", rows)
 
 
 def _claims(record: Record) -> dict[tuple[str, str], str]:
@@ -159,33 +133,24 @@ def _claims(record: Record) -> dict[tuple[str, str], str]:
     return {
         **{(DAMAGE, name): text for name, text in job_of(record).items()},
         **{(SUSPICIOUS, f"{name} version"): text for name, text in record.versions().items()},
+        (SUSPICIOUS, "set of generators"): ", ".join(sorted(record.streams)),
     }
 
 
 def _alike(entry: Entry) -> Iterator[Finding]:
     """Find rows that hold one stream where each should have its own, and the other way round."""
-    for name in entry.generators:
+    for name, fingerprints in entry.fingerprints.items():
         holders: dict[str, list[int]] = {}
-        for number, digits in entry.fingerprints(name).items():
-            holders.setdefault(digits, []).append(number)
-        first = entry.rows[next(iter(holders.values()))[0]].record
+        for row, digits in fingerprints.items():
+            holders.setdefault(digits, []).append(row)
+        first = entry.records[next(iter(fingerprints))]
         if first.streams[name].shared:
             most = max(holders.values(), key=len)
-            if len(holders) > 1:
-                others = sorted(n for rows in holders.values() if rows is not most for n in rows)
+            if others := sorted(fingerprints.keys() - most):
                 text = f"shared, but these rows have another stream than row {most[0]}"
                 yield Finding(SUSPICIOUS, text, entry.key, name, tuple(others))
-            continue
-        for digits, rows in holders.items():
-            if len(rows) > 1 and (first.ranked or not is_reserved(name)):
-                text = f"these rows have one stream ({digits}), and each should have its own"
-                yield Finding(SUSPICIOUS, text, entry.key, name, tuple(rows))
-
-
-def _at_their_seed(entry: Entry) -> Iterator[Finding]:
-    """Find streams from which nothing was drawn since the job was seeded."""
-    for name in entry.generators:
-        rows = tuple(number for number, row in entry.rows.items() if name in row.at_seed)
-        if rows:
-            text = "still at its seed: nothing was drawn from it, or it was seeded again"
-            yield Finding(SUSPICIOUS, text, entry.key, name, rows)
+        elif first.ranked or not is_reserved(name):
+            for digits, rows in holders.items():
+                if len(rows) > 1:
+                    text = f"these rows have one stream ({digits}), and each should have its own"
+                    yield Finding(SUSPICIOUS, text, entry.key, name, tuple(rows))

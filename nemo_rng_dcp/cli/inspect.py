@@ -9,7 +9,7 @@ from datetime import datetime, timezone
 from typing import Any
 
 from nemo_rng_dcp.cli import findings
-from nemo_rng_dcp.cli.findings import LOST, Entry, Finding, Row
+from nemo_rng_dcp.cli.findings import LOST, Entry, Finding
 from nemo_rng_dcp.cli.heading import name_of, title
 from nemo_rng_dcp.cli.reading.checkpoint import ranks_that_wrote
 from nemo_rng_dcp.cli.reading.foreign import ForeignState, find_foreign
@@ -49,12 +49,12 @@ class Inspection:
         self.findings += findings.of_loaders(loaders)
         writers = ranks_that_wrote(checkpoint.files)
         self.notes = [note for state in self.others for note in state.notes(writers)]
+        text = ""
         if not (self.findings or self.entries or self.others):
             text = "no RNG state in it: a resume restores no stream"
-            self.findings.append(Finding(LOST, text))
         elif not self.entries and any(state.lost(writers) for state in self.others):
             text = "no StatefulRNG's record, and other code's RNG state has lost streams: see notes"
-            self.findings.append(Finding(LOST, text))
+        self.findings += [Finding(LOST, text)] if text else []
         failing = findings.SEVERITIES[: findings.SEVERITIES.index(options.fail_on) + 1]
         self.failed = any(finding.severity in failing for finding in self.findings)
         self.trouble = ""
@@ -64,8 +64,8 @@ class Inspection:
             "checkpoint": self.where,
             "entries": [_entry_json(entry, rows) for entry in self.entries],
             "loaders": [
-                {"key": key, "rows": [position._asdict() for position in positions]}
-                for key, positions in self.loaders.items()
+                {"key": key, "rows": [at._asdict() for at in found]}
+                for key, found in self.loaders.items()
             ],
             "others": [
                 {"prefix": state.prefix, "ranks": sorted(state.ranks), "keys": list(state.contents)}
@@ -86,56 +86,49 @@ class Inspection:
 
 
 def _entry_json(entry: Entry, rows: Sequence[range] | None) -> dict[str, Any]:
-    streams = [_row_json(row) for number, row in entry.rows.items() if within(number, rows)]
-    whole = {"key": entry.key, "rows": entry.count, "generators": entry.generators}
-    return {**whole, "streams": streams}
+    streams = [_row_json(entry, row) for row in entry.records if within(row, rows)]
+    names = list(entry.fingerprints)
+    return {"key": entry.key, "rows": entry.count, "generators": names, "streams": streams}
 
 
-def _row_json(row: Row) -> dict[str, Any]:
-    record = row.record
+def _row_json(entry: Entry, row: int) -> dict[str, Any]:
+    record = entry.records[row]
     return {
         **{name: getattr(record, name) for name in _OF_A_ROW},
         "mesh": None if record.mesh is None else dict(record.mesh),
         "versions": record.versions(),
-        "fingerprints": row.fingerprints,
+        "fingerprints": {name: entry.fingerprints[name][row] for name in record.streams},
         "shared": [name for name, stream in record.streams.items() if stream.shared],
     }
 
 
 def _entry_lines(entry: Entry, rows: Sequence[range] | None) -> list[str]:
     """Return who saved an entry, and a line for each row, all or those in ``rows``."""
-    records = [row.record for row in entry.rows.values()]
+    records = list(entry.records.values())
     lines = title(entry.key, entry.count, records[0] if records else None)
     if records:
         lines.append(f"  taken {_taken(records)}")
-    chosen = [number for number in entry.rows if within(number, rows)]
+    chosen = [row for row in entry.records if within(row, rows)]
     if rows is None and len(chosen) > MANY:
-        for name in entry.generators:
-            good = entry.fingerprints(name).values()
-            lines.append(f"{name:<8} {plural(len(good), 'good row')}, {len(set(good)):,} different")
+        for name, fingerprints in entry.fingerprints.items():
+            different = f"{len(set(fingerprints.values())):,} different"
+            lines.append(f"{name:<8} {plural(len(fingerprints), 'good row')}, {different}")
         lines += ["", "The first and the last rows (--rows 12,40-44 shows others):"]
         chosen = chosen[:3] + chosen[-3:]
-    names, cells = entry.generators, []
-    for number in chosen:
-        fingerprints = entry.rows[number].fingerprints
-        cells.append([str(number), *(fingerprints.get(name, "-") for name in names)])
-    return [*lines, *aligned(["row", *names], cells), ""]
+    streams = entry.fingerprints.values()
+    cells = [[str(row), *(found.get(row, "-") for found in streams)] for row in chosen]
+    return [*lines, *aligned(["row", *entry.fingerprints], cells), ""]
 
 
 def _taken(records: Sequence[Record]) -> str:
     """Return when the streams were taken, on the clocks of the ranks."""
-    first = min(record.taken_at for record in records)
-    last = max(record.taken_at for record in records)
-    spread = f", the last row {(last - first) / 1e9:.1f} s later" if last - first > 10**8 else ""
-    return f"{_time(first)}{spread}"
-
-
-def _time(nanoseconds: int) -> str:
+    moments = [record.taken_at for record in records]
+    first, spread = min(moments), max(moments) - min(moments)
+    later = f", the last row {spread / 1e9:.1f} s later" if spread > 10**8 else ""
     # The head may hold any number; the clock's range is smaller.
-    if not 0 <= nanoseconds < 2**62:
-        return f"{nanoseconds} ns since 1970"
-    moment = datetime.fromtimestamp(nanoseconds // 10**9, timezone.utc)
-    return f"{moment:%Y-%m-%d %H:%M:%S} UTC"
+    if not 0 <= first < 2**62:
+        return f"{first} ns since 1970{later}"
+    return f"{datetime.fromtimestamp(first // 10**9, timezone.utc):%Y-%m-%d %H:%M:%S} UTC{later}"
 
 
 def _loader_lines(key: str, positions: Sequence[Position]) -> list[str]:

@@ -6,10 +6,11 @@ import argparse
 from dataclasses import replace
 from math import prod
 
+import numpy as np
+
 from nemo_rng_dcp.generators import Slot, is_reserved
 from nemo_rng_dcp.record import Mesh, Record, Stream
 from nemo_rng_dcp.resume import Job
-from nemo_rng_dcp.table import row_major
 
 OF_ONE_ENTRY = ("along", "logical_ranks", "ranked", "generators", "shared")
 """Options of ``explain`` that one ``StatefulRNG`` is given."""
@@ -34,24 +35,21 @@ class Resuming:
     def __init__(self, options: argparse.Namespace, saved: Record | None) -> None:
         self._options = options
         self.mesh = _mesh(options, saved.mesh if saved else None)
-        self.ranks: dict[int, list[int]] = {}
-        for rank in range(options.world_size):
-            row, rest = rank, rank
-            if self.mesh is not None:
-                coordinate = {}
-                for name in reversed(list(options.mesh)):
-                    rest, coordinate[name] = divmod(rest, options.mesh[name])
-                along = dict(self.mesh)
-                row = row_major([coordinate[name] for name in along], [*along.values()])
-            self.ranks.setdefault(row, []).append(rank)
-        count = options.logical_ranks or len(self.ranks)
-        each, rest = divmod(count, len(self.ranks))
+        sizes = options.mesh or {"ranks": options.world_size}
+        along = [*sizes] if self.mesh is None else [name for name, _ in self.mesh]
+        order = sorted(sizes, key=lambda name: name not in along)
+        grid = np.arange(options.world_size).reshape([*sizes.values()])
+        grid = grid.transpose([[*sizes].index(name) for name in order])
+        ranks = grid.reshape(prod(sizes[name] for name in along), -1).tolist()
+        count = options.logical_ranks or len(ranks)
+        rows_of_each, rest = divmod(count, len(ranks))
         if rest:
-            raise ValueError(f"--logical-ranks {count} is no multiple of {len(self.ranks)} rows")
-        self.ranks = {row: self.ranks[row // each] for row in range(count)}
+            raise ValueError(f"--logical-ranks {count} is no multiple of {len(ranks)} rows")
+        self.ranks: list[list[int]] = [ranks[row // rows_of_each] for row in range(count)]
         self.logical = options.logical_ranks is not None
         if self.logical and options.ranked is False:
             raise ValueError("--no-ranked: logical ranks have streams of their own")
+        _check_shared(options, saved)
 
     def of_row(self, row: int, record: Record) -> Job:
         """Return the job as one of its rows sees it, which loads ``record``."""
@@ -91,9 +89,19 @@ def _mesh(options: argparse.Namespace, saved: Mesh | None) -> Mesh | None:
             return None
         along = [name for name in mesh if name in dict(saved)]
         along = along if len(along) == len(saved) else list(mesh)
-    if unknown := [name for name in along if name not in mesh]:
-        raise ValueError(f"the mesh has no dimension {unknown[0]!r}, only {', '.join(mesh)}")
-    if along != (names := [name for name in mesh if name in along]):
-        expected = f"torch takes each dimension once and in the mesh's order, {','.join(names)}"
+    names = [name for name in mesh if name in along]
+    if along != names:  # torch refuses it too
+        expected = f"expected dimensions once and in the mesh's order, {','.join(mesh)}"
         raise ValueError(f"--along {','.join(along)}: {expected}")
     return tuple((name, mesh[name]) for name in names)
+
+
+def _check_shared(options: argparse.Namespace, saved: Record | None) -> None:
+    names = options.generators or (saved.streams if saved else options.shared or ())
+    known = [name for name in names if "." not in name]
+    for name in options.shared or ():
+        if is_reserved(name):
+            raise ValueError(f"--shared {name}: it is a global generator, and never shared")
+        if name not in known:
+            why = f"only {', '.join(known)}. --generators names all that it has"
+            raise ValueError(f"--shared {name}: the job has no such generator, {why}")

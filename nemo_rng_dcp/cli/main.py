@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, Protocol, TextIO
 
@@ -74,22 +74,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _report(options: argparse.Namespace) -> Report:
-    # torch takes a second to import: each command imports what it needs, --help nothing.
-    if options.command == "inspect":
-        from nemo_rng_dcp.cli.inspect import Inspection
-
-        return Inspection(options)
-    if options.command == "diff":
-        from nemo_rng_dcp.cli.diff import Diff
-
-        return Diff(options)
-    if options.command == "explain":
-        from nemo_rng_dcp.cli.explain import Explanation
-
-        return Explanation(options)
+    # torch takes a second to import, and --help does not need it.
+    from nemo_rng_dcp.cli.diff import Diff
+    from nemo_rng_dcp.cli.explain import Explanation
     from nemo_rng_dcp.cli.importing.command import Import
+    from nemo_rng_dcp.cli.inspect import Inspection
 
-    return Import(options)
+    reports: dict[str, Callable[[argparse.Namespace], Report]]
+    reports = {"inspect": Inspection, "diff": Diff, "explain": Explanation, "import": Import}
+    return reports[options.command](options)
 
 
 def _write(text: str, stream: TextIO) -> None:

@@ -6,7 +6,8 @@ No global stream moves.
 from __future__ import annotations
 
 import random
-from functools import cache
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,31 +21,32 @@ from nemo_rng_dcp.generators.python_random import PythonAdapter
 from nemo_rng_dcp.generators.torch_random import TorchAdapter
 from nemo_rng_dcp.record import Record, Stream, fingerprint
 
-_BIT_GENERATORS = {"MT19937", "PCG64", "PCG64DXSM", "Philox", "SFC64"}
 _BLOCKS = 2
 """How many regenerations of MT19937 are looked through."""
 
-
-@cache
-def trial_generator(kind: str) -> GeneratorAdapter | None:
-    """Return a generator of a kind; ``None`` for one that this machine may not have."""
-    if kind == "python":
-        return PythonAdapter(random.Random())
-    if kind == "numpy":
-        return of_numpy.NumPyAdapter(np.random.RandomState())
-    if kind == "torch.cpu":
-        return TorchAdapter(torch.Generator())
-    if kind == of_numpy.SeedSequenceAdapter.kind:
-        return of_numpy.SeedSequenceAdapter(np.random.default_rng())
-    library, _, algorithm = kind.partition(".")
-    if library == "numpy" and algorithm in _BIT_GENERATORS:
-        return of_numpy.NumPyGeneratorAdapter(np.random.Generator(getattr(np.random, algorithm)()))
-    return None
+_ADAPTERS: list[GeneratorAdapter] = [
+    PythonAdapter(random.Random()),
+    TorchAdapter(torch.Generator()),
+    of_numpy.NumPyAdapter(np.random.RandomState()),
+    of_numpy.SeedSequenceAdapter(np.random.default_rng()),
+]
+for _name in ("MT19937", "PCG64", "PCG64DXSM", "Philox", "SFC64"):
+    _generator = np.random.Generator(getattr(np.random, _name)())
+    _ADAPTERS.append(of_numpy.NumPyGeneratorAdapter(_generator))
+_TRIALS = {adapter.kind: adapter for adapter in _ADAPTERS}
+"""A generator of each kind that every machine has."""
+_MT19937: dict[str, Callable[[Any], MT19937State]] = {
+    "python": MT19937State.from_python,
+    "numpy": MT19937State.from_numpy,
+    "numpy.MT19937": MT19937State.from_numpy,
+    "torch.cpu": MT19937State.from_torch,
+}
+"""The kinds that run MT19937, and what reads their states."""
 
 
 def packed_after_seed(kind: str, seed: int) -> bytes | None:
     """Return the packed state of a generator that was just seeded, where it can be made here."""
-    generator = trial_generator(kind)
+    generator = _TRIALS.get(kind)
     if generator is None:
         return None
     generator.seed(seed)
@@ -55,7 +57,7 @@ def refusals(record: Record) -> dict[str, str]:
     """Return why a generator of a record's kind would not take its state, by name."""
     reasons = {}
     for name, stream in record.streams.items():
-        generator = trial_generator(stream.kind)
+        generator = _TRIALS.get(stream.kind)
         try:
             if generator is not None:
                 generator.unpack(stream.state)
@@ -74,10 +76,11 @@ def distance(a: Stream, b: Stream) -> str | None:
 
     It is near if both run MT19937 and come from one stream, at most two blocks of 624 words apart.
     """
-    if a.kind != b.kind:
+    if a.kind != b.kind or a.kind not in _MT19937:
         return None
+    read, generator = _MT19937[a.kind], _TRIALS[a.kind]
     try:
-        first, second = _mt19937(a), _mt19937(b)
+        first, second = (read(generator.unpack(stream.state)) for stream in (a, b))
     except ValueError:
         return None
     ahead, behind = _words_between(first, second), _words_between(second, first)
@@ -86,23 +89,6 @@ def distance(a: Stream, b: Stream) -> str | None:
     if ahead is not None:
         return f"{plural(ahead, 'word')} ahead"
     return None if behind is None else f"{plural(behind, 'word')} behind"
-
-
-def _mt19937(stream: Stream) -> MT19937State:
-    """Return a state of MT19937.
-
-    Raises:
-        ValueError: It is malformed, or another algorithm's.
-    """
-    if stream.kind in ("python", "numpy"):
-        return MT19937State.from_bytes(stream.state)
-    if stream.kind == "torch.cpu":
-        state = torch.frombuffer(bytearray(stream.state), dtype=torch.uint8)
-        return MT19937State.from_torch(state)
-    generator = trial_generator(stream.kind)
-    if stream.kind != "numpy.MT19937" or generator is None:
-        raise ValueError(f"{stream.kind} is not MT19937")
-    return MT19937State.from_numpy(generator.unpack(stream.state))
 
 
 def _words_between(a: MT19937State, b: MT19937State) -> int | None:

@@ -185,9 +185,9 @@ MESH = ["--mesh", "dp=2,tp=2"]
     [
         (["--mesh", "dp=3"], "a mesh of 3 has 3 ranks, not 4"),
         (["--along", "dp"], "--along names dimensions of a mesh: give --mesh too"),
-        ([*MESH, "--along", "pp"], "the mesh has no dimension 'pp', only dp, tp"),
+        ([*MESH, "--along", "pp"], "--along pp: expected dimensions once and in"),
         ([*MESH, "--along", "tp,dp"], "once and in the mesh's order, dp,tp"),
-        ([*MESH, "--along", "dp,dp"], "once and in the mesh's order, dp"),
+        ([*MESH, "--along", "dp,dp"], "once and in the mesh's order, dp,tp"),
         (["--shared", "noize"], "no such generator, only python, numpy, torch. --generators names"),
         (["--generators", "python,noise", "--shared", "noize"], "only python, noise."),
         (["--shared", "cuda"], "--shared cuda: it is a global generator, and never shared"),

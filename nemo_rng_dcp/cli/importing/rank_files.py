@@ -145,12 +145,11 @@ def _states(fields: dict[Any, Any], file: Path) -> tuple[dict[str, Any], set[str
     others = set()
     for field, value in fields.items():
         name = generator_of(str(field))
+        # Without an accelerator its list is empty.
+        filled = isinstance(value, (tuple, list, dict)) and len(value) > 0
         if not name and _may_be_state(value):
             others.add(visible(str(field)))
-        # Without an accelerator its list is empty.
-        elif name and (
-            value if isinstance(value, (tuple, list, dict)) else isinstance(value, torch.Tensor)
-        ):
+        elif name and (filled or isinstance(value, torch.Tensor)):
             if name in states:
                 raise RNGStateError(f"{file}: {field} is not its only state of {name}")
             states[name] = value

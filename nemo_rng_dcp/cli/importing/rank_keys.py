@@ -10,7 +10,7 @@ from typing import Any
 from nemo_rng_dcp.cli.importing import weights_only
 from nemo_rng_dcp.cli.importing.rank_states import JobStates, RankStates, generator_of, require_all
 from nemo_rng_dcp.cli.reading.checkpoint import Checkpoint, ranks_that_wrote
-from nemo_rng_dcp.cli.reading.keys import find_keys
+from nemo_rng_dcp.cli.reading.foreign import find_keys
 from nemo_rng_dcp.errors import RNGStateError
 
 _COMPOSER = re.compile(r"rng\.\d+\.(python|numpy|torch|cuda)")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -112,19 +111,22 @@ def to_records(job: JobStates) -> list[Record]:
                 f"{job.where}: rank {rank} has states of {size} bytes and rank 0 of {sizes[0]}: "
                 "they are no ranks of one job"
             )
-    record = partial(
-        Record,
-        rows=len(streams),
-        world_size=len(streams),
-        # As torch's state begins; its generator uses 32 bits of it.
-        seed=int.from_bytes(states[0]["torch"][:4], "little") if "torch" in states[0] else None,
-        ranked=any(state != states[0] for state in states),
-        resizes=0,
-        mesh=None,
-        hash_seed=UNSEEDED,  # that of the job is not known, and not this command's
-    )
+    ranked = any(state != states[0] for state in states)
+    # As torch's state begins; its generator uses 32 bits of it.
+    seed = int.from_bytes(states[0]["torch"][:4], "little") if "torch" in states[0] else None
     return [
-        record(row=rank, taken_at=job.ranks[rank].taken_at, streams=streams[rank])
+        Record(
+            row=rank,
+            rows=len(streams),
+            world_size=len(streams),
+            taken_at=job.ranks[rank].taken_at,
+            seed=seed,
+            ranked=ranked,
+            resizes=0,
+            mesh=None,
+            hash_seed=UNSEEDED,  # that of the job is not known, and not this command's
+            streams=streams[rank],
+        )
         for rank in range(len(streams))
     ]
 

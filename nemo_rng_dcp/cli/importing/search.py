@@ -7,14 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
-from nemo_rng_dcp.cli.importing.rank_files import (
-    COMPOSER,
-    OTHER,
-    Files,
-    find_files,
-    not_read,
-    read_files,
-)
+from nemo_rng_dcp.cli.importing import rank_files
 from nemo_rng_dcp.cli.importing.rank_keys import read_keys
 from nemo_rng_dcp.cli.importing.rank_states import JobStates
 from nemo_rng_dcp.cli.reading.checkpoint import ranks_that_wrote
@@ -23,7 +16,7 @@ from nemo_rng_dcp.cli.reading.foreign import find_foreign
 from nemo_rng_dcp.cli.reading.opening import checkpoint_in, checkpoints_below
 from nemo_rng_dcp.errors import RNGStateError
 
-_Found = TypeVar("_Found", Files, JobStates)
+_Found = TypeVar("_Found", rank_files.Files, JobStates)
 
 
 def read_states(where: Path) -> JobStates:
@@ -37,25 +30,26 @@ def read_states(where: Path) -> JobStates:
         OSError: A file cannot be read.
     """
     if where.is_file():
-        return read_files(Files(COMPOSER, where.parent, {0: where.name}))
+        alone = rank_files.Files(rank_files.COMPOSER, where.parent, {0: where.name})
+        return rank_files.read_files(alone)
     folder = Folder(str(where))
     folders = [folder]
     for name in folder.folders:
         with suppress(OSError):  # a folder of somebody else's
-            folders.append(folder.inner(name))
-    found = [files for inside in folders for files in find_files(inside)]
-    if known := [files for files in found if files.naming is not OTHER]:
-        return read_files(_only_one(where, known))
+            folders.append(Folder(folder.path_of(name)))
+    found = [files for inside in folders for files in rank_files.find_files(inside)]
+    if known := [files for files in found if files.naming is not rank_files.OTHER]:
+        return rank_files.read_files(_only_one(where, known))
     below, error = checkpoints_below(folder)
     checkpoints = [*filter(None, [checkpoint_in(folder)]), *below]
     jobs = [job for checkpoint in checkpoints if (job := read_keys(checkpoint))]
     if jobs:
         return _only_one(where, jobs)
     if found:
-        return read_files(_only_one(where, found))
+        return rank_files.read_files(_only_one(where, found))
     if error is not None:
         raise error
-    notes = [note for inside in folders for note in not_read(inside)]
+    notes = [note for inside in folders for note in rank_files.not_read(inside)]
     notes += [
         note
         for checkpoint in checkpoints

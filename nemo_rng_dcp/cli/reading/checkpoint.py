@@ -38,13 +38,10 @@ class Checkpoint:
         self._folder, self._indexes = folder, indexes
         self.each_rank_reads_its_own = None not in indexes
         self.keys: dict[str, Stored] = {}
-        self.files: set[str] = set()
-        for index in indexes.values():
-            for key, stored in index.keys.items():
-                self.keys.setdefault(key, stored)
-            self.files |= index.files
-        items = sorted(self.keys.items())
-        self.records = [key for key, stored in items if stored.is_record(key)]
+        for index in reversed([*indexes.values()]):  # of several the lowest rank's
+            self.keys.update(index.keys)
+        self.files = {file for index in indexes.values() for file in index.files}
+        self.records = [key for key in sorted(self.keys) if self.keys[key].is_record(key)]
         self._known: set[Chunk] = set()
         self._last: tuple[Chunk, torch.Tensor] | None = None
         self._bytes: Counter[str] = Counter()

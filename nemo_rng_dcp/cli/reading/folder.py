@@ -55,10 +55,6 @@ class Folder:
         except Exception as error:
             raise _as_os_error(self.path_of(name), error) from error
 
-    def inner(self, name: str) -> Folder:
-        """Return a folder that is in ``folders``."""
-        return Folder(self.path_of(name))
-
     def path_of(self, name: str) -> str:
         """Return the path or URL of what is in the folder."""
         return f"{self.where.rstrip('/')}/{name}"

@@ -75,7 +75,7 @@ def checkpoints_below(folder: Folder) -> tuple[list[Checkpoint], RNGStateError |
     found, first_error = [], None
     for name in folder.folders:
         try:
-            if checkpoint := checkpoint_in(folder.inner(name)):
+            if checkpoint := checkpoint_in(Folder(folder.path_of(name))):
                 found.append(checkpoint)
         except RNGStateError as error:
             first_error = first_error or error

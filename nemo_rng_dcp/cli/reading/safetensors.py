@@ -65,13 +65,12 @@ class Safetensors:
 def _head(folder: Folder, name: str, place: str) -> tuple[Any, int]:
     """Return a file's head and how many bytes come before its data."""
     present = folder.sizes[name]
-    if present < _LENGTH_BYTES:
-        raise RNGStateError(f"{place} is truncated: {present} bytes")
-    length = int.from_bytes(folder.read(name, 0, _LENGTH_BYTES), "little")
-    if length > present - _LENGTH_BYTES:
-        raise RNGStateError(f"{place} is truncated: {present} bytes, its head alone has {length}")
+    length = int.from_bytes(folder.read(name, 0, min(_LENGTH_BYTES, present)), "little")
+    data = _LENGTH_BYTES + length
+    if data > present:
+        raise RNGStateError(f"{place} is truncated: {present} bytes, expected {data} or more")
     try:
-        return json.loads(folder.read(name, _LENGTH_BYTES, length)), _LENGTH_BYTES + length
+        return json.loads(folder.read(name, _LENGTH_BYTES, length)), data
     except (ValueError, RecursionError) as error:
         raise RNGStateError(f"{place} is damaged: its head is no JSON ({error})") from error
 
