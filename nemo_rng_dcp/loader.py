@@ -14,7 +14,6 @@ from nemo_rng_dcp.fetcher import Fetcher
 from nemo_rng_dcp.position import (
     POSITION_KEY,
     POSITION_LAYOUT,
-    UNREAD,
     Position,
     figures_of,
     loaded_positions,
@@ -198,7 +197,7 @@ class ResumableLoader:
         positions = self._positions()
         if load_is_asking():
             # If the load finds none, this is what it gives back.
-            positions = [position._replace(saved_at=UNREAD) for position in positions]
+            positions = [position.marked() for position in positions]
         rows = self._rng._rows()
         return {position_key(rows): rows.table([position.to_tensor() for position in positions])}
 
@@ -225,7 +224,8 @@ class ResumableLoader:
             raise RNGStateError(f"{key}: the state is none of a ResumableLoader")
         own = self._positions()
         saved = loaded_positions(state_dict[key], [position.row for position in own])
-        if saved[0].saved_at == UNREAD:
+        unread = [position for position in saved if position.is_unread]  # each is asked
+        if unread:
             self._is_loaded = True
             warn(
                 f"the checkpoint holds no {POSITION_KEY} for a ResumableLoader, which stays behind "

@@ -10,14 +10,12 @@ import torch
 from nemo_rng_dcp.errors import RNGStateError
 from nemo_rng_dcp.record import KEY
 from nemo_rng_dcp.table import Rows, is_record, local, source_row
+from nemo_rng_dcp.unread import is_found_again, mark
 
 POSITION_KEY = "loader_position"
 """The key of the entry in what ``ResumableLoader.state_dict()`` returns."""
 
 POSITION_LAYOUT = 1
-
-UNREAD = 0
-"""Stands for the time in a position that ``dcp.load`` is given to read into."""
 
 UNKNOWN = -1
 """Stands for what a loader does not tell, such as the length of a stream."""
@@ -34,7 +32,8 @@ class Position(NamedTuple):
         length: How many numbers they are.
         row: The row that the loader belongs to.
         rows: Rows of the job.
-        saved_at: When ``state_dict()`` was called, in nanoseconds since 1970.
+        saved_at: When ``state_dict()`` was called, in nanoseconds since 1970; negative in one that
+            ``dcp.load`` is given to read into.
         seed: Of the loader, from which the streams of each pass are made.
         order: What tells the rows apart whose samplers have generators of their own.
         epoch: Completed passes.
@@ -67,6 +66,15 @@ class Position(NamedTuple):
     def to_tensor(self) -> torch.Tensor:
         """Return the numbers as a row of a table."""
         return torch.tensor(self, dtype=torch.int64, device="cpu")
+
+    def marked(self) -> Position:
+        """Return a position from which it can be told later whether a load has read into it."""
+        return self._replace(saved_at=-mark())
+
+    @property
+    def is_unread(self) -> bool:
+        """Whether a load has read nothing into it; once only, as ``was_read`` for a record."""
+        return self.saved_at < 0 and is_found_again(-self.saved_at)
 
     @property
     def is_within_a_pass(self) -> bool:

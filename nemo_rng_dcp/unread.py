@@ -38,13 +38,26 @@ def load_is_asking() -> bool:
     return False
 
 
+def mark() -> int:
+    """Return a moment, in nanoseconds since 1970, that no other mark of this process has."""
+    moment = time.time_ns()
+    while moment in _marks:
+        moment += 1
+    _marks.add(moment)
+    return moment
+
+
+def is_found_again(moment: int) -> bool:
+    """Return whether a moment is that of a mark of this process; no from then on."""
+    if moment not in _marks:
+        return False
+    _marks.remove(moment)
+    return True
+
+
 def marked(record: Record) -> Record:
-    """Return a record with a mark, the moment of which is in no other."""
-    taken_at = time.time_ns()
-    while taken_at in _marks:
-        taken_at += 1
-    _marks.add(taken_at)
-    return replace(record, unread=True, taken_at=taken_at)
+    """Return a record with a mark."""
+    return replace(record, unread=True, taken_at=mark())
 
 
 def was_read(record: Record) -> bool:
@@ -53,7 +66,4 @@ def was_read(record: Record) -> bool:
     A record with a mark that was saved all the same is one of another process, or the caller knows
     already: it is restored as the record that it is.
     """
-    if record.unread and record.taken_at in _marks:
-        _marks.remove(record.taken_at)
-        return False
-    return True
+    return not (record.unread and is_found_again(record.taken_at))

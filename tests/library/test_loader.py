@@ -14,10 +14,12 @@ from torch.utils.data import DataLoader, RandomSampler
 
 from nemo_rng_dcp import (
     ResumableLoader,
+    RNGLoadPlanner,
     RNGStateError,
     RNGStateWarning,
     ScopedRNG,
     StatefulRNG,
+    unread,
 )
 from tests.support import jobs
 from tests.support.loaders import (
@@ -575,3 +577,20 @@ def test_a_generator_that_global_numpy_shares_is_no_generator_of_the_loader() ->
     loader = ResumableLoader(DataLoader(range(4), sampler=sampler), StatefulRNG(1))
     with unmoved():
         assert sorted(loader) == [0, 1, 2, 3]
+
+
+def test_a_state_dict_that_is_kept_from_a_load_without_a_position_holds_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = StatefulRNG(1)
+    dcp.save({"w": torch.ones(1)}, checkpoint_id=tmp_path / "without")
+    loader = ResumableLoader([1, 2, 3, 4], rng)
+    batches = iter(loader)
+    assert [next(batches), next(batches)] == [1, 2]
+    kept = {"w": torch.ones(1), "loader": loader.state_dict()}
+    dcp.load(kept, checkpoint_id=tmp_path / "without", planner=RNGLoadPlanner())
+    dcp.save(kept, checkpoint_id=tmp_path / "kept")
+    monkeypatch.setattr(unread, "_marks", set())  # as in another process
+    resumed = ResumableLoader([1, 2, 3, 4], rng)
+    dcp.load({"loader": resumed}, checkpoint_id=tmp_path / "kept")
+    assert list(resumed) == [3, 4]
