@@ -84,15 +84,18 @@ class RankStreams:
         self._moment = self._moment._replace(rank=rank)
         self._entered = dict.fromkeys(self._entered, rank)
 
-    def take(self) -> dict[int, States]:
+    def take(self, *, is_for_a_load: bool = False) -> dict[int, States]:
         """Return the states of all generators by rank, in their order; moves no stream.
+
+        Args:
+            is_for_a_load: Whether they are about to be replaced, and so may be what no save stores.
 
         Raises:
             RNGStateError: A generator cannot be stored; or one that all ranks share was drawn from
                 outside of :meth:`as_rank` while they had different streams of it.
         """
         with self._steady:
-            here = self._look()
+            here = self._look(is_for_a_load)
             now = {**self._moment.parked, self._moment.rank: here}
             return {rank: now[rank] for rank in self.ranks}
 
@@ -204,7 +207,7 @@ class RankStreams:
         elif self._logical and not inside and moment.outside is None:
             self._moment = _Moment(rank, moment.parked, None, here or generators.take())
 
-    def _look(self) -> States:
+    def _look(self, is_for_a_load: bool = False) -> States:
         """Return the current rank's states, after a look at what moved outside of as_rank()."""
         moment, generators = self._moment, self._generators
         if moment.here is not None:
@@ -216,7 +219,7 @@ class RankStreams:
             for name, slot in generators.slots.items():
                 if name in self.lent and not (in_scope and slot.is_global):
                     now[name] = self.lent[name]
-        if moment.outside is None:
+        if moment.outside is None or is_for_a_load:
             return now
         moved = generators.moved(moment.outside, now)
         shared = {name for name in moved if generators.slots[name].shared}

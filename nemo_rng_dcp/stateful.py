@@ -240,7 +240,7 @@ class StatefulRNG:
         rows = self._rows()
         self._watch.warn_if_another_is_current()
         is_for_a_load = load_is_asking()
-        states = self._streams.take()
+        states = self._streams.take(is_for_a_load=is_for_a_load)
         self._watch.warn_if_reseeded(states, speaks=rows.own.start == len(rows.own))
         packed = {rank: self._generators.pack(of_rank) for rank, of_rank in states.items()}
         packed = self._rewinds.to_save(packed, is_for_a_load)
@@ -386,7 +386,7 @@ class StatefulRNG:
             ValueError: This rank is not in ``process_group``.
         """
         loaded = standalone.load(
-            lambda: self._table(self._rows(), self._packed(), is_for_a_load=True),
+            lambda: self._table(self._rows(), self._packed(is_for_a_load=True), is_for_a_load=True),
             self._generators.slots,
             path,
             storage_reader,
@@ -681,8 +681,8 @@ class StatefulRNG:
                 "draw inside of as_rank(), or resume on as many processes"
             )
 
-    def _packed(self) -> Packed:
-        states = self._streams.take()
+    def _packed(self, *, is_for_a_load: bool = False) -> Packed:
+        states = self._streams.take(is_for_a_load=is_for_a_load)
         return {rank: self._generators.pack(of_rank) for rank, of_rank in states.items()}
 
     def _job(self, row: int, rows: Rows) -> Job:

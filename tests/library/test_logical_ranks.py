@@ -2,11 +2,13 @@
 
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch.distributed.device_mesh import init_device_mesh
 
 from nemo_rng_dcp import RNGState, RNGStateError, ScopedRNG, StatefulRNG, init_all_rng
@@ -255,3 +257,26 @@ def test_a_state_of_automodel_is_loaded_inside_of_its_rank() -> None:
     drawn = by_rank(rng)
     assert drawn[2] == expected
     assert drawn[1] == expected_next(43, 0)
+
+
+def test_a_load_repairs_shared_streams_that_are_apart(tmp_path: Path) -> None:
+    order = torch.Generator().manual_seed(3)
+    rng = StatefulRNG(1, ranked=True, logical_ranks=4, shared_generators={"order": order})
+    rng.save(tmp_path)
+    expected = torch.rand(3, generator=order)
+    dcp.save({"rng": rng}, checkpoint_id=tmp_path / "all", no_dist=True)
+    loads: list[Callable[[], None]] = [
+        lambda: rng.load(tmp_path),
+        lambda: dcp.load({"rng": rng}, checkpoint_id=tmp_path / "all", no_dist=True),
+    ]
+    rng.load(tmp_path)
+    for load in loads:
+        with rng.as_rank(1):
+            torch.rand(1, generator=order)
+        torch.rand(1, generator=order)
+        with pytest.raises(RNGStateError, match="order: all ranks share it"):
+            rng.state_dict()
+        load()
+        rng.state_dict()
+    rng.load(tmp_path)
+    assert torch.equal(torch.rand(3, generator=order), expected)
