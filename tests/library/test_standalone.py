@@ -446,7 +446,7 @@ def test_nor_is_one_that_begins_while_the_record_is_written(tmp_path: Path) -> N
 
 
 def test_the_record_of_other_generators_stays(tmp_path: Path) -> None:
-    rng = StatefulRNG(1)
+    rng = StatefulRNG(1, device="cpu")
     rng.save(tmp_path)
     expected = draw()
     other = StatefulRNG(
@@ -455,7 +455,7 @@ def test_the_record_of_other_generators_stays(tmp_path: Path) -> None:
     text = refused(lambda: other.save(tmp_path), "the record of another StatefulRNG")
     assert "streams of numpy, python, torch" in text
     # The same streams and one more: nothing gets lost.
-    more = StatefulRNG(1, generators={"noise": random.Random(1)})
+    more = StatefulRNG(1, generators={"noise": random.Random(1)}, device="cpu")
     rng.load(tmp_path)
     assert draw() == expected
     more.save(tmp_path)
