@@ -254,10 +254,11 @@ class StatefulRNG:
         """Put every stream of this rank back to where ``state`` has it; all or nothing.
 
         Does not communicate. Under DCP every rank calls it with its own row. What is not put back
-        bit for bit is said in one warning, by the ranks of row 0: other rows or another mesh than
-        were saved, another ``ranked``, generators that only the checkpoint or only the job has or
-        that are shared now or no longer, other versions, another ``PYTHONHASHSEED``. A rank for
-        which nothing was loaded at all says so itself, and its streams stay as they are.
+        bit for bit is said in one warning. Row 0 says what concerns all: other rows or another mesh
+        than were saved, another ``ranked`` or ``seed``, generators that are shared now or no
+        longer, other versions, another ``PYTHONHASHSEED``. Each row says which generators only the
+        checkpoint or only the job has, unless row 0 is known to say the same. A rank for which
+        nothing was loaded at all says so itself, and its streams stay as they are.
 
         Args:
             state: What :meth:`state_dict` gave, with the row alone or with all rows; or an

@@ -130,8 +130,8 @@ class Resumed:
                 reason = f"not found by rank {hidden[0]}: {why}"
             else:
                 outcome = resume(record, self._job.of_row(row, record))
-                if taken := [name for name in refused if name in outcome.states]:
-                    reason = f"not taken by its generator ({taken[0]}: {refused[taken[0]]})"
+                if wanted := [name for name in refused if name in outcome.states]:
+                    reason = f"not taken by its generator ({wanted[0]}: {refused[wanted[0]]})"
             if reason or isinstance(record, str):
                 self.refusals[source] = reason
                 yield Fate(row, ranks, REFUSED, source)
@@ -147,10 +147,10 @@ class Resumed:
         for row, ranks in enumerate(self._job.ranks):
             for rank in ranks:
                 rows.setdefault(rank, []).append(row)
-        texts = [f"rank {rank} plays {spans(rows[rank]).replace('-', ' to ')}" for rank in rows]
+        plays = [f"rank {rank} plays {spans(rows[rank]).replace('-', ' to ')}" for rank in rows]
         whole = all(fate.fate == CONTINUED for fate in self.fates)
-        endings = ["..."] * (len(texts) > 4) + ["every stream continues"] * whole
-        return ", ".join([*texts[:4], *endings])
+        endings = ["..."] * (len(plays) > 4) + ["every stream continues"] * whole
+        return ", ".join([*plays[:4], *endings])
 
     def to_json(self, rows: Sequence[range] | None) -> dict[str, Any]:
         """Return what ``--json`` prints; of the fates only those of ``rows``."""

@@ -123,8 +123,3 @@ def kill_if(pid: int, when: Callable[[], bool]) -> bool:
     reached = when()
     os.kill(pid, signal.SIGKILL if reached else signal.SIGCONT)
     return reached
-
-
-def torchrun(script: Path, processes: int, *arguments: str, timeout: float = 120) -> str:
-    """Run a script to its end; arguments, result and errors as for :class:`Launch`."""
-    return Launch(script, processes, *arguments, timeout=timeout).output()
