@@ -113,7 +113,9 @@ def be_killed_and_leave_a_fork(folder: Path) -> None:
 def test_a_job_ends_before_what_its_ranks_have_started(tmp_path: Path) -> None:
     with pytest.raises(JobError, match="rank 0 ended with SIGKILL"):
         job(1, be_killed_and_leave_a_fork, tmp_path, group=False)
-    os.kill(int((tmp_path / "fork").read_text()), signal.SIGKILL)  # it is still there
+    fork = int((tmp_path / "fork").read_text())
+    assert " S " in Path(f"/proc/{fork}/stat").read_text(), "it still sleeps"
+    os.kill(fork, signal.SIGKILL)
 
 
 def leave_early() -> None:
@@ -184,6 +186,7 @@ def place() -> tuple[str, str]:
 def test_ranks_have_the_folder_and_the_path_of_their_test(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    assert job(1, place, group=False) == [place()]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path, "of-this-test"])
     assert job(1, place, group=False) == [(str(tmp_path), "of-this-test")]
