@@ -20,7 +20,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from scripts.bench import alternatives, calls, checkpoint, command, planning, processes, table
+from scripts.bench import (
+    alternatives,
+    calls,
+    checkpoint,
+    command,
+    elastic,
+    planning,
+    processes,
+    table,
+)
 from scripts.bench.ranks import Size
 
 
@@ -37,6 +46,8 @@ class Settings:
         model_sizes: Those of them to plan for together with a model.
         import_rounds: Fresh processes for each module.
         inspected_rows: Rows of the checkpoint that the command inspects.
+        elastic_ranks: Numbers of processes on which the elastic recipe's reduction is measured.
+        elastic_rounds: Steps of it.
     """
 
     call_rounds: int
@@ -48,6 +59,8 @@ class Settings:
     model_sizes: tuple[int, ...]
     import_rounds: int
     inspected_rows: int
+    elastic_ranks: tuple[int, ...]
+    elastic_rounds: int
 
 
 FULL = Settings(
@@ -63,6 +76,8 @@ FULL = Settings(
     model_sizes=(256, 1024),
     import_rounds=5,
     inspected_rows=4096,
+    elastic_ranks=(2, 4),
+    elastic_rounds=30,
 )
 QUICK = Settings(
     call_rounds=2,
@@ -74,6 +89,8 @@ QUICK = Settings(
     model_sizes=(4,),
     import_rounds=1,
     inspected_rows=4,
+    elastic_ranks=(2,),
+    elastic_rounds=1,
 )
 
 
@@ -104,6 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     imported = processes.measure(settings.import_rounds)
     inspected = command.measure(settings.inspected_rows)
+    trained = elastic.measure(settings.elastic_ranks, settings.elastic_rounds)
     smallest = checkpoint.smallest(saved)
     real = {found.ranks: alternatives.on_real_ranks(found) for found in smallest}
     at_scale = alternatives.by_planning(planned, real[settings.ranks[-1]], settings.ranks[-1])
@@ -111,6 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sections = [
         calls.section(called),
         calls.beside_a_micro_batch(called),
+        *elastic.sections(trained),
         *checkpoint.sections(saved),
         *planning.sections(planned),
         processes.section(imported),
@@ -130,6 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "planning": asdict(planned),
             "imports": imported,
             "inspect": asdict(inspected),
+            "elastic": [asdict(entry) for entry in trained],
             "tables": [asdict(entry) for entry in sections],
             "comparisons": [asdict(entry) for entry in compared],
         }

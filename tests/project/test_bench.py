@@ -78,6 +78,8 @@ def numbers(value: Any) -> list[float]:
         "import, CPU time",
         "CPU time",
         "memory",
+        "a step, CPU time",
+        "clip_grad_norm_, CPU time",
     ],
 )
 def test_every_row_is_printed(results: Results, row: str) -> None:
@@ -105,6 +107,17 @@ def test_the_json_has_every_measurement(results: Results) -> None:
     assert [plan["ranks"] for plan in planned["tensor"]] == [4, 8]
     assert {len(rounds) for rounds in result["imports"].values()} == {1}
     assert result["inspect"]["rows"] == 4
+    (trained,) = result["elastic"]
+    assert min(numbers(trained["seconds"])) > 0
+
+
+def test_bytes_of_the_elastic_recipes_reduction(results: Results) -> None:
+    """On 2 processes with 4 logical ranks each, whose gradients add up to one sum."""
+    _, result, _ = results
+    (trained,) = result["elastic"]
+    size, sent, held = trained["gradients"], trained["sent"], trained["held"]
+    assert sent == {"in order": size / 2, "own": 4 * size / 2, "own, once": size / 2}
+    assert held == {"in order": 2 * size, "own": size / 2, "own, once": size}
 
 
 def test_what_is_left_on_disk(results: Results) -> None:
