@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 
 from nemo_rng_dcp.errors import RNGStateError
 from nemo_rng_dcp.record import KEY
-from nemo_rng_dcp.table import Rows, is_record, local, source_row
+from nemo_rng_dcp.table import Rows, local, source_row
 from nemo_rng_dcp.unread import is_found_again, mark
 
 POSITION_KEY = "loader_position"
@@ -91,11 +91,6 @@ class Position(NamedTuple):
 def position_key(rows: Rows) -> str:
     """Return the key of a loader's table; that of a grid without rank 0 has a name of its own."""
     return POSITION_KEY + rows.key.removeprefix(KEY)
-
-
-def is_positions(key: str, dtype: object, size: Sequence[int]) -> bool:
-    """Return whether what a checkpoint has under a key is a loader's table; see ``is_record``."""
-    return is_record(key, dtype, size, POSITION_KEY)
 
 
 def positions_in(numbers: torch.Tensor) -> list[Position]:

@@ -454,7 +454,6 @@ WORDS, PICKLE = torch.zeros(624, dtype=torch.int64), (3, "a pickle")
         ({"anything": CPU}, "", []),
         ({"app.torch_rng_state": CPU, "app.cuda_rng_state.0": GPU}, "app", []),
         ({"random_rng_state": PICKLE, "np_rng_state": WORDS}, "", []),
-        ({"extra.python": PICKLE, "extra.numpy": PICKLE}, "extra", []),
         ({"trainer.random_state": PICKLE}, "trainer", []),
         ({"sampler.generator_state": CPU}, "sampler", []),
         ({"rng/0": GPU, "rng/1": GPU}, "rng/*", [0, 1]),

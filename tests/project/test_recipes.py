@@ -34,7 +34,13 @@ MODELS = {
 SMALL = {recipe.name: replace(recipe, resumes={}) for recipe in recipes.RECIPES}
 SMALL["train_hsdp_tp"] = Recipe("train_hsdp_tp", Job(2, 2, ("--tp", "2")), {})
 SMALL["train_elastic"] = replace(
-    SMALL["train_elastic"], job=Job(2), resumes={"on 1 process": Job(1), "on 4 processes": Job(4)}
+    SMALL["train_elastic"],
+    job=Job(4, options=(four := ("--logical-ranks", "4", "--layers", "1", "--length", "16"))),
+    resumes={
+        title: job._replace(options=job.options + four)
+        for title, job in recipes.elastic(2, 1, 4).items()
+    },
+    logical_ranks=4,
 )
 SMALL["train_grpo"] = replace(SMALL["train_grpo"], resumes={"on 1 rank": Job(1)})
 
@@ -231,7 +237,7 @@ def test_a_recipe_is_one_file_to_take_home(name: str) -> None:
             imported.add(str(node.module).split(".")[0])
     others = {"numpy", "torch", "tqdm", "nemo_rng_dcp"}
     if name == "train_elastic":
-        others.add("reduction")  # beside it, to take home too
+        others |= {"reduction", "shards"}  # beside it, to take home too
     assert imported - others <= sys.stdlib_module_names
 
 
