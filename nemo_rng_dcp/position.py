@@ -35,11 +35,12 @@ class Position(NamedTuple):
         saved_at: When ``state_dict()`` was called, in nanoseconds since 1970; negative in one that
             ``dcp.load`` is given to read into.
         seed: Of the loader, from which the streams of each pass are made.
-        order: What tells the rows apart whose samplers have generators of their own.
+        order: What the order is made from where samplers have generators of their own.
         epoch: Completed passes.
         begun_again: How often this pass was begun anew.
         batches: Handed out in this pass.
         fetched: ``batches``, and those for which the loader raised instead.
+        indices: A check of what the sampler gave for them.
         loader_length: ``len(loader)``.
         samples: In the dataset.
         batch_size: Samples of a batch.
@@ -58,6 +59,7 @@ class Position(NamedTuple):
     begun_again: int
     batches: int
     fetched: int
+    indices: int
     loader_length: int
     samples: int
     batch_size: int
@@ -75,6 +77,11 @@ class Position(NamedTuple):
     def is_unread(self) -> bool:
         """Whether a load has read nothing into it; once only, as ``was_read`` for a record."""
         return self.saved_at < 0 and is_found_again(-self.saved_at)
+
+    @property
+    def place(self) -> tuple[int, ...]:
+        """Where in the training the loader is."""
+        return self.epoch, self.begun_again, self.batches, self.fetched
 
     @property
     def is_within_a_pass(self) -> bool:
