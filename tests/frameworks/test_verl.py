@@ -18,7 +18,6 @@ from tests.frameworks.training import (
     Run,
     Verdict,
     assert_import_continues,
-    judge,
     run_page,
 )
 from tests.support.jobs import job
@@ -95,19 +94,16 @@ def train(plan: Plan, contents: list[str] | None = None) -> Run:
     return run
 
 
-def with_another_model(plan: Plan) -> Run:
+def with_other_weights(plan: Plan) -> Run:
     """On another number of ranks start from other weights: verl has no files for it."""
-    return train(plan, [] if dist.get_world_size() != RANKS else None)
+    elsewhere = plan.ours and dist.get_world_size() != RANKS
+    return train(plan, [] if elsewhere else None)
 
 
-def test_checkpoint_handler(assert_adopted: Callable[..., Verdict], tmp_path: Path) -> None:
-    own = judge(train, tmp_path / "by itself", ours=False)
-    assert (own.same, own.fewer, own.more) == (
-        "ranks 0, 1 differ (torch)",
-        "FileNotFoundError",
-        "FileNotFoundError",
-    )
-    assert_adopted("verl, weights from elsewhere on 1 and 3", with_another_model)
+def test_checkpoint_handler(assert_adopted: Callable[..., Verdict]) -> None:
+    own = assert_adopted("verl", with_other_weights)
+    missing = "FileNotFoundError"
+    assert (own.same, own.fewer, own.more) == ("ranks 0, 1 differ (torch)", missing, missing)
 
 
 def save_by_itself(path: str) -> list[float]:
