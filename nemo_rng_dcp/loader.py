@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
 import types
+import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -14,6 +16,7 @@ from nemo_rng_dcp.fetcher import Fetcher
 from nemo_rng_dcp.position import (
     POSITION_KEY,
     POSITION_LAYOUT,
+    UNKNOWN,
     Position,
     figures_of,
     loaded_positions,
@@ -51,13 +54,14 @@ class ResumableLoader:
             loader for each rank that this process plays, ``{r: DataLoader(...) for r in
             rng.ranks}``: a batch is ``{r: batch}`` then, of which each is used inside
             ``rng.as_rank(r)``. The pass ends where the first of them ends.
-        rng: The job's. The loader's streams are made from its ``seed``; without one, as from 0.
+        rng: The job's. The loader's streams are made from its ``seed``; without one, from the seed
+            that torch's global generator has.
         batches_per_epoch: A pass ends after as many batches, at least 1; ``None``: where the loader
             ends.
 
     Raises:
-        TypeError: ``loader`` can be gone through once only, or is no iterable; ``rng`` is no
-            StatefulRNG; ``batches_per_epoch`` is no integer.
+        TypeError: ``loader`` can be gone through once only, is no iterable, or is a ResumableLoader
+            itself; ``rng`` is no StatefulRNG; ``batches_per_epoch`` is no integer.
         ValueError: The loader has ``persistent_workers=True``, or several workers and
             ``in_order=False``; ``batches_per_epoch`` is less than 1; or the loaders are not those
             of the ranks that this process plays.
@@ -78,6 +82,13 @@ class ResumableLoader:
         >>> list(loader) == expected
         True
     """
+
+    # What is set on it by mistake, such as another sampler, would not reach the loader.
+    __slots__ = (
+        *("loader", "_rng", "_by_rank", "_loaders", "_fetchers", "_limit", "_seeds", "_orders"),
+        *("_epoch", "_begun_again", "_batches", "_fetched", "_loads", "_asked_at", "_is_loaded"),
+        *("_iterator", "_said_left", "_thread", "__weakref__"),
+    )
 
     def __init__(
         self, loader: Any, rng: StatefulRNG, *, batches_per_epoch: int | None = None
@@ -107,15 +118,21 @@ class ResumableLoader:
         self._fetchers = [
             Fetcher(one, rng._generators, rng._streams, rng.ranked) for one in self._loaders
         ]
-        self._orders = [fetcher.order for fetcher in self._fetchers]
         rng._rewinds.loaders += 1
-        self._seed = derive_seed(rng.seed or 0, "loader", rng._rewinds.loaders, bits=63)
+        seed = torch.initial_seed() if rng.seed is None else rng.seed
+        # For each row: what its streams are made from, and its order where a sampler has generators
+        # of its own.
+        self._seeds = [self._derived(seed) for _ in self._loaders]
+        self._orders = [self._derived(fetcher.order) for fetcher in self._fetchers]
         self._epoch = self._begun_again = self._batches = self._fetched = 0
-        self._loads = 0
+        # Loads so far, and how many there were when an iterator was last asked for.
+        self._loads = self._asked_at = 0
         # Loaded, and no pass was begun since.
         self._is_loaded = False
-        self._current: _Pass | None = None
+        # Weak, since one that nobody holds any more is over.
+        self._iterator: weakref.ref[_Pass] | None = None
         self._said_left = False
+        self._thread = threading.current_thread()
 
     @property
     def epoch(self) -> int:
@@ -146,7 +163,7 @@ class ResumableLoader:
             epoch, loads = self._epoch, self._loads
             yield epoch
             if (self._epoch, self._loads) == (epoch, loads):
-                if self._fetched:
+                if self._fetched and not self._is_complete():
                     self._say_left("the next epoch begins")
                 self.set_epoch(epoch + 1)
 
@@ -166,13 +183,19 @@ class ResumableLoader:
         if not is_integer(epoch) or epoch < 0:
             raise ValueError(f"epoch is {epoch!r}, expected an integer of at least 0")
         if epoch != self._epoch:
-            if self._current is not None:
-                self._current.leave()
+            current = self._current()
+            if current is not None:
+                current.leave()
             self._move(int(epoch))
 
     def __iter__(self) -> _Pass:
-        self._current = _Pass(self)
-        return self._current
+        # A loop may end by its own count, or by the end of another loader. After a load behind the
+        # last batch the first iterator gives nothing: the loop over epochs is there, too.
+        self._end_if_complete()
+        self._asked_at = self._loads
+        iterator = _Pass(self)
+        self._iterator = weakref.ref(iterator)
+        return iterator
 
     def __len__(self) -> int:
         length = min(map(len, self._loaders))
@@ -194,6 +217,8 @@ class ResumableLoader:
         Raises:
             RuntimeError: As for ``StatefulRNG.state_dict()``.
         """
+        if self._current() is None:
+            self._end_if_complete()
         positions = self._positions()
         if load_is_asking():
             # If the load finds none, this is what it gives back.
@@ -235,16 +260,28 @@ class ResumableLoader:
             return
         self._check_that_it_goes_on(saved, own)
         at = saved[0]
-        self._seed = at.seed
+        self._seeds = [position.seed for position in saved]
         for number, (then, now) in enumerate(zip(saved, own, strict=True)):
             if then.row == now.row:
                 self._orders[number] = then.order  # a new row has an order of its own
         self._loads += 1
         self._is_loaded = True
         self._move(at.epoch, at.batches, at.fetched, at.begun_again)
+        for fetcher, position in zip(self._fetchers, saved, strict=True):
+            fetcher.checks = {position.fetched: position.indices}
 
     def _check_that_it_goes_on(self, saved: list[Position], own: list[Position]) -> None:
         at = saved[0]
+        for other in saved:
+            if other.place != at.place:
+                raise RNGStateError(
+                    f"row {at.row} was saved behind batch {at.fetched} of epoch {at.epoch}, and "
+                    f"row {other.row} behind batch {other.fetched} of epoch {other.epoch}: this "
+                    "process plays both, and goes on at one place. Loaders of all rows need one "
+                    "length: give batches_per_epoch=. Resume on as many processes as it was saved "
+                    "on, or load without the loader and call set_epoch(), which begins an epoch "
+                    "anew."
+                )
         if not at.is_within_a_pass:
             return
         for then, now in zip(saved, own, strict=True):
@@ -273,16 +310,37 @@ class ResumableLoader:
                 row=row,
                 rows=rows.count,
                 saved_at=now,
-                seed=self._seed,
+                seed=seed,
                 order=order,
                 epoch=self._epoch,
                 begun_again=self._begun_again,
                 batches=self._batches,
                 fetched=self._fetched,
+                indices=fetcher.checks.get(self._fetched, UNKNOWN),
                 **figures_of(loader),
             )
-            for row, order, loader in zip(rows.own, self._orders, self._loaders, strict=True)
+            for row, seed, order, fetcher, loader in zip(
+                rows.own, self._seeds, self._orders, self._fetchers, self._loaders, strict=True
+            )
         ]
+
+    def _current(self) -> _Pass | None:
+        return None if self._iterator is None else self._iterator()
+
+    def _end_if_complete(self) -> None:
+        if self._asked_at == self._loads and self._is_complete():
+            self._move(self._epoch + 1)
+
+    def _derived(self, seed: int) -> int:
+        return derive_seed(seed, "loader", self._rng._rewinds.loaders, bits=63)
+
+    def _is_complete(self) -> bool:
+        """Whether all batches of this pass were fetched, if the loader tells how many."""
+        try:
+            length = min(map(len, self._loaders))
+        except TypeError:
+            return self._batches == self._limit
+        return self._batches == self._limit or 0 < length <= self._fetched
 
     def _move(self, epoch: int, batches: int = 0, fetched: int = 0, begun_again: int = 0) -> None:
         self._epoch, self._batches, self._fetched = epoch, batches, fetched
@@ -294,22 +352,39 @@ class ResumableLoader:
             fetcher.end()
             fetcher.set_epoch(epoch)
 
-    def _begin(self) -> None:
-        """Begin the pass that an iterator is about to go through, or go on in the middle of it."""
+    def _begin(self, again: bool) -> None:
+        """Begin the pass that an iterator is about to go through, or go on in the middle of it.
+
+        Args:
+            again: Whether this iterator has begun it before, and was interrupted.
+        """
         goes_on = self._is_loaded and self._fetched > 0
-        if self._fetched and not goes_on:
+        if self._fetched and not goes_on and not again:
             self._say_left(f"epoch {self._epoch} begins anew, in another order")
             self._begun_again += 1
             self._batches = self._fetched = 0
+        if goes_on and self._rng._rewinds.states is None:
+            warn(
+                "the loader goes on in the middle of an epoch, and nothing was loaded into its "
+                "StatefulRNG: the model's streams are not those of the run that was saved. Load "
+                "both from one checkpoint."
+            )
+        if threading.current_thread() is not self._thread:
+            self._thread = threading.current_thread()
+            warn(
+                f"batches are fetched in another thread, {self._thread.name}: what the model draws "
+                "during a fetch is undone, and drawn again. Fetch them in the thread that trains, "
+                "and let workers make them in advance (num_workers=)."
+            )
         for fetcher, position in zip(self._fetchers, self._positions(), strict=True):
             fetcher.begin(position)
         if goes_on:
             self._rng._rewinds.rewind_for_loaders()
-        self._is_loaded = False
+        self._is_loaded, self._asked_at = False, self._loads
         self._rng._rewinds.waiting.discard(self)
 
     def _next(self) -> Any:
-        if self._batches == self._limit:
+        if self._limit is not None and self._batches >= self._limit:
             raise StopIteration
         number, batches, error = self._fetched + 1, [], None
         for fetcher in self._fetchers:
@@ -344,6 +419,7 @@ class _Pass:
     def __init__(self, loader: ResumableLoader) -> None:
         self._loader = loader
         self._loads: int | None = None
+        self._is_lost = False
         self._is_over = False
 
     def __iter__(self) -> _Pass:
@@ -356,19 +432,24 @@ class _Pass:
         loader = self._loader
         if self._is_over:
             raise StopIteration
-        if loader._current is not self:
+        if loader._current() is not self:
             raise RuntimeError(
                 "a newer iterator of this ResumableLoader exists, and it has one position: go "
                 "through it with one loop at a time, or wrap a second loader"
             )
-        if self._loads != loader._loads:
-            loader._begin()
-            self._loads = loader._loads
+        if self._loads != loader._loads or self._is_lost:
+            loader._begin(again=self._is_lost)
+            self._loads, self._is_lost = loader._loads, False
         try:
             return loader._next()
         except StopIteration:
             self._is_over = True
             loader._move(loader._epoch + 1)
+            raise
+        except Exception:
+            raise
+        except BaseException:
+            self._is_lost = True  # nobody knows how far the loader's iterator has got
             raise
 
     def leave(self) -> None:
@@ -379,6 +460,8 @@ class _Pass:
 def _check(loader: Any) -> None:
     """Raise unless a loader can be gone through again, with the same batches."""
     kind = type(loader).__name__
+    if isinstance(loader, ResumableLoader):
+        raise TypeError("loader is a ResumableLoader: wrap each loader once")
     if isinstance(loader, types.FunctionType) or not hasattr(type(loader), "__iter__"):
         raise TypeError(
             f"loader is a {kind}, expected an iterable such as a DataLoader. Give a generator "

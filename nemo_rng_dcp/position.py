@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 
 from nemo_rng_dcp.errors import RNGStateError
 from nemo_rng_dcp.record import KEY
-from nemo_rng_dcp.table import Rows, is_record, local, source_row
+from nemo_rng_dcp.table import Rows, local, source_row
 from nemo_rng_dcp.unread import is_found_again, mark
 
 POSITION_KEY = "loader_position"
@@ -35,11 +35,12 @@ class Position(NamedTuple):
         saved_at: When ``state_dict()`` was called, in nanoseconds since 1970; negative in one that
             ``dcp.load`` is given to read into.
         seed: Of the loader, from which the streams of each pass are made.
-        order: What tells the rows apart whose samplers have generators of their own.
+        order: What the order is made from where samplers have generators of their own.
         epoch: Completed passes.
         begun_again: How often this pass was begun anew.
         batches: Handed out in this pass.
         fetched: ``batches``, and those for which the loader raised instead.
+        indices: A check of what the sampler gave for them.
         loader_length: ``len(loader)``.
         samples: In the dataset.
         batch_size: Samples of a batch.
@@ -58,6 +59,7 @@ class Position(NamedTuple):
     begun_again: int
     batches: int
     fetched: int
+    indices: int
     loader_length: int
     samples: int
     batch_size: int
@@ -77,6 +79,11 @@ class Position(NamedTuple):
         return self.saved_at < 0 and is_found_again(-self.saved_at)
 
     @property
+    def place(self) -> tuple[int, ...]:
+        """Where in the training the loader is."""
+        return self.epoch, self.begun_again, self.batches, self.fetched
+
+    @property
     def is_within_a_pass(self) -> bool:
         return self.fetched > 0
 
@@ -84,11 +91,6 @@ class Position(NamedTuple):
 def position_key(rows: Rows) -> str:
     """Return the key of a loader's table; that of a grid without rank 0 has a name of its own."""
     return POSITION_KEY + rows.key.removeprefix(KEY)
-
-
-def is_positions(key: str, dtype: object, size: Sequence[int]) -> bool:
-    """Return whether what a checkpoint has under a key is a loader's table; see ``is_record``."""
-    return is_record(key, dtype, size, POSITION_KEY)
 
 
 def positions_in(numbers: torch.Tensor) -> list[Position]:

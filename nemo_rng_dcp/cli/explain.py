@@ -107,40 +107,43 @@ class Resumed:
         self.remarks: tuple[str, ...] = ()
         self.refusals: dict[int, str] = {}
         dropped = [row for row in table.placed if row >= self.rows]
+        self._many = self.rows + len(dropped) > MANY and options.rows is None and not options.json
         # A new stream's fingerprints take longer than all the rest.
-        many = options.rows is None and not options.json and self.rows + len(dropped) > MANY
-        self._listed = () if many else options.rows
+        listed = () if self._many else options.rows
         sources = range(min(self.rows, table.count))
-        self.fates = [fate for source in sources for fate in self._fates(table, source)]
+        self.fates = [fate for source in sources for fate in self._fates(table, source, listed)]
         self.fates.sort(key=lambda fate: fate.row)
         self.fates += [Fate(row, (), DROPPED, row) for row in dropped]
         length = self._job.length(self._record) if self._record else table.length
         self.needs_planner = (self.rows, length) != (self.rows_saved, table.length)
 
-    def _fates(self, table: Table, source: int) -> Iterator[Fate]:
+    def _fates(self, table: Table, source: int, listed: Sequence[range] | None) -> Iterator[Fate]:
         """Return what becomes of the rows that are made from a saved one."""
         record = table.read(source)
-        refused = {} if isinstance(record, str) else refusals(record)
+        reason = record if isinstance(record, str) else self._refusal(record)
+        outcomes: dict[bool, Resume] = {}
         for row in range(source, self.rows, self.rows_saved):
-            ranks, reason = tuple(self._job.ranks[row]), ""
-            if isinstance(record, str):
-                reason = record
-            elif hidden := table.hidden_from(source, ranks):
+            ranks, is_listed = tuple(self._job.ranks[row]), within(row, listed)
+            hidden = table.hidden_from(source, ranks)
+            if reason or hidden or isinstance(record, str):
                 why = "it was saved with use_collectives=False, for the rank of its number alone"
-                reason = f"not found by rank {hidden[0]}: {why}"
-            else:
-                outcome = resume(record, self._job.of_row(row, record))
-                if wanted := [name for name in refused if name in outcome.states]:
-                    reason = f"not taken by its generator ({wanted[0]}: {refused[wanted[0]]})"
-            if reason or isinstance(record, str):
-                self.refusals[source] = reason
+                self.refusals[source] = reason or f"not found by rank {hidden[0]}: {why}"
                 yield Fate(row, ranks, REFUSED, source)
                 continue
+            is_new = row != source
+            if is_listed or is_new not in outcomes:  # new rows differ in their seeds alone
+                outcomes[is_new] = resume(record, self._job.of_row(row, record))
+            outcome = outcomes[is_new]
             self.remarks = self.remarks or outcome.remarks
-            fate = CONTINUED if source == row else FORKED if outcome.seeds else COPIED
-            listed = within(row, self._listed)
-            fingerprints = _fingerprints(record, outcome) if listed else {}
+            fate = CONTINUED if not is_new else FORKED if outcome.seeds else COPIED
+            fingerprints = _fingerprints(record, outcome) if is_listed else {}
             yield Fate(row, ranks, fate, source, tuple(outcome.seeds), fingerprints)
+
+    def _refusal(self, record: Record) -> str:
+        """Return why a generator of the job would not take its state, though the record is good."""
+        names = self._job.of_row(0, record).slots
+        reasons = [f"{name}: {why}" for name, why in refusals(record).items() if name in names]
+        return f"not taken by its generator ({reasons[0]})" if reasons else ""
 
     def _plays(self) -> str:
         rows: dict[int, list[int]] = {}
@@ -168,7 +171,7 @@ class Resumed:
         if self._job.logical:
             lines += paragraph(self._plays())
         fates = [fate for fate in self.fates if within(fate.row, rows)]
-        if rows is None and len(fates) > MANY:
+        if self._many:
             lines += _summary(fates, self.rows_saved)
         else:
             names = list(dict.fromkeys(name for fate in fates for name in fate.fingerprints))

@@ -48,11 +48,12 @@ class Inspection:
         self.findings += findings.misfits(checkpoint)
         self.findings += findings.of_loaders(loaders)
         writers = ranks_that_wrote(checkpoint.files)
-        self.notes = [note for state in self.others for note in state.notes(writers)]
+        verdicts = [state.verdict(writers) for state in self.others]
+        self.notes = [note for notes, _ in verdicts for note in notes]
         text = ""
         if not (self.findings or self.entries or self.others):
             text = "no RNG state in it: a resume restores no stream"
-        elif not self.entries and any(state.lost(writers) for state in self.others):
+        elif not self.entries and any(lost for _, lost in verdicts):
             text = "no StatefulRNG's record, and other code's RNG state has lost streams: see notes"
         self.findings += [Finding(LOST, text)] if text else []
         failing = findings.SEVERITIES[: findings.SEVERITIES.index(options.fail_on) + 1]
@@ -125,9 +126,6 @@ def _taken(records: Sequence[Record]) -> str:
     moments = [record.taken_at for record in records]
     first, spread = min(moments), max(moments) - min(moments)
     later = f", the last row {spread / 1e9:.1f} s later" if spread > 10**8 else ""
-    # The head may hold any number; the clock's range is smaller.
-    if not 0 <= first < 2**62:
-        return f"{first} ns since 1970{later}"
     return f"{datetime.fromtimestamp(first // 10**9, timezone.utc):%Y-%m-%d %H:%M:%S} UTC{later}"
 
 

@@ -98,10 +98,7 @@ def _mesh(options: argparse.Namespace, saved: Mesh | None) -> Mesh | None:
 
 def _check_shared(options: argparse.Namespace, saved: Record | None) -> None:
     names = options.generators or (saved.streams if saved else options.shared or ())
-    known = [name for name in names if "." not in name]
-    for name in options.shared or ():
-        if is_reserved(name):
-            raise ValueError(f"--shared {name}: it is a global generator, and never shared")
-        if name not in known:
-            why = f"only {', '.join(known)}. --generators names all that it has"
-            raise ValueError(f"--shared {name}: the job has no such generator, {why}")
+    own = [name for name in names if "." not in name and not is_reserved(name)]
+    if unknown := [name for name in options.shared or () if name not in own]:
+        why = f"registers {', '.join(own) or 'none'}. --generators names all that it has"
+        raise ValueError(f"--shared {unknown[0]}: no such generator: the job {why}")

@@ -85,7 +85,7 @@ def distance(a: Stream, b: Stream) -> str | None:
         return None
     ahead, behind = _words_between(first, second), _words_between(second, first)
     if ahead == behind == 0:
-        return "at the same word, with another cached normal"
+        return "another cached normal"
     if ahead is not None:
         return f"{plural(ahead, 'word')} ahead"
     return None if behind is None else f"{plural(behind, 'word')} behind"

@@ -188,9 +188,9 @@ MESH = ["--mesh", "dp=2,tp=2"]
         ([*MESH, "--along", "pp"], "--along pp: expected dimensions once and in"),
         ([*MESH, "--along", "tp,dp"], "once and in the mesh's order, dp,tp"),
         ([*MESH, "--along", "dp,dp"], "once and in the mesh's order, dp,tp"),
-        (["--shared", "noize"], "no such generator, only python, numpy, torch. --generators names"),
-        (["--generators", "python,noise", "--shared", "noize"], "only python, noise."),
-        (["--shared", "cuda"], "--shared cuda: it is a global generator, and never shared"),
+        (["--shared", "noize"], "noize: no such generator: the job registers none. --generators"),
+        (["--generators", "python,noise", "--shared", "noize"], "the job registers noise."),
+        (["--shared", "cuda"], "--shared cuda: no such generator"),
     ],
 )
 def test_a_job_that_cannot_exist_is_refused(

@@ -5,8 +5,6 @@ import json
 import re
 import runpy
 import shlex
-import subprocess
-import sys
 import warnings
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -26,6 +24,7 @@ from nemo_rng_dcp.record import fingerprint
 from tests.fixtures import LAYOUT_1
 from tests.project.test_package import house
 from tests.support.jobs import job
+from tests.support.launch import torchrun_with
 from tests.support.scripts import agent, execute, run_script
 from tests.support.streams import warned
 
@@ -107,19 +106,7 @@ def test_the_first_example_runs_with_its_command(tmp_path: Path) -> None:
     text = snippets(ROOT / "README.md")[0]
     _, *options, name = torchrun_of(text)
     (tmp_path / name).write_text(text)
-    with subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", *options, name],
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    ) as process:
-        try:
-            output, _ = process.communicate(timeout=120)
-        except subprocess.TimeoutExpired:
-            process.terminate()  # torchrun then ends its ranks
-            raise
-    assert process.returncode == 0, output
+    torchrun_with(options, tmp_path / name)
 
 
 def test_examples_that_need_ranks_say_how_they_are_run() -> None:

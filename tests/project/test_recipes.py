@@ -21,7 +21,7 @@ from scripts.demo import recipes, runs
 from scripts.demo.recipes import Job, Recipe
 from scripts.recipes import train_ddp, train_fsdp2, train_grpo, train_hsdp_tp
 from tests.support.jobs import job
-from tests.support.recipes import train_forked
+from tests.support.recipes import train_forked, train_under_torchrun
 from tests.support.scripts import agent, execute
 
 FOLDER = Path(train_fsdp2.__file__).parent
@@ -64,8 +64,8 @@ def test_a_killed_job_continues(
 ) -> None:
     if torch.cuda.device_count() < recipe.job.ranks:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # a recipe takes a GPU for each rank
-    if recipe.name != UNDER_TORCHRUN:
-        monkeypatch.setattr(recipes, "train", train_forked)
+    train = train_under_torchrun if recipe.name == UNDER_TORCHRUN else train_forked
+    monkeypatch.setattr(recipes, "train", train)
     findings = list(recipes.compare(recipe, tmp_path))
     assert {finding.compared: finding.found for finding in findings} == {
         finding.compared: finding.expected for finding in findings

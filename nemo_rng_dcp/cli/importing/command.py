@@ -12,11 +12,11 @@ from typing import Any
 import torch
 
 from nemo_rng_dcp import standalone
-from nemo_rng_dcp.cli.importing.rank_states import to_records, unsure_devices
+from nemo_rng_dcp.cli.importing.rank_states import to_records
 from nemo_rng_dcp.cli.importing.search import read_states
 from nemo_rng_dcp.cli.reading.folder import storage_of
 from nemo_rng_dcp.cli.streams import fingerprints
-from nemo_rng_dcp.cli.terminal import aligned, numbered, paragraph, plural, visible, within
+from nemo_rng_dcp.cli.terminal import aligned, paragraph, plural, visible, within
 from nemo_rng_dcp.errors import RNGStateError
 from nemo_rng_dcp.record import KEY, Record
 
@@ -38,11 +38,6 @@ class Import:
         self._job, self._out = read_states(Path(folder)), out
         self._records = to_records(self._job)
         self._notes = [f"not read: {', '.join(self._job.unread)}"] if self._job.unread else []
-        if unsure := unsure_devices(self._job):
-            self._notes.append(
-                f"cuda: {numbered('rank', unsure)}: the states of several devices do not tell "
-                "which was the rank's: taken is the one at the rank modulo their number"
-            )
         save_records(self._records, out)
 
     def to_json(self, rows: Sequence[range] | None) -> dict[str, Any]:

@@ -29,13 +29,13 @@ class Naming(NamedTuple):
         name: The files' names; the group ``rank`` is the rank, ``ranks`` how many there are.
         within: The field whose value has the states, "" if the file itself has them. It may be a
             list, with an item for each rank.
-        global_ranks: Whether the rank is the global one.
+        refused: Why such a file is not read.
     """
 
     framework: str
     name: str
     within: str = ""
-    global_ranks: bool = True
+    refused: str = ""
 
 
 _RANK, _RANKS = r"(?P<rank>\d{1,9})", r"(?P<ranks>\d{1,9})"
@@ -43,7 +43,7 @@ COMPOSER = Naming("Composer", rf"ep\d+-ba\d+-rank{_RANK}\.pt", within="rng")
 OTHER = Naming("files by rank", rf"[\w.-]*(?:rng|random)[\w.-]*?{_RANK}\.(?:pt|pth|pkl|bin)")
 NAMINGS = (
     Naming("NeMo Automodel", rf"rng_global_rank_{_RANK}\.pt"),
-    Naming("NeMo Automodel, by dp rank", rf"rng_dp_rank_{_RANK}\.pt", global_ranks=False),
+    Naming("NeMo Automodel, by dp rank", rf"rng_dp_rank_{_RANK}\.pt"),
     Naming("Accelerate", rf"random_states_{_RANK}\.pkl"),
     Naming("Transformers", rf"rng_state_{_RANK}\.pth"),
     Naming("Transformers, one process", r"rng_state(?P<rank>)\.pth"),
@@ -51,13 +51,14 @@ NAMINGS = (
     Naming("miles", rf"rng_rank_{_RANK}\.pt"),
     COMPOSER,
     OTHER,
+    Naming("Megatron", r"model_optim_rng\.pt(?P<rank>)", refused=MEGATRON),
+    Naming(
+        "no rank's",
+        r"[\w.-]*(?:rng|random)[\w.-]*\.(?:pt|pth|pkl|bin)(?P<rank>)",
+        refused="it names no rank: one process's state, or one for all ranks, and those of the "
+        "others are lost",
+    ),
 )
-
-_NOT_READ = {
-    r"model_optim_rng\.pt": MEGATRON,
-    r"[\w.-]*(rng|random)[\w.-]*\.(pt|pth|pkl|bin)": "it names no rank: one process's "
-    "state, or one for all ranks, and those of the others are lost",
-}
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,12 @@ class Files:
     names: dict[int, str]
     expected: int = 0
 
+    @property
+    def first(self) -> Path:
+        return self.folder / self.names[min(self.names)]
+
     def __str__(self) -> str:
-        return f"{self.folder / self.names[min(self.names)]} ({self.naming.framework})"
+        return f"{self.first} ({self.naming.framework})"
 
 
 def find_files(folder: Folder) -> list[Files]:
@@ -93,16 +98,6 @@ def find_files(folder: Folder) -> list[Files]:
             files = found.setdefault(beside, Files(naming, Path(folder.where), {}, expected))
             files.names[int(match["rank"] or 0)] = name
     return list(found.values())
-
-
-def not_read(folder: Folder) -> list[str]:
-    """Return what the files in a folder are that have RNG state, and not a rank's own."""
-    return [
-        f"Found {folder.path_of(name)}: {what}."
-        for name in folder.sizes
-        for what in [next((w for p, w in _NOT_READ.items() if re.fullmatch(p, name)), "")]
-        if what
-    ]
 
 
 def read_files(files: Files) -> JobStates:
@@ -134,7 +129,7 @@ def read_files(files: Files) -> JobStates:
             states, others = _states(_fields(item, file), file)
             ranks[number] = RankStates(name, written, states)
             unread |= others
-    return JobStates(naming.framework, where, ranks, naming.global_ranks, tuple(sorted(unread)))
+    return JobStates(naming.framework, where, ranks, tuple(sorted(unread)))
 
 
 def _states(fields: dict[Any, Any], file: Path) -> tuple[dict[str, Any], set[str]]:

@@ -91,16 +91,13 @@ class Checkpoint:
         return False
 
     def content(self, chunk: Chunk) -> bytes:
-        """Return what ``torch.save`` wrote of a part.
+        """Return the bytes of a part, all of them in memory.
 
         Raises:
-            ValueError: It is not there, or was written otherwise.
+            ValueError: They are not there.
             OSError: The file cannot be read.
         """
-        name = self._place(chunk)
-        if chunk.form == "raw":
-            raise ValueError(f"{name} has the numbers alone, expected what torch.save writes")
-        return self._folder.read(name, chunk.start, chunk.length)
+        return self._folder.read(self._place(chunk), chunk.start, chunk.length)
 
     def _place(self, chunk: Chunk) -> str:
         """Return the file that a part is in, after making sure that the whole part is."""

@@ -51,11 +51,6 @@ class Metadata:
             self._saved = typed(_attribute(metadata, "state_dict_metadata"), dict)
             self.keys = {printable(key): _stored(value) for key, value in self._saved.items()}
             for index, place in typed(_attribute(metadata, "storage_data"), dict).items():
-                if foreign := _foreign(place):
-                    raise RNGStateError(
-                        f"{self._name}: another storage writer than DCP's wrote it: its {foreign} "
-                        "says where the parts are, and only that writer's own reader can read it"
-                    )
                 offset = _attribute(index, "offset", None)
                 where = None if offset is None else _size(offset)
                 self._places.setdefault(printable(_attribute(index, "fqn")), {})[where] = place
@@ -125,14 +120,6 @@ def _attribute(thing: Any, attribute: str, *default: Any) -> Any:
     if default:
         return default[0]
     raise ValueError(f"a {thing.name.rpartition(' ')[2]} has no {attribute}")
-
-
-def _foreign(place: Any) -> str:
-    """Return the class of what another storage writer stored, if DCP's words are not in it."""
-    name = place.name if isinstance(place, Made) else type(place).__name__
-    words = place.state if isinstance(place, Made) and isinstance(place.state, dict) else {}
-    foreign = not _is_known(name) and not {"relative_path", "offset", "length"} <= words.keys()
-    return printable(name.replace(" ", ".")) if foreign else ""
 
 
 def _stored(saved: Any) -> Stored:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from typing import Any
 
 from fsspec.core import url_to_fs  # type: ignore[import-untyped]
@@ -54,6 +55,14 @@ class Folder:
             return bytes(self._files.cat_file(place, start=start, end=start + length))
         except Exception as error:
             raise _as_os_error(self.path_of(name), error) from error
+
+    def below(self) -> list[Folder]:
+        """Return the folders in it; one that cannot be opened is somebody else's."""
+        found = []
+        for name in self.folders:
+            with suppress(OSError):
+                found.append(Folder(self.path_of(name)))
+        return found
 
     def path_of(self, name: str) -> str:
         """Return the path or URL of what is in the folder."""

@@ -11,6 +11,7 @@ import torch
 
 from nemo_rng_dcp.cli.reading.pickles import typed
 from nemo_rng_dcp.errors import RNGStateError
+from nemo_rng_dcp.keys import KEY
 from nemo_rng_dcp.table import is_record
 
 _DIMENSIONS = 64  # torch's own limit
@@ -29,9 +30,9 @@ class Stored:
     dtype: str | None
     size: tuple[int, ...]
 
-    def is_record(self, key: str) -> bool:
-        """Return whether a load takes it for records, if it is stored under ``key``."""
-        return is_record(key, getattr(torch, self.dtype or "", None), self.size)
+    def is_record(self, key: str, name: str = KEY) -> bool:
+        """Return whether a load takes it for records; see ``table.is_record``."""
+        return is_record(key, getattr(torch, self.dtype or "", None), self.size, name)
 
     def __str__(self) -> str:
         return "a pickle" if self.dtype is None else f"{self.dtype} {list(self.size)}"

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import torch
-
 from nemo_rng_dcp.cli.reading.checkpoint import Checkpoint
 from nemo_rng_dcp.errors import RNGStateError
-from nemo_rng_dcp.position import Position, is_positions, positions_in
+from nemo_rng_dcp.position import POSITION_KEY, Position, positions_in
 
 
 def find_loaders(checkpoint: Checkpoint) -> dict[str, list[Position] | str]:
@@ -14,7 +12,7 @@ def find_loaders(checkpoint: Checkpoint) -> dict[str, list[Position] | str]:
     return {
         key.rpartition(".")[0]: _read(checkpoint, key)
         for key, stored in sorted(checkpoint.keys.items())
-        if is_positions(key, getattr(torch, stored.dtype or "", None), stored.size)
+        if stored.is_record(key, POSITION_KEY)
     }
 
 
