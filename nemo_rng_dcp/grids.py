@@ -26,16 +26,18 @@ class Grid(NamedTuple):
         lowest, highest: Ranks of the mesh that this one is a part of.
         parts: Names and sizes of the dimensions of that mesh along which this one lies, if its own
             have other names; else ``None``.
+        on_cpu: The mesh, or a CPU mesh of the same ranks over the same groups.
     """
 
     rank: int
     lowest: int
     highest: int
     parts: tuple[tuple[str, int], ...] | None
+    on_cpu: DeviceMesh
 
     @classmethod
     def of(cls, mesh: DeviceMesh) -> Grid:
-        """Return it; does not communicate.
+        """Return it; does not communicate and creates no process group.
 
         Raises:
             ValueError: This process's rank is not in ``mesh``.
@@ -47,10 +49,11 @@ class Grid(NamedTuple):
         own = int(ranks[tuple(coordinate)])
         # Private, and nothing else tells: a part of a mesh knows its own ranks only.
         if not hasattr(mesh, "_get_root_mesh"):
-            return cls(own, 0, int(ranks.max()), None)
+            return cls(own, 0, int(ranks.max()), None, _on_cpu(mesh))
         whole = mesh._get_root_mesh()
         grid = whole.mesh
-        return cls(own, int(grid.min()), int(grid.max()), _parts(mesh, ranks, whole, grid))
+        parts = _parts(mesh, ranks, whole, grid)
+        return cls(own, int(grid.min()), int(grid.max()), parts, _on_cpu(mesh))
 
     @property
     def key(self) -> str:
@@ -96,6 +99,14 @@ def refuse_one_for_two(reads: Iterable[ReadItem]) -> None:
 
 def names_of(mesh: DeviceMesh) -> tuple[str, ...]:
     return mesh.mesh_dim_names or tuple(str(number) for number in range(mesh.ndim))
+
+
+def _on_cpu(mesh: DeviceMesh) -> DeviceMesh:
+    if mesh.device_type == "cpu":
+        return mesh
+    # DTensor would move a record to the mesh's device, and DCP back to write it.
+    groups = mesh.get_all_groups()
+    return DeviceMesh.from_group(groups, "cpu", mesh.mesh, mesh_dim_names=names_of(mesh))
 
 
 def _parts(

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import NamedTuple, SupportsIndex
+from typing import NamedTuple
 
-from nemo_rng_dcp.errors import RNGStateError
+from nemo_rng_dcp.errors import RNGStateError, warn
 from nemo_rng_dcp.generators import GeneratorSet, States
-from nemo_rng_dcp.ranks import note_playing
+from nemo_rng_dcp.ranks import global_rank, note_playing
 
 Seeds = Mapping[str, int]
 """By generator, the seed of a stream that starts anew."""
@@ -51,15 +51,12 @@ class RankStreams:
     Attributes:
         ranks: As given.
         lent: By generator, the current rank's state where a loader has its own in place.
-        drawn_outside: Generators that were drawn from outside of :meth:`as_rank` since the last
-            restore, as of the last :meth:`take`; those that all ranks share not counted. Whoever
-            has told of them may clear it.
     """
 
     def __init__(self, generators: GeneratorSet, ranks: range, *, logical: bool = False) -> None:
         self.ranks = ranks
         self.lent: States = {}
-        self.drawn_outside: set[str] = set()
+        self._drawn_outside: set[str] = set()
         self._generators = generators
         self._logical = logical
         here = generators.take() if logical else None
@@ -127,7 +124,7 @@ class RankStreams:
                     new = {**after[rank], **states.get(rank, {})}
                     now = generators.restore(new, seeds.get(rank, {}), before=now)
                     after[rank] = now
-                self.drawn_outside.clear()
+                self._drawn_outside.clear()
                 outside = None if moment.outside is None else after[moment.rank]
                 self._moment = _Moment(moment.rank, after, None, outside)
             except BaseException:
@@ -135,6 +132,21 @@ class RankStreams:
                 self._moment = moment
                 raise
             return {rank: after[rank] for rank in self.ranks}
+
+    def warn_of_draws_outside(self) -> None:
+        """Warn, once for each, of draws that another number of processes would not make.
+
+        Counted are those from outside of :meth:`as_rank` since the last restore, as of the last
+        :meth:`take`; draws from what all ranks share are the same on any number.
+        """
+        names, self._drawn_outside = sorted(self._drawn_outside), set()
+        if names:
+            warn(
+                f"rank {global_rank()}: {', '.join(names)} drawn from outside of as_rank() since "
+                "the last load or such warning. Those numbers were logical rank "
+                f"{self.ranks[0]}'s, and would be another's on another number of processes: "
+                "draw inside of as_rank(), or resume on as many processes"
+            )
 
     @contextmanager
     def as_rank(self, rank: int) -> Iterator[None]:
@@ -152,7 +164,8 @@ class RankStreams:
             RNGStateError: A generator does not take its state, or as for :meth:`take`. All streams
                 are back where they were.
         """
-        if not isinstance(rank, SupportsIndex) or rank not in self.ranks:
+        # isinstance(rank, SupportsIndex) takes 10 us, and every micro-batch enters here.
+        if not hasattr(rank, "__index__") or rank not in self.ranks:
             first, last = self.ranks[0], self.ranks[-1]
             plays = f"rank {first}" if first == last else f"ranks {first} to {last}"
             raise ValueError(
@@ -236,7 +249,7 @@ class RankStreams:
                 )
         for_all = {name: now[name] for name in shared}
         parked = {rank: {**moment.parked[rank], **for_all} for rank in others}
-        self.drawn_outside.update(set(moved) - shared)
+        self._drawn_outside.update(set(moved) - shared)
         self._moment = _Moment(moment.rank, parked, None, now)
         return now
 

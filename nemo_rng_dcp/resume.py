@@ -94,6 +94,7 @@ def resume(record: Record, job: Job) -> Resume:
     Raises:
         RNGStateError: A generator is of another kind than the saved one.
     """
+    loaded = Loaded.from_record(record)
     for name, slot in job.slots.items():
         if name in record.streams and record.streams[name].kind != slot.kind:
             raise RNGStateError(
@@ -116,7 +117,7 @@ def resume(record: Record, job: Job) -> Resume:
         resizes,
         (*_on_rows(record, job, saved, forked), *of_generators, *_on_surroundings(record)),
         of_generators,
-        Loaded.from_record(record),
+        loaded,
     )
 
 

@@ -100,11 +100,13 @@ def _restore_rng_state(state: Mapping[str, Any] | RNGState) -> None:
     generators.restore(generators.unpack(packed_states(state, device)))
 
 
-def is_automodel_state(state: object) -> bool:
-    """Return whether something has the shape of NeMo Automodel's dict or older dataclass."""
+def automodel_states(state: object, device: torch.device | None) -> dict[str, bytes] | None:
+    """Return :func:`packed_states` of what has the shape of NeMo Automodel's, else ``None``."""
     if isinstance(state, Mapping):
-        return any(key in state for key in _KEYS)
-    return hasattr(state, "random_rng_state") and hasattr(state, "torch_rng_state")
+        is_one = any(key in state for key in _KEYS)
+    else:
+        is_one = hasattr(state, "random_rng_state") and hasattr(state, "torch_rng_state")
+    return packed_states(state, device) if is_one else None
 
 
 def packed_states(state: Any, device: torch.device | None) -> dict[str, bytes]:

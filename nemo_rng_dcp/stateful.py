@@ -32,7 +32,7 @@ from nemo_rng_dcp.recompute import ContextFn, recompute_of
 from nemo_rng_dcp.record import Record, Stream, fingerprint
 from nemo_rng_dcp.resume import Job, Loaded, Resume, resume
 from nemo_rng_dcp.rewinds import Packed, Rewinds
-from nemo_rng_dcp.rng_state import RNGState, is_automodel_state, packed_states
+from nemo_rng_dcp.rng_state import RNGState, automodel_states
 from nemo_rng_dcp.row_0 import has_its_generators
 from nemo_rng_dcp.seeding import (
     check_logical_ranks,
@@ -245,9 +245,9 @@ class StatefulRNG:
         packed = {rank: self._generators.pack(of_rank) for rank, of_rank in states.items()}
         packed = self._rewinds.to_save(packed, is_for_a_load)
         if not is_for_a_load:
-            self._warn_in_a_scope("the record holds")
-            self._warn_of_exchanged_generators()
-            self._warn_of_draws_outside()
+            self._generators.warn_in_a_scope("the record holds")
+            self._generators.warn_of_exchanged()
+            self._streams.warn_of_draws_outside()
         return self._table(rows, packed, is_for_a_load)
 
     def load_state_dict(self, state: Mapping[str, Any] | RNGState) -> None:
@@ -270,8 +270,9 @@ class StatefulRNG:
             TypeError: ``state`` is none of these.
             RuntimeError: As for :meth:`state_dict`.
         """
-        if is_automodel_state(state):
-            self._load_automodel_state(packed_states(state, self.device))
+        of_automodel = automodel_states(state, self.device)
+        if of_automodel is not None:
+            self._load_automodel_state(of_automodel)
             return
         if not isinstance(state, Mapping):
             raise TypeError(
@@ -641,7 +642,7 @@ class StatefulRNG:
         states: Mapping[int, States],
         seeds: Mapping[int, Mapping[str, int]] | None = None,
     ) -> None:
-        self._warn_in_a_scope("what is loaded or rewound are")
+        self._generators.warn_in_a_scope("what is loaded or rewound are")
         self._rewinds.states = self._streams.restore(states, seeds)
         self._watch.note_seeds(self._rewinds.states)
 
@@ -652,35 +653,6 @@ class StatefulRNG:
             if len(self.ranks) == 1:
                 raise
             raise RNGStateError(f"row {row}: {error}") from error
-
-    def _warn_in_a_scope(self, what: str) -> None:
-        place = self._generators.parked_at
-        if place is not None:
-            warn(
-                f"inside the ScopedRNG entered at {place}: {what} the streams that come back when "
-                "it ends, not the scope's own"
-            )
-
-    def _warn_of_exchanged_generators(self) -> None:
-        for name in self._generators.exchanged():
-            warn(
-                f"{name}: nothing but this StatefulRNG holds the registered generator any more, so "
-                "nothing draws from it. If its owner has another one now (copy.deepcopy, "
-                "unpickling, a reset), that one is not stored: register a function that returns "
-                f"the one in use, such as {name}=lambda: sampler.generator"
-            )
-
-    def _warn_of_draws_outside(self) -> None:
-        """Warn, once for each, of draws that another number of processes would not make."""
-        names = sorted(self._streams.drawn_outside)
-        if names:
-            self._streams.drawn_outside.clear()
-            warn(
-                f"rank {global_rank()}: {', '.join(names)} drawn from outside of as_rank() since "
-                "the last load or such warning. Those numbers were logical rank "
-                f"{self.ranks[0]}'s, and would be another's on another number of processes: "
-                "draw inside of as_rank(), or resume on as many processes"
-            )
 
     def _packed(self, *, is_for_a_load: bool = False) -> Packed:
         states = self._streams.take(is_for_a_load=is_for_a_load)

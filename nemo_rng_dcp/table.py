@@ -7,7 +7,8 @@ or as many rows as there are logical ranks for one process.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -117,7 +118,7 @@ class Rows:
         own = joined(records)
         if self.mesh is None and not dist.is_initialized():
             return own
-        mesh = _mesh_of_all_ranks() if self.mesh is None else _on_cpu(self.mesh)
+        mesh = _mesh_of_all_ranks() if self.grid is None else self.grid.on_cpu
         return _sharded(own, mesh)
 
     def own_records(self, table: torch.Tensor) -> dict[int, Record]:
@@ -385,18 +386,21 @@ def _sizes(mesh: DeviceMesh) -> Mesh:
     return tuple(zip(names_of(mesh), mesh.shape, strict=True))
 
 
+_kept: tuple[Callable[[], object], DeviceMesh] | None = None
+"""The process group that :func:`_mesh_of_all_ranks` made a mesh of last, weakly, and the mesh."""
+
+
 def _mesh_of_all_ranks() -> DeviceMesh:
-    """Return a mesh of the default process group, made anew: kept, it might outlive the group."""
-    # Rows are CPU tensors and nothing here communicates, so the mesh is a CPU one whatever backend
-    # the group has. init_device_mesh() would create a group of its own for some.
-    assert dist.group.WORLD is not None
-    return DeviceMesh.from_group(dist.group.WORLD, "cpu")
-
-
-def _on_cpu(mesh: DeviceMesh) -> DeviceMesh:
-    """Return a CPU mesh of the same ranks over the same groups; creates no process group."""
-    if mesh.device_type == "cpu":
-        return mesh
-    # DTensor would move a record to the mesh's device, and DCP back to write it.
-    groups = mesh.get_all_groups()
-    return DeviceMesh.from_group(groups, "cpu", mesh.mesh, mesh_dim_names=names_of(mesh))
+    """Return a mesh of the default process group, the same one while there is that group."""
+    global _kept
+    world, kept = dist.group.WORLD, _kept
+    assert world is not None
+    if kept is None or kept[0]() is not world:
+        # Rows are CPU tensors and nothing here communicates, so the mesh is a CPU one whatever
+        # backend the group has. init_device_mesh() would create a group of its own for some.
+        mesh = DeviceMesh.from_group(world, "cpu")
+        # From torch 2.11 on it holds its groups by themselves too, which would keep a destroyed
+        # one alive. Without them, it asks for a group by name.
+        getattr(mesh, "_pg_registry", {}).clear()
+        kept = _kept = weakref.ref(world), mesh
+    return kept[1]

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from nemo_rng_dcp.errors import RNGStateError
+from nemo_rng_dcp.errors import RNGStateError, warn
 from nemo_rng_dcp.generators.adapter import GeneratorAdapter
 from nemo_rng_dcp.generators.held import Held
 from nemo_rng_dcp.generators.numpy_random import NumPyAdapter
@@ -126,9 +126,18 @@ class GeneratorSet:
         parked = self._parked()
         return None if parked is None else parked.place
 
-    def exchanged(self) -> list[str]:
-        """Return the registered generators that nobody else holds any more, see :class:`Held`."""
-        return self._held.dropped()
+    def warn_in_a_scope(self, what: str) -> None:
+        """Warn if another scope has its streams in place; ``what`` are those that wait for it."""
+        place = self.parked_at
+        if place is not None:
+            warn(
+                f"inside the ScopedRNG entered at {place}: {what} the streams that come back when "
+                "it ends, not the scope's own"
+            )
+
+    def warn_of_exchanged(self) -> None:
+        """Warn of registered generators that nobody else holds any more, see :class:`Held`."""
+        self._held.warn_of_dropped()
 
     def in_this_scope(self) -> GeneratorSet:
         """Return a set of the same generators whose global streams are those in place now."""

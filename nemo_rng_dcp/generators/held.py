@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from nemo_rng_dcp.errors import warn
 from nemo_rng_dcp.generators.registry import registered_generators
 
 _FRESH: dict[type, Callable[[], Any]] = {
@@ -40,10 +41,10 @@ class Held:
             if isinstance(generator, tuple(_FRESH))
         }
         self._at_first = {name: self._references(name) for name in self.generators}
-        self._seen: dict[str, int] = {}
+        self._times = dict.fromkeys(self.generators, 0)
 
-    def dropped(self) -> list[str]:
-        """Return what the owners gave up, each name once; for ``state_dict()``.
+    def warn_of_dropped(self) -> None:
+        """Warn of what the owners gave up, of each name once; for ``state_dict()``.
 
         It is said at the second time: a job may save once more when its loop is over.
         """
@@ -55,8 +56,15 @@ class Held:
             was_held = first[0] > alone[0] + 1 or first[1] > alone[1]
             now = self._references(name)
             if was_held and now[0] <= alone[0] and now[1] <= alone[1]:
-                self._seen[name] = self._seen.get(name, 0) + 1
-        return [name for name, times in self._seen.items() if times == 2]
+                self._times[name] += 1
+                if self._times[name] == 2:
+                    warn(
+                        f"{name}: nothing but this StatefulRNG holds the registered generator any "
+                        "more, so nothing draws from it. If its owner has another one now "
+                        "(copy.deepcopy, unpickling, a reset), that one is not stored: register a "
+                        "function that returns the one in use, such as "
+                        f"{name}=lambda: sampler.generator"
+                    )
 
     def _references(self, name: str) -> tuple[int, int]:
         generator = self.generators[name]

@@ -2,8 +2,8 @@
 
     python -m scripts.bench [--quick] [--json FILE]
 
-Prints medians and whether the targets were met. Takes under 5 minutes on 2 cores; ``--quick`` takes
-seconds and shows only that it works.
+Prints medians and whether the targets were met. Takes under 5 minutes on 2 quiet cores; ``--quick``
+takes seconds and shows only that it works.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from scripts.bench import calls, checkpoint, command, planning, processes, table
+from scripts.bench import alternatives, calls, checkpoint, command, planning, processes, table
 from scripts.bench.ranks import Size
 
 
@@ -33,7 +33,7 @@ class Settings:
         ranks: Numbers of ranks to launch.
         models: The models that are saved.
         planning_sizes: Numbers of ranks to plan for.
-        rank_named_sizes: Those of them to plan for with rank-named keys too.
+        compared_sizes: Those of them to plan for with a tensor and with rank-named keys too.
         model_sizes: Those of them to plan for together with a model.
         import_rounds: Fresh processes for each module.
         inspected_rows: Rows of the checkpoint that the command inspects.
@@ -44,7 +44,7 @@ class Settings:
     ranks: tuple[int, ...]
     models: tuple[Size, ...]
     planning_sizes: tuple[int, ...]
-    rank_named_sizes: tuple[int, ...]
+    compared_sizes: tuple[int, ...]
     model_sizes: tuple[int, ...]
     import_rounds: int
     inspected_rows: int
@@ -54,10 +54,13 @@ FULL = Settings(
     call_rounds=25,
     call_repeat=100,
     ranks=(1, 2, 4),
-    models=(Size(width=16, layers=1, rounds=60), Size(width=1024, layers=16, rounds=5)),
-    planning_sizes=(16, 64, 256, 512, 1024, 4096, 8192, 16384),
-    rank_named_sizes=(1024, 16384),
-    model_sizes=(256, 512, 1024),
+    models=(
+        Size(width=16, layers=1, rounds=60),
+        Size(width=1024, layers=16, rounds=5, ways=("alone", "record")),
+    ),
+    planning_sizes=(16, 64, 256, 1024, 4096, 16384),
+    compared_sizes=(1024, 16384),
+    model_sizes=(256, 1024),
     import_rounds=5,
     inspected_rows=4096,
 )
@@ -67,7 +70,7 @@ QUICK = Settings(
     ranks=(2,),
     models=(Size(width=16, layers=1, rounds=2),),
     planning_sizes=(4, 8),
-    rank_named_sizes=(4, 8),
+    compared_sizes=(4, 8),
     model_sizes=(4,),
     import_rounds=1,
     inspected_rows=4,
@@ -97,13 +100,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     called = calls.measure(settings.call_rounds, settings.call_repeat)
     saved = checkpoint.measure(settings.ranks, settings.models)
     planned = planning.measure(
-        settings.planning_sizes, settings.rank_named_sizes, settings.model_sizes
+        settings.planning_sizes, settings.compared_sizes, settings.model_sizes
     )
     imported = processes.measure(settings.import_rounds)
     inspected = command.measure(settings.inspected_rows)
+    smallest = checkpoint.smallest(saved)
+    real = {found.ranks: alternatives.on_real_ranks(found) for found in smallest}
+    at_scale = alternatives.by_planning(planned, real[settings.ranks[-1]], settings.ranks[-1])
+    compared = alternatives.comparisons(real, at_scale)
     sections = [
         calls.section(called),
-        calls.logical_section(called),
+        calls.beside_a_micro_batch(called),
         *checkpoint.sections(saved),
         *planning.sections(planned),
         processes.section(imported),
@@ -111,6 +118,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ]
     print(f"{machine()}; {time.monotonic() - started:.0f} s\n")
     print("\n".join(table.lines(sections)))
+    for comparison in compared:
+        print("\n".join(table.compared(comparison)))
 
     if options.json:
         result = {
@@ -121,7 +130,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "planning": asdict(planned),
             "imports": imported,
             "inspect": asdict(inspected),
-            "table": [asdict(entry) for entry in sections],
+            "tables": [asdict(entry) for entry in sections],
+            "comparisons": [asdict(entry) for entry in compared],
         }
         options.json.write_text(json.dumps(result, indent=1))
 

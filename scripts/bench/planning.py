@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner, LoadPlanner
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 from torch.distributed.device_mesh import init_device_mesh
@@ -28,14 +29,15 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from nemo_rng_dcp import RNGLoadPlanner, StatefulRNG
 from scripts.bench.table import Row, Section, text
 from scripts.bench.timing import Target, cpu_seconds, growth
-from scripts.bench.ways import OneNumber, rank_named
+from scripts.bench.ways import rank_named, sharded_tensor
 
 ROUNDS = 5
-LOADING_RANKS = 8192
-"""The job whose load plans are judged."""
+ITEM_BYTES = 13_000
+"""About as much as a record takes in a rank's file."""
 
 Planners = Mapping[str, Callable[[], LoadPlanner]]
-PLANNERS: Planners = {"default": DefaultLoadPlanner, "rng": RNGLoadPlanner}
+DEFAULT: Planners = {"default": DefaultLoadPlanner}
+PLANNERS: Planners = {**DEFAULT, "rng": RNGLoadPlanner}
 
 # The weights of Llama 3 8B, the vocabulary rounded up from 128,256 so that 1,024 ranks divide it.
 MODEL = "Llama 3 8B"
@@ -51,14 +53,14 @@ MODEL_SHAPES: list[tuple[int, ...]] = [*[(131072, 4096)] * 2, (4096,), *_LAYER *
 
 @dataclass(frozen=True)
 class Planning:
-    """One checkpoint of so many ranks: CPU seconds, and bytes of the pickled metadata.
+    """One checkpoint of so many ranks: CPU seconds, and bytes of the metadata.
 
     Attributes:
         ranks: Number of ranks.
         local_plan: One rank's plan of a save. All ranks make theirs at once.
         global_plan: The coordinator's.
         load_plan: One rank's plan of a load, by planner; of records alone.
-        metadata_bytes: What the checkpoint's ``.metadata`` takes.
+        metadata_bytes: What ``.metadata`` takes: the plan, and where in which file the bytes are.
     """
 
     ranks: int
@@ -76,11 +78,11 @@ class Planning:
 class Scale:
     """Plans by what is in the checkpoint, each list by number of ranks.
 
-    ``one_number`` is the plan of the ranks whose loads are judged, with one number a rank.
+    ``tensor`` is an existing tensor of as many bytes as the records.
     """
 
     records: list[Planning]
-    one_number: Planning
+    tensor: list[Planning]
     rank_named: list[Planning]
     model_and_records: list[Planning]
 
@@ -97,31 +99,27 @@ class Scale:
 
 
 def measure(
-    sizes: Sequence[int], rank_named_sizes: Sequence[int], model_sizes: Sequence[int]
+    sizes: Sequence[int], compared_sizes: Sequence[int], model_sizes: Sequence[int]
 ) -> Scale:
     """Plan at all sizes.
 
     Args:
         sizes: Numbers of ranks, at least two.
-        rank_named_sizes: Those of them to plan with rank-named keys.
+        compared_sizes: Those of them to plan with a tensor and with rank-named keys instead.
         model_sizes: Those of them to plan together with a model, powers of 2 up to 1,024.
     """
     # DCP asks the fake group for its device, which it has more than one of.
     warnings.filterwarnings("ignore", message=".*_get_pg_default_device|Multiple backends")
     return Scale(
         records=[plan(size, records, PLANNERS) for size in sizes],
-        one_number=plan(loading_ranks(sizes), one_number, {"default": DefaultLoadPlanner}),
-        rank_named=[plan_rank_named(size) for size in rank_named_sizes],
+        tensor=[plan(size, tensor, DEFAULT) for size in compared_sizes],
+        rank_named=[plan_rank_named(size) for size in compared_sizes],
         model_and_records=[plan(size, model_and_records, {}) for size in model_sizes],
     )
 
 
-def loading_ranks(sizes: Sequence[int]) -> int:
-    return LOADING_RANKS if LOADING_RANKS in sizes else sizes[-1]
-
-
-def one_number() -> dict[str, Any]:
-    return OneNumber().state_dict()
+def tensor() -> dict[str, Any]:
+    return {"tensor": sharded_tensor()}
 
 
 def records() -> dict[str, Any]:
@@ -155,7 +153,7 @@ def plan_rank_named(ranks: int) -> Planning:
     values = state["rng"]["rank_0"]
     states = ({"rng": {f"rank_{rank}": values}} for rank in range(ranks))
     plans = [as_received(local_plan(state)) for state in states]
-    return time_planning(lambda: state, plans, {})
+    return time_planning(lambda: state, plans, DEFAULT)
 
 
 def plans_of_all_ranks(ranks: int, state_of: Callable[[], dict[str, Any]]) -> list[SavePlan]:
@@ -229,7 +227,17 @@ def time_planning(
         for name, planner in planners.items()
     }
     gc.enable()
-    return Planning(len(plans), local, global_plan, load, len(pickle.dumps(metadata)))
+    return Planning(len(plans), local, global_plan, load, written_bytes(plans, metadata))
+
+
+def written_bytes(plans: Sequence[SavePlan], metadata: Metadata) -> int:
+    """Return the size of ``.metadata`` where each rank has written its items into a file."""
+    metadata.storage_data = {
+        item.index: _StorageInfo(f"__{rank}_0.distcp", place * ITEM_BYTES, ITEM_BYTES)
+        for rank, plan in enumerate(plans)
+        for place, item in enumerate(plan.items)
+    }
+    return len(pickle.dumps(metadata))
 
 
 def load_seconds(planner: LoadPlanner, state: dict[str, Any], metadata: Metadata) -> float:
@@ -267,20 +275,20 @@ def of_saves(scale: Scale) -> Section:
     for ranks, share in scale.shares().items():
         target = Target.at_most(1, 100 * share, "%")
         rows.append(Row(f"share beside {MODEL}, {ranks:,} ranks", "", "", target))
-    bytes_each = last.metadata_bytes / last.ranks
-    target = Target.at_most(45, bytes_each, " bytes")
-    rows.append(Row(f"metadata a rank, {last.ranks:,} ranks", "", "", target))
+    # What a rank adds: what is said once, such as the key, does not count.
+    added = (last.metadata_bytes - first.metadata_bytes) / (last.ranks - first.ranks)
+    target = Target.at_most(130, added, " bytes")
+    rows.append(Row(f"metadata a rank, up to {last.ranks:,} ranks", "", "", target))
     return Section("planning a save, CPU time", "rank-named keys", rows)
 
 
 def of_loads(scale: Scale) -> Section:
-    ranks, floor = scale.one_number.ranks, scale.one_number.load_plan["default"]
-    ours = next(planning.load_plan for planning in scale.records if planning.ranks == ranks)
+    ranks, ours = scale.records[-1].ranks, scale.records[-1].load_plan
+    limit = Target.at_most(10, 1e3 * ours["rng"], " ms")
+    beside = text(scale.tensor[-1].load_plan["default"])
     rows = [
-        Row(title, text(ours[name]), beside, Target.at_most(10, 1e3 * ours[name], " ms"))
-        for title, name, beside in (
-            ("plain dcp.load", "default", text(floor)),
-            ("RNGLoadPlanner", "rng", ""),
-        )
+        Row("plain dcp.load", text(ours["default"]), beside),
+        Row("RNGLoadPlanner", text(ours["rng"]), "", limit),
     ]
-    return Section(f"planning a load, one of {ranks:,} ranks, CPU time", "one number", rows)
+    title = f"planning a load, one of {ranks:,} ranks, CPU time"
+    return Section(title, "an existing tensor", rows)

@@ -16,12 +16,12 @@ Seconds = dict[str, list[float]]
 
 
 def measure(rounds: int) -> Seconds:
-    """Import both in so many fresh processes each, in turns, after a round that only warms up."""
+    """Import both in so many fresh processes each, in turns; of several, one more warms up."""
     seconds: Seconds = {OURS: [], TORCH: []}
-    for _ in range(-1, rounds):
+    for _ in range(rounds + (rounds > 1)):
         for statement, values in seconds.items():
             values.append(import_seconds(statement))
-    return {statement: values[1:] for statement, values in seconds.items()}
+    return {statement: values[-rounds:] for statement, values in seconds.items()}
 
 
 def import_seconds(statement: str) -> float:

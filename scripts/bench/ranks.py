@@ -24,14 +24,17 @@ from torch.distributed.fsdp import fully_shard
 from scripts.bench.timing import cpu_seconds, rotated
 from scripts.bench.ways import (
     Alone,
+    ExistingTensor,
     FilePerRank,
     Gathered,
-    OneNumber,
-    OneTensor,
+    Least,
     RankNamed,
     Record,
     Way,
 )
+
+PRELOADED = ["torch.distributed.checkpoint", "torch.distributed.fsdp", "torch._dynamo", "fsspec"]
+"""The last two are what a first save and load import."""
 
 LIMIT = timedelta(seconds=60)
 """A rank that waits longer for another one raises."""
@@ -40,12 +43,27 @@ Seconds = dict[str, dict[str, list[float]]]
 """By operation (``save``) and way (``record``): the CPU seconds of every round."""
 
 
+WAYS: dict[str, Callable[[], Way]] = {
+    "alone": Alone,
+    "record": Record,
+    "tensor": ExistingTensor,
+    "least": Least,
+    "file_per_rank": FilePerRank,
+    "gathered": Gathered,
+    "rank_named": RankNamed,
+}
+
+
 class Size(NamedTuple):
-    """A model of ``layers`` square matrices, and how many rounds to measure beside it."""
+    """A model of ``layers`` square matrices, how many rounds to measure beside it, and which ways.
+
+    The first two ways are measured beside all models.
+    """
 
     width: int
     layers: int
     rounds: int
+    ways: tuple[str, ...] = tuple(WAYS)
 
 
 class App:
@@ -91,7 +109,7 @@ def launch(ranks: int, sizes: list[Size], folder: Path) -> list[dict[str, Any]]:
     """
     # Ranks are forks of a process that has imported torch, and has used nothing of it yet.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch.distributed.checkpoint", "torch.distributed.fsdp"])
+    context.set_forkserver_preload(PRELOADED)
     rank = partial(be_a_rank, ranks=ranks, sizes=sizes, folder=folder)
     with ProcessPoolExecutor(ranks, mp_context=context) as pool:
         results = list(pool.map(rank, range(ranks)))
@@ -113,15 +131,7 @@ def be_a_rank(rank: int, ranks: int, sizes: list[Size], folder: Path) -> list[di
 def measure(size: Size, out: Path) -> dict[str, Any]:
     """Measure beside a model of one size; returns what ``checkpoint.Checkpoint`` is made of."""
     app = App(size)
-    ways: dict[str, Way] = {
-        "alone": Alone(),
-        "record": Record(),
-        "one_number": OneNumber(),
-        "one_tensor": OneTensor(),
-        "file_per_rank": FilePerRank(),
-        "gathered": Gathered(),
-        "rank_named": RankNamed(),
-    }
+    ways = {name: WAYS[name]() for name in size.ways}
     # Collections of garbage strike at random; between the rounds they hit no one way.
     gc.disable()
     seconds: Seconds = {}
@@ -132,7 +142,7 @@ def measure(size: Size, out: Path) -> dict[str, Any]:
         "ranks": dist.get_world_size(),
         "parameters": app.parameters,
         "seconds": slowest(seconds),
-        "on_disk": {name: on_disk(out / name) for name in ways},
+        "on_disk": {name: on_disk(place(out, name)) for name in ways},
     }
 
 
@@ -145,17 +155,17 @@ def measure_rounds(
     something else takes longer than the next, by more than what is measured.
     """
     for name, way in ways.items():
-        check(name, way, app, out / name)
+        check(name, way, app, place(out, name))
     for round_number in range(rounds):
         gc.collect(1)  # what the last round left; what is older stays
         order = rotated(list(ways), round_number)
         last = order[-1]
-        ways[last].save(app, fresh(out / last))
+        ways[last].save(app, fresh(place(out, last)))
         for name in order:
-            timed(seconds, "save", name, partial(ways[name].save, app, fresh(out / name)))
-        ways[last].load(app, out / last)
+            timed(seconds, "save", name, partial(ways[name].save, app, fresh(place(out, name))))
+        ways[last].load(app, place(out, last))
         for name in order:
-            timed(seconds, "load", name, partial(ways[name].load, app, out / name))
+            timed(seconds, "load", name, partial(ways[name].load, app, place(out, name)))
 
 
 def measure_async_rounds(
@@ -182,7 +192,7 @@ def check(name: str, way: Way, app: App, folder: Path) -> None:
     way.save(app, fresh(folder))
     expected = torch.rand(3)
     way.load(app, folder)
-    stores_streams = not isinstance(way, Alone | OneNumber | OneTensor)
+    stores_streams = not isinstance(way, Alone | ExistingTensor | Least)
     if stores_streams and not torch.equal(torch.rand(3), expected):
         raise RuntimeError(f"{name} did not bring back the streams of rank {dist.get_rank()}")
 
@@ -219,6 +229,11 @@ def slowest(seconds: Seconds) -> Seconds:
     }
 
 
+def place(out: Path, way: str) -> Path:
+    """Return the folder of a way's checkpoint; ``.metadata`` has it, so all are equally long."""
+    return out / f"{way:_<13}"
+
+
 def on_disk(folder: Path) -> dict[str, int]:
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    return {"files": len(files), "bytes": sum(path.stat().st_size for path in files)}
+    sizes = {path.name: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+    return {"files": len(sizes), "bytes": sum(sizes.values()), "metadata": sizes[".metadata"]}

@@ -48,6 +48,21 @@ class Section:
     rows: list[Row]
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """Several ways side by side.
+
+    Attributes:
+        title: What the ways have in common.
+        columns: What is told of each.
+        rows: The ways, each a name and a cell for each column.
+    """
+
+    title: str
+    columns: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+
+
 def text(seconds: Sequence[float] | float) -> str:
     """Return the median of seconds in a unit in which it is at least 1, with two or more digits."""
     value = seconds if isinstance(seconds, float) else statistics.median(seconds)
@@ -62,11 +77,21 @@ def lines(sections: Sequence[Section]) -> list[str]:
     for section in sections:
         rows += [("",) * 6, (section.title, "StatefulRNG", section.beside, "found", "target", "")]
         rows += [row.cells() for row in section.rows]
-    widths = [max(len(row[column]) for row in rows) for column in range(6)]
+    return _aligned(rows[1:], left=(0, 5))
+
+
+def compared(comparison: Comparison) -> list[str]:
+    """Return a comparison under an empty line, with columns that line up."""
+    heading = (comparison.title, *comparison.columns)
+    return ["", *_aligned([heading, *comparison.rows], left=(0,))]
+
+
+def _aligned(rows: Sequence[tuple[str, ...]], left: Sequence[int]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(
-            cell.rjust(width) if 0 < column < 5 else cell.ljust(width)
+            cell.ljust(width) if column in left else cell.rjust(width)
             for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
-        for row in rows[1:]
+        for row in rows
     ]

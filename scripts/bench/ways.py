@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import random
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 from nemo_rng_dcp import StatefulRNG
+from nemo_rng_dcp.table import local
 
 
 def plain_capture() -> dict[str, Any]:
@@ -88,17 +88,22 @@ class FilePerRank:
 
 
 class Gathered:
-    """Every rank's pickled streams, gathered into one entry on all ranks, as Composer does."""
+    """Every rank's streams, gathered to all ranks and written by rank 0 into one file."""
 
     def save(self, app: Stateful, folder: Path) -> None:
-        states: list[bytes | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(states, pickle.dumps(plain_capture()))
-        dcp.save({"app": app, "rng": states}, checkpoint_id=folder)
+        dcp.save({"app": app}, checkpoint_id=folder)
+        states: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(states, plain_capture())
+        if dist.get_rank() == 0:
+            torch.save(states, self._file(folder))
+        dist.barrier()
 
     def load(self, app: Stateful, folder: Path) -> None:
-        checkpoint: dict[str, Any] = {"app": app, "rng": [None] * dist.get_world_size()}
-        dcp.load(checkpoint, checkpoint_id=folder)
-        plain_restore(pickle.loads(checkpoint["rng"][dist.get_rank()]))
+        dcp.load({"app": app}, checkpoint_id=folder)
+        plain_restore(torch.load(self._file(folder), weights_only=False)[dist.get_rank()])
+
+    def _file(self, folder: Path) -> Path:
+        return folder / "rng.pt"
 
 
 class RankNamed:
@@ -114,40 +119,55 @@ class RankNamed:
         plain_restore(checkpoint["rng"][f"rank_{rank}"])
 
 
-class OneNumber:
-    """No streams, but one number a rank, in an object whose DTensor is made when DCP asks for it.
-
-    That is the least that a ``Stateful`` of a value per rank costs.
-    """
+class ExistingTensor:
+    """No streams, but a tensor as large as the record, sharded and there already, like a weight."""
 
     def __init__(self) -> None:
-        self._number = torch.zeros(1)
-
-    def state_dict(self) -> dict[str, Any]:
-        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-        return {"number": DTensor.from_local(self._number, mesh, [Shard(0)], run_check=False)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._number = state["number"].to_local()
-
-    def save(self, app: Stateful, folder: Path) -> None:
-        dcp.save({"app": app, "one": self}, checkpoint_id=folder)
-
-    def load(self, app: Stateful, folder: Path) -> None:
-        dcp.load({"app": app, "one": self}, checkpoint_id=folder)
-
-
-class OneTensor:
-    """No streams, but one tensor more of one number a rank, which is there like a weight."""
-
-    def __init__(self) -> None:
-        self._state = OneNumber().state_dict()
+        self._state = {"tensor": sharded_tensor()}
 
     def save(self, app: Stateful, folder: Path) -> None:
         dcp.save({"app": app, **self._state}, checkpoint_id=folder)
 
     def load(self, app: Stateful, folder: Path) -> None:
         dcp.load({"app": app, **self._state}, checkpoint_id=folder)
+
+
+class Least:
+    """The least that an object which gives and takes streams costs beside an existing tensor.
+
+    It captures and restores by hand, and stores nothing of that. A load asks it for its state, too,
+    and to be able to undo a restore it has to capture once more.
+    """
+
+    def __init__(self) -> None:
+        self._state = {"tensor": sharded_tensor()}
+        self._streams = plain_capture()
+
+    def state_dict(self) -> dict[str, Any]:
+        self._streams = plain_capture()
+        return self._state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        plain_capture()
+        plain_restore(self._streams)
+
+    def save(self, app: Stateful, folder: Path) -> None:
+        dcp.save({"app": app, "least": self}, checkpoint_id=folder)
+
+    def load(self, app: Stateful, folder: Path) -> None:
+        dcp.load({"app": app, "least": self}, checkpoint_id=folder)
+
+
+def record() -> torch.Tensor:
+    """Return this rank's record of the global streams."""
+    [table] = StatefulRNG(seed=None, ranked=True).state_dict().values()
+    return local(table)
+
+
+def sharded_tensor() -> DTensor:
+    """Return a tensor of which each rank has as many bytes as a record."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    return DTensor.from_local(torch.zeros_like(record()), mesh, [Shard(0)], run_check=False)
 
 
 def rank_named(rank: int) -> dict[str, Any]:

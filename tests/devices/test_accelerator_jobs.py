@@ -131,23 +131,24 @@ def test_under_torchrun(tmp_path: Path) -> None:
     assert drawn[0] != drawn[1]
 
 
-def save_along(path: Path, shape: tuple[int, ...]) -> tuple[str, int, bool]:
+def save_along(path: Path, shape: tuple[int, ...]) -> tuple[str, int, bool, bool]:
     begin()
     names = ("dp", "tp")[: len(shape)]
     mesh = init_device_mesh(TYPE, shape, mesh_dim_names=names)
     groups = process_groups()
     rng = StatefulRNG(42, ranked=True, mesh=mesh)
-    table = rng.state_dict()[KEY]
+    table, again = (rng.state_dict()[KEY] for _ in range(2))
     created = process_groups() - groups
+    kept = table.device_mesh is again.device_mesh
     dcp.save({"rng": rng}, checkpoint_id=path)
     expected = numbers()
     dcp.load({"rng": rng}, checkpoint_id=path)
-    return table.device.type, created, numbers() == expected
+    return table.device.type, created, kept, numbers() == expected
 
 
 @pytest.mark.parametrize("shape", [(2,), (2, 1)])
 def test_a_mesh_of_devices_keeps_records_on_the_cpu(tmp_path: Path, shape: tuple[int]) -> None:
-    assert job(2, save_along, tmp_path, shape, group=False) == [("cpu", 0, True)] * 2
+    assert job(2, save_along, tmp_path, shape, group=False) == [("cpu", 0, True, True)] * 2
 
 
 def drift() -> tuple[list[str], str]:

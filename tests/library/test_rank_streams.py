@@ -18,7 +18,7 @@ from nemo_rng_dcp import RNGStateError, ScopedRNG
 from nemo_rng_dcp.generators import GeneratorSet
 from nemo_rng_dcp.rank_streams import RankStreams
 from nemo_rng_dcp.seeding import seed_all
-from tests.support.streams import draw
+from tests.support.streams import draw, warned
 
 RANKS = range(4, 8)
 
@@ -240,7 +240,7 @@ def test_a_shared_generator_is_alike_on_all_ranks_inside_and_outside() -> None:
             with streams.as_rank(rank):
                 assert [outside, shared.random()] == expected
         packed(streams)  # nor does a look at them change it
-    assert streams.drawn_outside == set()
+    assert warned(streams.warn_of_draws_outside) == []
 
 
 def test_a_draw_outside_while_ranks_differ_is_refused() -> None:
@@ -264,14 +264,18 @@ def test_draws_outside_are_known() -> None:
     streams = seeded()
     drawn(streams, *RANKS)
     streams.take()
-    assert streams.drawn_outside == set()
+    assert warned(streams.warn_of_draws_outside) == []
     random.random()
     drawn(streams, 4)
     torch.rand(1)
     streams.take()
-    assert streams.drawn_outside == {"python", "torch"}
+    [message] = warned(streams.warn_of_draws_outside)
+    assert "python, torch drawn from outside of as_rank()" in message
+    assert warned(streams.warn_of_draws_outside) == []  # once
+    random.random()
+    streams.take()
     streams.restore({})
-    assert streams.drawn_outside == set()
+    assert warned(streams.warn_of_draws_outside) == []
 
 
 def test_a_scope_is_opened_inside_of_a_rank_not_outside() -> None:

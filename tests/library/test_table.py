@@ -1,10 +1,16 @@
 """Rows on meshes of many shapes, seen by each rank in turn of a fake group."""
 
+import gc
+import os
+import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.distributed.checkpoint import DefaultSavePlanner, default_planner
 from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -13,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from nemo_rng_dcp import RNGStateError, StatefulRNG
 from nemo_rng_dcp.grids import Grid
 from nemo_rng_dcp.table import Rows
+from tests.support.jobs import job
 from tests.support.records import record_of
 from tests.support.streams import unmoved, warned
 
@@ -191,3 +198,79 @@ def _moved_to(plan: SavePlan, rank: int) -> SavePlan:
             )
         )
     return replace(plan, items=items)
+
+
+def mesh_of_all_ranks(logical_ranks: int | None = None) -> DeviceMesh:
+    rows = Rows.current(logical_ranks=logical_ranks)
+    table = rows.table([torch.full((3,), row) for row in rows.own])
+    assert isinstance(table, DTensor)
+    assert table.shape == (3 * rows.count,)
+    [chunk] = table.__create_chunk_list__()  # type: ignore[attr-defined]
+    assert (chunk.offsets, chunk.sizes) == ((3 * rows.row,), (3 * len(rows.own),))
+    return table.device_mesh
+
+
+def groups_one_after_the_other(folder: Path, has_registry: bool) -> list[list[object]]:
+    """What became of the mesh and of the group, of groups of 4, 2, 1, 4 and 4 ranks."""
+    from_group = DeviceMesh.from_group
+
+    def of_another_torch(*arguments: Any, **options: Any) -> DeviceMesh:
+        mesh = from_group(*arguments, **options)
+        vars(mesh).pop("_pg_registry", None)
+        return mesh
+
+    if not has_registry:
+        DeviceMesh.from_group = staticmethod(of_another_torch)  # type: ignore[method-assign]
+    rank, found, earlier = int(os.environ["RANK"]), [], []
+    for number, size in enumerate((4, 2, 1, 4, 4)):
+        # The ranks in the opposite order: the same process is another rank in the next group.
+        own = rank if number % 2 else 3 - rank
+        if own < size:
+            store = f"file://{folder}/{number}"
+            dist.init_process_group("gloo", init_method=store, rank=own, world_size=size)
+            mesh = mesh_of_all_ranks()
+            kept = mesh is mesh_of_all_ranks() is mesh_of_all_ranks(logical_ranks=8)
+            of_group = mesh.get_group() is dist.group.WORLD
+            is_new = all(mesh is not other for other in earlier)
+            group = weakref.ref(dist.group.WORLD)
+            earlier.append(mesh)
+            dist.barrier()
+            dist.destroy_process_group()
+            gc.collect()
+            found.append([kept, of_group, is_new, group() is None])
+    return found
+
+
+@pytest.mark.parametrize("has_registry", [True, False])
+def test_the_mesh_of_all_ranks_lives_as_long_as_their_group_and_does_not_hold_it(
+    tmp_path: Path, has_registry: bool
+) -> None:
+    """Also on a torch whose meshes hold no groups by themselves."""
+    found = job(4, groups_one_after_the_other, tmp_path, has_registry, group=False)
+    assert [len(of_rank) for of_rank in found] == [4, 4, 3, 4]
+    assert all(of_group == [True] * 4 for of_rank in found for of_group in of_rank)
+
+
+def test_a_fork_that_becomes_another_rank_gets_a_mesh_of_its_own(fake_group: FakeGroup) -> None:
+    fake_group(0, 2)
+    before = mesh_of_all_ranks()
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            if mesh_of_all_ranks() is before:  # still the rank that it was
+                fake_group(3, 4)
+                code = 0 if mesh_of_all_ranks().size() == 4 else 2
+        finally:
+            os._exit(code)
+    assert os.waitpid(child, 0)[1] == 0
+    assert mesh_of_all_ranks() is before
+
+
+def test_threads_get_a_mesh_of_the_current_group_at_the_same_time(fake_group: FakeGroup) -> None:
+    with ThreadPoolExecutor(8) as threads:
+        for size in range(2, 40):
+            fake_group(size - 1, size)
+            meshes = list(threads.map(lambda _: mesh_of_all_ranks(), range(8)))
+            assert {mesh.size() for mesh in meshes} == {size}
+            assert mesh_of_all_ranks() in meshes

@@ -20,8 +20,8 @@ Results = tuple[str, dict[str, Any], Path]
 WAYS = [
     "alone",
     "record",
-    "one_number",
-    "one_tensor",
+    "tensor",
+    "least",
     "file_per_rank",
     "gathered",
     "rank_named",
@@ -59,15 +59,20 @@ def numbers(value: Any) -> list[float]:
         "check + restore",
         "a batch of ResumableLoader",
         "with ScopedRNG",
+        "with rng.as_rank",
+        "checkpoint(context_fn=rng.recompute)",
         "dcp.save",
         "dcp.load",
         "dcp.async_save",
         "dcp.save, 2 ranks",
-        "bytes a rank",
+        "StatefulRNG",
+        "a file per rank",
+        "gathered into one file",
+        "rank-named keys",
         "8 ranks",
         "exponent, 4 to 8 ranks",
         "share beside Llama 3 8B, 4 ranks",
-        "metadata a rank, 8 ranks",
+        "metadata a rank, up to 8 ranks",
         "plain dcp.load",
         "RNGLoadPlanner",
         "import, CPU time",
@@ -97,6 +102,7 @@ def test_the_json_has_every_measurement(results: Results) -> None:
     assert [plan["ranks"] for plan in planned["rank_named"]] == [4, 8]
     assert [plan["ranks"] for plan in planned["model_and_records"]] == [4]
     assert min(numbers(planned)) > 0
+    assert [plan["ranks"] for plan in planned["tensor"]] == [4, 8]
     assert {len(rounds) for rounds in result["imports"].values()} == {1}
     assert result["inspect"]["rows"] == 4
 
@@ -107,10 +113,35 @@ def test_what_is_left_on_disk(results: Results) -> None:
     (saved,) = result["checkpoints"]
     on_disk = saved["on_disk"]
     files = {way: on_disk[way]["files"] - on_disk["alone"]["files"] for way in WAYS}
-    assert files == {**dict.fromkeys(WAYS, 0), "file_per_rank": 2}
-    ours = (on_disk["record"]["bytes"] - on_disk["alone"]["bytes"]) / 2
+    assert files == {**dict.fromkeys(WAYS, 0), "file_per_rank": 2, "gathered": 1}
+    added = {way: (on_disk[way]["bytes"] - on_disk["alone"]["bytes"]) / 2 for way in WAYS}
     states = 2512 + 2512 + 5056
-    assert states < ours < 1.5 * states
+    assert states < added["record"] < 1.5 * states
+    # The tensor that is compared has as many bytes.
+    assert added["tensor"] == pytest.approx(added["record"], rel=0.01)
+    metadata = {way: on_disk[way]["metadata"] - on_disk["alone"]["metadata"] for way in WAYS}
+    assert metadata["file_per_rank"] == metadata["gathered"] == 0
+    assert 2 * 100 < metadata["record"] < metadata["rank_named"]
+
+
+def test_ways_are_compared_on_real_ranks_and_by_planning(results: Results) -> None:
+    _, result, _ = results
+    tables = result["comparisons"]
+    assert [table["title"] for table in tables] == [
+        "added on 2 ranks, CPU time",
+        "added on 4 ranks, by planning alone",
+        "added on 8 ranks, by planning alone",
+    ]
+    for table, count in zip(tables, (2, 4, 8), strict=True):
+        rows = {name: cells for name, *cells in table["rows"]}
+        files = {name: cells[2] for name, cells in rows.items()}
+        assert files == {
+            **dict.fromkeys(rows, "0"),
+            "a file per rank": str(count),
+            "gathered into one file": "1",
+        }
+        held = {name: float(cells[-1].split()[0]) for name, cells in rows.items()}
+        assert held["gathered into one file"] > 0.9 * count * held["StatefulRNG"]
 
 
 def test_nothing_is_left_behind(results: Results) -> None:

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,18 @@ import torch
 import torch.distributed as dist
 
 from tests.support.jobs import JobError, begin_group, gather, job
+
+IMPORTED_BY = os.getpid()
+
+
+def importer() -> tuple[int, int]:
+    return IMPORTED_BY, os.getpid()
+
+
+def test_ranks_are_forks_of_one_process_that_has_imported_the_module() -> None:
+    ended = job(2, importer, group=False) + job(1, importer, group=False)
+    assert len({imported_by for imported_by, _ in ended} - {os.getpid()}) == 1
+    assert len({pid for _, pid in ended} - {imported_by for imported_by, _ in ended}) == 3
 
 
 def identity() -> tuple[int, int, list[int], int, int]:
@@ -88,6 +101,23 @@ def be_killed() -> None:
     dist.barrier()
 
 
+def be_killed_and_leave_a_fork(folder: Path) -> None:
+    fork = os.fork()
+    if fork == 0:
+        time.sleep(20)
+        os._exit(0)
+    (folder / "fork").write_text(str(fork))
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_job_ends_before_what_its_ranks_have_started(tmp_path: Path) -> None:
+    with pytest.raises(JobError, match="rank 0 ended with SIGKILL"):
+        job(1, be_killed_and_leave_a_fork, tmp_path, group=False)
+    fork = int((tmp_path / "fork").read_text())
+    assert " S " in Path(f"/proc/{fork}/stat").read_text(), "it still sleeps"
+    os.kill(fork, signal.SIGKILL)
+
+
 def leave_early() -> None:
     if dist.get_rank() == 1:
         os._exit(0)
@@ -121,6 +151,45 @@ def test_ranks_that_hang_say_where() -> None:
     with pytest.raises(JobError) as caught:
         job(2, hang, group=False, limit=0.5)
     assert str(caught.value).count("in hang\n") == 2
+
+
+class Interrupt(BaseException):
+    pass
+
+
+def interrupt(pytest_process: int, folder: Path) -> None:
+    (folder / f"{dist.get_rank()}").write_text(str(os.getpid()))
+    dist.barrier()
+    if dist.get_rank() == 0:
+        os.kill(pytest_process, signal.SIGUSR1)
+    hang()
+
+
+def test_an_interrupt_leaves_no_rank_running_and_the_next_job_runs(tmp_path: Path) -> None:
+    def handle(*_: object) -> None:
+        raise Interrupt
+
+    before = signal.signal(signal.SIGUSR1, handle)
+    with pytest.raises(Interrupt):
+        job(2, interrupt, os.getpid(), tmp_path)
+    signal.signal(signal.SIGUSR1, before)
+    for rank in range(2):
+        with pytest.raises(ProcessLookupError):
+            os.kill(int((tmp_path / str(rank)).read_text()), 0)
+    assert job(1, variable, group=False) == [None]
+
+
+def place() -> tuple[str, str]:
+    return os.getcwd(), sys.path[-1]
+
+
+def test_ranks_have_the_folder_and_the_path_of_their_test(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert job(1, place, group=False) == [place()]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path, "of-this-test"])
+    assert job(1, place, group=False) == [(str(tmp_path), "of-this-test")]
 
 
 def ignore_the_end() -> None:
