@@ -27,6 +27,9 @@ from nemo_rng_dcp.keys import base_of, is_name
 from nemo_rng_dcp.ranks import world_size
 from nemo_rng_dcp.record import KEY, LENGTH, ROW, ROWS, Mesh, Record, mesh_text, words_of
 
+_SHORTEST_RECORD = 16
+"""A head of 14 numbers, contents and a check word."""
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -322,8 +325,7 @@ def _places(wanted: Wanted, total: int, size: int) -> Iterator[tuple[int, int, i
 
     How many rows were saved, only the records themselves tell. A job of the same generators has
     records of the same length, and each row's own is read. Otherwise whole chunks are, which begin
-    with a record: those that have the rows if a chunk is one row or all of them, or if there were
-    as many as now.
+    with a record: those that have the rows, for every number of records that a chunk can hold.
 
     Args:
         wanted: The rows of the job that loads.
@@ -342,8 +344,8 @@ def _places(wanted: Wanted, total: int, size: int) -> Iterator[tuple[int, int, i
         for first, end in pairwise([*starts, len(sources)]):
             yield row + first, sources[first] * wanted.length, (end - first) * wanted.length
         return
-    counts = {chunks} if wanted.rows % chunks else {chunks, wanted.rows}
-    by_chunk = {source_row(row, n) * chunks // n: row for n in counts for row in wanted.own}
+    per_chunk = [n for n in range(1, size // _SHORTEST_RECORD + 1) if size % n == 0] or [1]
+    by_chunk = {source_row(row, chunks * n) // n: row for n in per_chunk for row in wanted.own}
     for chunk, row in sorted(by_chunk.items()):
         yield row, chunk * size, size
 

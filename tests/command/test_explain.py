@@ -1,22 +1,18 @@
-"""``explain`` foretells what real loads do."""
+"""The rules of ``explain``, one by one; tests/fuzz/test_explain.py has random jobs."""
 
-import os
 import random
 import re
 import time
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.device_mesh import init_device_mesh
 
-from nemo_rng_dcp import RNGLoadPlanner, StatefulRNG
+from nemo_rng_dcp import StatefulRNG
 from nemo_rng_dcp.cli.main import main
-from nemo_rng_dcp.generators import GeneratorSet, own_device
 from nemo_rng_dcp.table import Rows
 from tests.support.command import Capture, ask, ask_json
 from tests.support.jobs import job
@@ -24,120 +20,6 @@ from tests.support.records import change_metadata, records, save
 from tests.support.streams import draw, warned
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-
-EXAMPLES = max(10, int(os.environ.get("FUZZ_EXAMPLES", "0")) // 1000)
-
-
-# Against real loads.
-
-
-@dataclass(frozen=True)
-class Spec:
-    """A job: its ranks, and what each of them gives ``StatefulRNG``."""
-
-    size: int
-    mesh: dict[str, int] | None
-    along: tuple[str, ...]
-    ranked: bool
-    own: tuple[str, ...]
-    shared: tuple[str, ...]
-
-    @classmethod
-    def any(cls, dice: random.Random) -> "Spec":
-        size = dice.randint(2, 6)
-        mesh, along = None, ()
-        if dice.random() < 0.6:
-            dp = dice.choice([n for n in range(1, size + 1) if size % n == 0])
-            mesh = {"dp": dp, "tp": size // dp}
-            along = dice.choice([("dp",), ("tp",), ("dp", "tp")])
-        kinds = {name: dice.choice(["own", "own", "shared", "none"]) for name in MAKERS}
-        own, shared = ([n for n, kind in kinds.items() if kind == k] for k in ("own", "shared"))
-        return cls(size, mesh, along, dice.random() < 0.5, tuple(own), tuple(shared))
-
-    def rng(self, seed: int) -> StatefulRNG:
-        mesh = None
-        if self.mesh is not None:
-            names = tuple(self.mesh)
-            mesh = init_device_mesh("cpu", tuple(self.mesh.values()), mesh_dim_names=names)
-            mesh = mesh[self.along]
-        row = Rows.current(mesh).row
-        return StatefulRNG(
-            42,
-            self.ranked,
-            mesh=mesh,
-            generators={name: MAKERS[name](seed + row) for name in self.own},
-            shared_generators={name: MAKERS[name](seed) for name in self.shared},
-        )
-
-    def words(self) -> list[object]:
-        """Return the job as ``explain`` is told of it."""
-        words: list[object] = ["--world-size", self.size]
-        words += [f"--{'' if self.ranked else 'no-'}ranked"]
-        if self.mesh is not None:
-            sizes = ",".join(f"{name}={size}" for name, size in self.mesh.items())
-            words += ["--mesh", sizes, "--along", ",".join(self.along)]
-        return words
-
-
-MAKERS: dict[str, Any] = {
-    "noise": lambda seed: torch.Generator().manual_seed(seed),
-    "shuffle": lambda seed: np.random.default_rng(seed),
-    "choice": lambda seed: random.Random(seed),
-}
-
-
-def save_real(path: Path, spec: Spec) -> None:
-    rng = spec.rng(42)
-    draw()
-    dcp.save({"rng": rng}, checkpoint_id=path)
-
-
-def load_real(
-    path: Path, spec: Spec, needs_planner: bool
-) -> tuple[int, dict[str, str], dict[str, str], list[str]]:
-    """Return the row, the streams before and after the load, and what was said."""
-    rng = spec.rng(1000)
-    draw(2)
-    before = rng.fingerprint()
-    planner = RNGLoadPlanner() if needs_planner else None
-    messages = warned(lambda: dcp.load({"rng": rng}, checkpoint_id=path, planner=planner))
-    return Rows.current(rng.mesh).row, before, rng.fingerprint(), messages
-
-
-@pytest.mark.parametrize("example", range(EXAMPLES))
-def test_a_load_does_what_explain_foretells(example: int, tmp_path: Path, capsys: Capture) -> None:
-    dice = random.Random(example)
-    saved, resumed = Spec.any(dice), Spec.any(dice)
-    resumed = replace(resumed, own=saved.own, shared=saved.shared)
-    if example % 5 == 0:
-        resumed = saved
-    job(saved.size, save_real, tmp_path, saved)
-    (entry,) = ask_json(capsys, "explain", tmp_path, *resumed.words())["entries"]
-    fates = {fate["row"]: fate for fate in entry["fates"] if fate["ranks"]}
-    loaded = job(resumed.size, load_real, tmp_path, resumed, entry["needs_planner"])
-    device = list(GeneratorSet(own_device()).slots)[3:]
-    for rank, (row, before, after, messages) in enumerate(loaded):
-        fate = fates[row]
-        assert rank in fate["ranks"]
-        # Only a process that has the device knows what a seed makes of its generator.
-        foretold = fate["fingerprints"]
-        new = [name for name, digits in foretold.items() if digits == "?"]
-        assert new in ([], device)
-        assert after == {**before, **foretold, **{name: after[name] for name in new}}
-        expected = ["RNG state: " + ". ".join(entry["remarks"])] if entry["remarks"] else []
-        if row == 0:
-            assert messages == expected
-        for message in messages:  # of another row, which says of its generators what row 0 does
-            assert message.partition(": ")[2] in ". ".join(entry["remarks"])
-        assert fate["fate"] != "refused"
-        forked = [name for name in after if name in fate["forked"]]
-        assert forked == fate["forked"]
-        assert (fate["fate"] == "continued") == (row == fate["source"])
-    dropped = [fate["row"] for fate in entry["fates"] if not fate["ranks"]]
-    assert dropped == list(range(entry["rows"], entry["rows_saved"]))
-
-
-# The rules, one by one.
 
 
 def test_many_fates_are_summarised(tmp_path: Path, capsys: Capture) -> None:
