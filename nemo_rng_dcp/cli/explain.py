@@ -77,10 +77,6 @@ class Fate:
     forked: tuple[str, ...] = ()
     fingerprints: Mapping[str, str] = field(default_factory=dict)
 
-    def __str__(self) -> str:
-        made = self.fate in (FORKED, COPIED)
-        return f"{self.fate}, from {self.source}" if made else self.fate
-
 
 class Resumed:
     """What becomes of one RNG entry.
@@ -123,8 +119,8 @@ class Resumed:
         if isinstance(record, str):
             refused = [record]
         else:
-            bad = refusals(record).items()
-            refused = [f"not taken by its generator ({name}: {reason})" for name, reason in bad]
+            slots, bad = self._job.of_row(0, record).slots, refusals(record)
+            refused = [f"not taken by its generator ({n}: {bad[n]})" for n in bad if n in slots]
         why = "it was saved with use_collectives=False, for the rank of its number alone"
         outcomes: dict[bool, Resume] = {}
         for row in range(source, self.rows, self.rows_saved):
@@ -176,7 +172,9 @@ class Resumed:
             cells = []
             for fate in fates:
                 fingerprints = [fate.fingerprints.get(name, "-") for name in names]
-                cells.append([str(fate.row), spans(fate.ranks) or "-", str(fate), *fingerprints])
+                source = f", from {fate.source}" * (fate.fate in (FORKED, COPIED))
+                streams = [f"{fate.fate}{source}", *fingerprints]
+                cells.append([str(fate.row), spans(fate.ranks) or "-", *streams])
             lines += aligned(["row", "ranks", "streams", *names], cells)
         for remark in self.remarks:
             lines += paragraph(f"note: {remark}")

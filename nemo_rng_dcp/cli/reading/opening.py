@@ -66,9 +66,7 @@ def checkpoint_in(folder: Folder) -> Checkpoint | None:
     return Checkpoint(folder, {None: index}) if index.files else None
 
 
-def checkpoints_in(
-    folders: Iterable[Folder],
-) -> tuple[list[Checkpoint], RNGStateError | None]:
+def checkpoints_in(folders: Iterable[Folder]) -> tuple[list[Checkpoint], RNGStateError | None]:
     """Return the checkpoints in folders, and why the first that is damaged cannot be read.
 
     It may not be the one asked for, so the caller decides whether it matters. What cannot be opened
