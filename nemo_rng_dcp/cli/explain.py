@@ -135,7 +135,7 @@ class Resumed:
                 outcomes[is_new] = resume(record, self._job.of_row(row, record))
             outcome = outcomes[is_new]
             self.remarks = self.remarks or outcome.remarks
-            fate = CONTINUED if not is_new else FORKED if outcome.seeds else COPIED
+            fate = (FORKED if outcome.seeds else COPIED) if is_new else CONTINUED
             fingerprints = _fingerprints(record, outcome) if is_listed else {}
             yield Fate(row, ranks, fate, source, tuple(outcome.seeds), fingerprints)
 
@@ -180,21 +180,17 @@ class Resumed:
             lines += paragraph(f"note: {remark}")
         for reason in dict.fromkeys(self.refusals.values()):
             refused = sorted(row for row, found in self.refusals.items() if found == reason)
-            are = "is" if len(refused) == 1 else "are"
-            text = f"refused: a load raises, for saved {numbered('row', refused)} {are} {reason}"
-            lines += paragraph(text)
+            rows_refused = numbered("row", refused)
+            lines += paragraph(f"refused: a load raises, for saved {rows_refused}: {reason}")
         return lines
 
 
 def _fingerprints(record: Record, outcome: Resume) -> dict[str, str]:
-    fingerprints = {}
-    for name, stream in record.streams.items():
-        if name in outcome.seeds:
-            state = packed_after_seed(stream.kind, outcome.seeds[name])
-            fingerprints[name] = "?" if state is None else fingerprint(state)
-        elif name in outcome.states:
-            fingerprints[name] = fingerprint(stream.state)
-    return fingerprints
+    found = {name: fingerprint(state) for name, state in outcome.states.items()}
+    for name, seed in outcome.seeds.items():
+        state = packed_after_seed(record.streams[name].kind, seed)
+        found[name] = "?" if state is None else fingerprint(state)
+    return found
 
 
 def _summary(fates: Sequence[Fate]) -> list[str]:

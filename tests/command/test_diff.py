@@ -235,4 +235,4 @@ def test_a_cached_normal_alone_is_told(tmp_path: Path, capsys: Capture) -> None:
         save(records(1, without_gauss), tmp_path / "b"),
     )
     _, text = ask(capsys, "diff", a, b)
-    assert text.endswith("another cached normal")
+    assert text.endswith("0 words ahead")
