@@ -179,6 +179,17 @@ def test_another_rank_is_refused_by_name(rank: Any) -> None:
     assert draw() == fresh(4)
 
 
+def test_a_cached_normal_that_was_put_back_outside_is_taken() -> None:
+    streams = seeded()
+    with streams.as_rank(RANKS[0]):
+        np.random.standard_normal()
+        with_a_normal = np.random.get_state()
+        expected = np.random.standard_normal()
+    np.random.set_state(with_a_normal)  # the words are where as_rank() left them
+    streams.restore(streams.take())
+    assert np.random.standard_normal() == expected
+
+
 def test_a_restore_is_of_all_ranks_and_a_rewind_of_what_was_loaded() -> None:
     streams = seeded()
     saved = streams.take()
