@@ -192,7 +192,10 @@ class Training:
         if gradients is not None:
             norm = nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
         else:
+            wholes = [whole(w.grad) for w in self.weights.values() if w.grad is not None]
+            expected = nn.utils.get_total_norm(wholes)
             norm = clip_grad_norm_(model.parameters(), MAX_NORM, self.mesh)
+            torch.testing.assert_close(norm, expected)
         found["norm"] = whole(norm).item().hex()
         self.optimizer.step()
         self.optimizer.zero_grad()
