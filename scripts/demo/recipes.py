@@ -179,6 +179,17 @@ def compare_logical_ranks(
     yield Finding(recipe.name, "at the end: streams", found, ["equal"] * recipe.logical_ranks)
 
 
+def with_fsdp2s_own_sums(recipe: Recipe, out: Path) -> Finding:
+    """Train on other numbers of processes as before, but for the order of the sums: a control."""
+    runs_of = {count: out / f"fsdp2s-own-on-{count}" for count in (recipe.job.ranks, 2)}
+    for count, path in runs_of.items():
+        train(recipe, Job(count, options=("--reduction", "fsdp2")), path)
+    first, second = runs_of.values()
+    found = runs.equal_or_not(second, first, 0, "states")
+    expected = "a difference" if found == "equal" else found
+    return Finding(recipe.name, "FSDP2's own sums: weights", [found], [expected])
+
+
 def rollout_taken_over(whole: Path, ranks: int, resumed: Path, other_ranks: int) -> list[str]:
     """Return on which ranks the resumed job trained its part of the rollout in the checkpoint."""
 
@@ -210,7 +221,11 @@ def main() -> int:
     shutil.rmtree(OUT, ignore_errors=True)
     print(f"{STEPS} steps, a checkpoint every {SAVE_EVERY}; the last rank is killed after step")
     print(f"{RESUMED_STEP} and torchrun restarts all ranks. Other jobs resume from there.\n")
-    findings = [finding for recipe in RECIPES for finding in compare(recipe, OUT / recipe.name)]
+    findings: list[Finding] = []
+    for recipe in RECIPES:
+        findings += compare(recipe, OUT / recipe.name)
+        if recipe.logical_ranks:
+            findings.append(with_fsdp2s_own_sums(recipe, OUT / recipe.name))
     return 0 if report(findings) else 1
 
 

@@ -9,7 +9,7 @@ For FSDP2 and HSDP, also beside tensor parallelism: :func:`reduce_in_order`. For
 process has whole, as with DDP: :class:`WholeGradients`.
 
 Exact for the same N, machine type, software and number of threads. Each logical rank must run one
-backward, in order, through each FSDP module once.
+backward, in order, through each FSDP module once. A process that plays several notices it if not.
 
 Cost for k logical ranks a process, where k is a power of two: the gradients are exchanged once a
 step, as bytes the k-th part of what FSDP2 sends if it reduces each micro-batch. A process holds up

@@ -12,6 +12,7 @@ import pytest
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -88,6 +89,7 @@ def load(path: Path, count: int | None = COUNT, way: str = "dcp") -> Drawn:
                 dcp.load({"rng": rng}, checkpoint_id=path, planner=planner)
             found.append(by_rank(rng))
             assert rng.loaded is not None
+            assert rng.loaded.rows == (count or dist.get_world_size())
         if way != "safetensors":
             rng = StatefulRNG(42, ranked=True, logical_ranks=count)
             rng.load(path)
@@ -239,6 +241,31 @@ def test_verify_shared_names_the_rank() -> None:
     peers, everyone = results[0]
     assert peers.startswith("python: ranks 0, 1 share row 1, but rank 1 differs from rank 0. ")
     assert everyone.startswith("shuffle: all ranks share it, but rank 2 differs from rank 0. ")
+
+
+def register_on_the_first_process_only(path: Path) -> list[str]:
+    own = {"noise": np.random.default_rng(1)} if dist.get_rank() == 0 else {}
+    rng = begin(4, generators=own)
+    before = rng.fingerprint()
+    texts = []
+    for use in (
+        lambda: dcp.save({"rng": rng}, checkpoint_id=path / "dcp"),
+        lambda: rng.save(path / "own"),
+        rng.verify_shared,
+    ):
+        with pytest.raises((CheckpointException, RNGStateError)) as caught:
+            use()
+        texts.append(str(caught.value))
+    assert rng.fingerprint() == before
+    return texts
+
+
+def test_a_generator_on_some_processes_only_is_refused(tmp_path: Path) -> None:
+    for with_dcp, with_rng, verified in job(2, register_on_the_first_process_only, tmp_path):
+        for text in (with_dcp, with_rng):
+            assert "rng_streams has overlapping chunks" in text
+        assert verified.startswith("noise: rank 0 has this generator and rank 1 has not: register")
+    assert not list(tmp_path.glob("*/.metadata"))
 
 
 def load_plainly(path: Path) -> str:
