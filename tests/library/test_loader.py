@@ -40,6 +40,7 @@ from tests.support.loaders import (
     Case,
     Drawing,
     NoisyCollate,
+    OwnGenerator,
     Run,
     Shuffled,
     behind,
@@ -691,6 +692,22 @@ def test_batches_that_another_thread_fetches_are_said() -> None:
 
     messages = warned(fetch)
     assert "batches are fetched in another thread, prefetch" in messages[0]
+
+
+def test_a_generator_that_is_made_with_a_batch_is_said() -> None:
+    class Late(OwnGenerator):
+        def __init__(self) -> None:
+            self.draws, self.bad = False, None
+
+        def __getitem__(self, index: int) -> list[float]:
+            if not hasattr(self, "noise"):
+                self.noise = np.random.default_rng(3)
+            return super().__getitem__(index)
+
+    loader = ResumableLoader(DataLoader(Late()), StatefulRNG(1))
+    (message,) = warned(lambda: [list(loader), list(loader)])
+    assert "loader_dataset_noise is a generator that was made while a batch was made" in message
+    assert warned(lambda: list(ResumableLoader(DataLoader(OwnGenerator()), StatefulRNG(1)))) == []
 
 
 def test_a_loader_without_its_streams_is_said(tmp_path: Path) -> None:
