@@ -60,8 +60,8 @@ class ResumableLoader:
             ends.
 
     Raises:
-        TypeError: ``loader`` can be gone through once only, is no iterable, or is a ResumableLoader
-            itself; ``rng`` is no StatefulRNG; ``batches_per_epoch`` is no integer.
+        TypeError: ``loader`` or its sampler can be gone through once only, is no iterable, or is a
+            ResumableLoader itself; ``rng`` is no StatefulRNG; ``batches_per_epoch`` is no integer.
         ValueError: The loader has ``persistent_workers=True``, or several workers and
             ``in_order=False``; ``batches_per_epoch`` is less than 1; or the loaders are not those
             of the ranks that this process plays.
@@ -247,10 +247,11 @@ class ResumableLoader:
                 samples. The loader stays where it is.
         """
         key = position_key(self._rng._rows())
-        if not isinstance(state_dict, Mapping) or key not in state_dict:
+        table = state_dict.get(key) if isinstance(state_dict, Mapping) else None
+        if not isinstance(table, torch.Tensor):
             raise RNGStateError(f"{key}: the state is none of a ResumableLoader")
         own = self._positions()
-        saved = loaded_positions(state_dict[key], [position.row for position in own])
+        saved = loaded_positions(table, [position.row for position in own])
         unread = [position for position in saved if position.is_unread]  # each is asked
         if unread:
             self._is_loaded = True

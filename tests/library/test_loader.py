@@ -427,6 +427,8 @@ def generator_function() -> Iterator[int]:
         (3, "a int, expected an iterable"),
         (ResumableLoader([1], StatefulRNG(1)), "a ResumableLoader: wrap each loader once"),
         ({0: iter([1])}, "an iterator: it can be gone through once only"),
+        (DataLoader([1], sampler=iter([0])), "sampler is an iterator"),  # type: ignore[arg-type]
+        (DataLoader([1], batch_sampler=iter([[0]])), "sampler is an iterator"),  # type: ignore[arg-type]
     ],
 )
 def test_what_can_be_gone_through_once_is_refused(loader: Any, message: str) -> None:
@@ -496,6 +498,8 @@ def test_what_is_no_position_is_refused() -> None:
     newer[0] = 2
     for wrong, message in [
         ({}, "the state is none of a ResumableLoader"),
+        (None, "the state is none of a ResumableLoader"),
+        ({key: 3}, "the state is none of a ResumableLoader"),
         ({key: table.float()}, "found torch.float32"),
         ({key: table[1:]}, "expected torch.int64"),
         ({key: newer}, "found layout 2"),
