@@ -41,6 +41,9 @@ class ResumableLoader:
     on nothing else that draws, and they draw nothing from the job's streams. The numbers are not
     those of the loader that is wrapped.
 
+    A pass is over where the loader ends, and also where a loop leaves it behind its last batch: one
+    that counts by itself, or goes through another loader beside it.
+
     Without workers, a resume advances the sampler and reads no batch. With workers, and for a
     loader of another kind, it goes through the batches that were handed out.
 
