@@ -197,7 +197,7 @@ class Fetcher:
             check = _check_of(index, check)
             if number == position.fetched and position.indices not in (check, UNKNOWN):
                 raise _other_indices(number)
-            if number >= position.fetched:
+            if number > position.fetched:
                 self.checks[number] = check
             yield index
 

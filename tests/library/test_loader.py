@@ -30,7 +30,7 @@ from nemo_rng_dcp import (
     unread,
 )
 from nemo_rng_dcp.fetcher import Fetcher
-from nemo_rng_dcp.position import positions_in
+from nemo_rng_dcp.position import UNKNOWN, positions_in
 from tests.support import jobs
 from tests.support.loaders import (
     EPOCHS,
@@ -682,6 +682,8 @@ def test_a_pass_goes_on_after_an_interrupt(workers: int, monkeypatch: Any) -> No
         with pytest.raises(KeyboardInterrupt):
             next(batches)
     assert loader.batches == 1
+    (position,) = positions_in(loader.state_dict()["loader_position"])
+    assert position.indices != UNKNOWN, "a save in a fetch has a check, too"
     seen += [batch.tolist() for batch in batches]
     assert seen == [[0, 1], [2, 3], [4, 5]]
 
@@ -801,6 +803,19 @@ def test_a_pass_that_is_left_behind_its_last_batch_is_complete(leave: str) -> No
     assert seen == [(epoch, batch) for epoch in range(3) for batch in range(3)]
     loader.state_dict()
     assert loader.epoch == (2 if leave == "by count" else 3)
+
+
+def test_an_epoch_that_is_left_behind_its_last_batch_is_not_said() -> None:
+    loader = ResumableLoader(DataLoader(range(3)), StatefulRNG(1))
+
+    def train() -> None:
+        for _ in loader.epochs(3):
+            iterator = iter(loader)  # held, as a framework does
+            for _ in range(3):
+                next(iterator)
+
+    assert warned(train) == []
+    assert (loader.epoch, loader.batches) == (3, 0)
 
 
 def test_a_loop_that_counts_by_itself_resumes(tmp_path: Path) -> None:
