@@ -153,9 +153,8 @@ def _differences(row: int, a: Record | None, b: Record | None) -> list[Differenc
         first, second = in_a.get(name), in_b.get(name)
         if first is None or second is None or first[::2] != second[::2]:
             x, y = (fingerprint(stream.state) if stream else "-" for stream in (first, second))
-            far = f"only in {'A' if first else 'B'}"
-            if first and second:
-                far = distance(first, second) or "another stream, or far off"
+            only = f"only in {'A' if first else 'B'}"
+            far = distance(first, second) if first and second else only
             differences.append(Difference(row, name, x, y, far))
     return differences
 

@@ -77,10 +77,6 @@ class Fate:
     forked: tuple[str, ...] = ()
     fingerprints: Mapping[str, str] = field(default_factory=dict)
 
-    def __str__(self) -> str:
-        made = self.fate in (FORKED, COPIED)
-        return f"{self.fate}, from {self.source}" if made else self.fate
-
 
 class Resumed:
     """What becomes of one RNG entry.
@@ -123,8 +119,8 @@ class Resumed:
         if isinstance(record, str):
             refused = [record]
         else:
-            bad = refusals(record).items()
-            refused = [f"not taken by its generator ({name}: {reason})" for name, reason in bad]
+            slots, bad = self._job.of_row(0, record).slots, refusals(record)
+            refused = [f"not taken by its generator ({n}: {bad[n]})" for n in bad if n in slots]
         why = "it was saved with use_collectives=False, for the rank of its number alone"
         outcomes: dict[bool, Resume] = {}
         for row in range(source, self.rows, self.rows_saved):
@@ -139,7 +135,7 @@ class Resumed:
                 outcomes[is_new] = resume(record, self._job.of_row(row, record))
             outcome = outcomes[is_new]
             self.remarks = self.remarks or outcome.remarks
-            fate = CONTINUED if not is_new else FORKED if outcome.seeds else COPIED
+            fate = (FORKED if outcome.seeds else COPIED) if is_new else CONTINUED
             fingerprints = _fingerprints(record, outcome) if is_listed else {}
             yield Fate(row, ranks, fate, source, tuple(outcome.seeds), fingerprints)
 
@@ -176,27 +172,25 @@ class Resumed:
             cells = []
             for fate in fates:
                 fingerprints = [fate.fingerprints.get(name, "-") for name in names]
-                cells.append([str(fate.row), spans(fate.ranks) or "-", str(fate), *fingerprints])
+                source = f", from {fate.source}" * (fate.fate in (FORKED, COPIED))
+                streams = [f"{fate.fate}{source}", *fingerprints]
+                cells.append([str(fate.row), spans(fate.ranks) or "-", *streams])
             lines += aligned(["row", "ranks", "streams", *names], cells)
         for remark in self.remarks:
             lines += paragraph(f"note: {remark}")
         for reason in dict.fromkeys(self.refusals.values()):
             refused = sorted(row for row, found in self.refusals.items() if found == reason)
-            are = "is" if len(refused) == 1 else "are"
-            text = f"refused: a load raises, for saved {numbered('row', refused)} {are} {reason}"
-            lines += paragraph(text)
+            rows_refused = numbered("row", refused)
+            lines += paragraph(f"refused: a load raises, for saved {rows_refused}: {reason}")
         return lines
 
 
 def _fingerprints(record: Record, outcome: Resume) -> dict[str, str]:
-    fingerprints = {}
-    for name, stream in record.streams.items():
-        if name in outcome.seeds:
-            state = packed_after_seed(stream.kind, outcome.seeds[name])
-            fingerprints[name] = "?" if state is None else fingerprint(state)
-        elif name in outcome.states:
-            fingerprints[name] = fingerprint(stream.state)
-    return fingerprints
+    found = {name: fingerprint(state) for name, state in outcome.states.items()}
+    for name, seed in outcome.seeds.items():
+        state = packed_after_seed(record.streams[name].kind, seed)
+        found[name] = "?" if state is None else fingerprint(state)
+    return found
 
 
 def _summary(fates: Sequence[Fate]) -> list[str]:

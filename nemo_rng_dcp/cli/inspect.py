@@ -48,12 +48,11 @@ class Inspection:
         writers = ranks_that_wrote(checkpoint.files)
         verdicts = [state.verdict(writers) for state in self.others]
         self.notes = [note for notes, _ in verdicts for note in notes]
-        text = ""
         if not (self.findings or self.entries or self.others):
-            text = "no RNG state in it: a resume restores no stream"
+            self.findings = [Finding(LOST, "no RNG state in it: a resume restores no stream")]
         elif not self.entries and any(lost for _, lost in verdicts):
             text = "no StatefulRNG's record, and other code's RNG state has lost streams: see notes"
-        self.findings += [Finding(LOST, text)] if text else []
+            self.findings.append(Finding(LOST, text))
         failing = findings.SEVERITIES[: findings.SEVERITIES.index(options.fail_on) + 1]
         self.failed = any(finding.severity in failing for finding in self.findings)
         self.trouble = ""

@@ -9,10 +9,10 @@ from math import prod
 import numpy as np
 
 from nemo_rng_dcp.generators import Slot, is_reserved
-from nemo_rng_dcp.record import Mesh, Record
+from nemo_rng_dcp.record import Mesh, Record, Stream, mesh_text
 from nemo_rng_dcp.resume import Job
 
-OF_ONE_ENTRY = ("along", "logical_ranks", "ranked")
+OF_ONE_ENTRY = ("along", "logical_ranks", "ranked", "generators", "shared")
 """Options of ``explain`` that one ``StatefulRNG`` is given."""
 
 
@@ -48,19 +48,30 @@ class Resuming:
         if self.logical and options.ranked is False:
             raise ValueError("--no-ranked: logical ranks have streams of their own")
         self._ranked = True if self.logical else options.ranked
+        self._generators, self._shared = options.generators, options.shared
+        known = options.generators or (saved.streams if saved else options.shared)
+        for name in options.shared or ():
+            if name not in known or is_reserved(name):
+                found = f"of {', '.join(known)}, and global ones are never shared"
+                raise ValueError(f"--shared {name}: expected names {found}")
 
     def of_row(self, row: int, record: Record) -> Job:
         """Return the job as one of its rows sees it, which loads ``record``."""
-        slots = {
-            name: Slot(stream.kind, stream.shared, is_reserved(name))
-            for name, stream in record.streams.items()
-        }
+        slots, given = {}, self._generators or [*record.streams]
+        # With a NumPy generator goes its seed sequence.
+        both = [part for name in given for part in (name, f"{name}.seed_seq")]
+        for name in (n for n in both if n in given or n in record.streams):
+            stream = record.streams.get(name, Stream("", False, b""))
+            base, moved = name.partition(".")[0], self._shared
+            shared = stream.shared if moved is None else base in moved
+            slots[name] = Slot(stream.kind, shared, is_reserved(name))
         ranked = record.ranked if self._ranked is None else self._ranked
         return Job(row, len(self.ranks), self.mesh, ranked, slots, logical=self.logical)
 
     def length(self, record: Record) -> int:
-        """Return how many numbers its own record has."""
-        return len(replace(record, mesh=self.mesh).to_tensor())
+        """Return how many numbers its own record has; 0 if it has other generators."""
+        same = self.of_row(0, record).slots.keys() == record.streams.keys()
+        return len(replace(record, mesh=self.mesh).to_tensor()) if same else 0
 
 
 def _mesh(options: argparse.Namespace, saved: Mesh | None) -> Mesh | None:
@@ -71,15 +82,15 @@ def _mesh(options: argparse.Namespace, saved: Mesh | None) -> Mesh | None:
             raise ValueError("--along names dimensions of a mesh: give --mesh too")
         return None
     if prod(mesh.values()) != options.world_size:
-        text = f"{' x '.join(map(str, mesh.values()))} has {prod(mesh.values())} ranks"
-        raise ValueError(f"a mesh of {text}, not {options.world_size}")
+        sizes, ranks = mesh_text(tuple(mesh.items())), options.world_size
+        raise ValueError(f"a mesh of {sizes} has {prod(mesh.values())} ranks, not {ranks}")
     if along is None:
         if saved is None:
             return None
         along = [name for name in mesh if name in dict(saved)]
         along = along if len(along) == len(saved) else list(mesh)
     names = [name for name in mesh if name in along]
-    if along != names:  # torch refuses it too
+    if along != names or not along:  # torch refuses it too
         expected = f"expected dimensions once and in the mesh's order, {','.join(mesh)}"
         raise ValueError(f"--along {','.join(along)}: {expected}")
     return tuple((name, mesh[name]) for name in names)

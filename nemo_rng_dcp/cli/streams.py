@@ -22,18 +22,18 @@ from nemo_rng_dcp.generators.python_random import PythonAdapter
 from nemo_rng_dcp.generators.torch_random import TorchAdapter
 from nemo_rng_dcp.record import Record, Stream, fingerprint
 
+FAR = "another stream, or far off"
 _BLOCKS = 2
 """How many regenerations of MT19937 are looked through."""
 
+_BITS = np.random.MT19937, np.random.PCG64, np.random.PCG64DXSM, np.random.Philox, np.random.SFC64
 _ADAPTERS: list[GeneratorAdapter] = [
     PythonAdapter(random.Random()),
     TorchAdapter(torch.Generator()),
     of_numpy.NumPyAdapter(np.random.RandomState()),
     of_numpy.SeedSequenceAdapter(np.random.default_rng()),
+    *(of_numpy.NumPyGeneratorAdapter(np.random.Generator(bits())) for bits in _BITS),
 ]
-for _name in ("MT19937", "PCG64", "PCG64DXSM", "Philox", "SFC64"):
-    _generator = np.random.Generator(getattr(np.random, _name)())
-    _ADAPTERS.append(of_numpy.NumPyGeneratorAdapter(_generator))
 _TRIALS = {adapter.kind: adapter for adapter in _ADAPTERS}
 """A generator of each kind that every machine has."""
 _MT19937: dict[str, Callable[[Any], MT19937State]] = {
@@ -81,24 +81,22 @@ def fingerprints(record: Record) -> dict[str, str]:
     return {name: fingerprint(stream.state) for name, stream in record.streams.items()}
 
 
-def distance(a: Stream, b: Stream) -> str | None:
-    """Return how far ``b`` is ahead of ``a``, in words; ``None`` where it is not near.
+def distance(a: Stream, b: Stream) -> str:
+    """Return what ``b`` is, such as "2 words ahead" of ``a``; :data:`FAR` where it is not near.
 
     It is near if both run MT19937 and come from one stream, at most two blocks of 624 words apart.
     """
     if a.kind != b.kind or a.kind not in _MT19937:
-        return None
+        return FAR
     read, generator = _MT19937[a.kind], _TRIALS[a.kind]
     try:
         first, second = (read(generator.unpack(stream.state)) for stream in (a, b))
     except ValueError:
-        return None
+        return FAR
     ahead, behind = _words_between(first, second), _words_between(second, first)
-    if ahead == behind == 0:
-        return "another cached normal"
     if ahead is not None:
         return f"{plural(ahead, 'word')} ahead"
-    return None if behind is None else f"{plural(behind, 'word')} behind"
+    return FAR if behind is None else f"{plural(behind, 'word')} behind"
 
 
 def _words_between(a: MT19937State, b: MT19937State) -> int | None:

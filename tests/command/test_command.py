@@ -73,7 +73,6 @@ def test_a_reason_is_one_line_on_stderr(tmp_path: Path) -> None:
         ["explain", ".", "--world-size", "1000000000"],
         ["explain", ".", "--world-size", "1" * 5000],
         ["explain", ".", "--world-size", "4", "--mesh", "dp4"],
-        ["explain", ".", "--world-size", "4", "--mesh", "dp=4", "--along", ""],
         ["explain", ".", "--world-size", "4", "--mesh", "dp=4", "--along", "dp,"],
         ["explain", "."],
         [],

@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
 from nemo_rng_dcp import StatefulRNG
-from nemo_rng_dcp.cli.streams import distance
+from nemo_rng_dcp.cli.streams import FAR, distance
 from nemo_rng_dcp.generators import GeneratorAdapter
 from nemo_rng_dcp.generators.numpy_random import NumPyAdapter, NumPyGeneratorAdapter
 from nemo_rng_dcp.generators.python_random import PythonAdapter
@@ -196,7 +196,7 @@ def drawn(name: str, words: int) -> Stream:
         (623, 625, "2 words ahead"),
         (1, 1248, "1,247 words ahead"),
         (1500, 300, "1,200 words behind"),
-        (1, 5000, None),
+        (1, 5000, FAR),
     ],
 )
 def test_the_distance_is_counted_across_blocks(
@@ -207,10 +207,10 @@ def test_the_distance_is_counted_across_blocks(
 
 def test_other_streams_have_no_distance() -> None:
     python, legacy = drawn("python", 3), drawn("numpy", 3)
-    assert distance(python, legacy) is None, "another kind"
+    assert distance(python, legacy) == FAR, "another kind"
     other = Stream("torch.cuda", False, bytes(16))
-    assert distance(other, other) is None, "no MT19937"
-    assert distance(python, python._replace(state=b"short")) is None
+    assert distance(other, other) == FAR, "no MT19937"
+    assert distance(python, python._replace(state=b"short")) == FAR
 
 
 def with_gauss(row: int) -> Mapping[str, Stream]:
@@ -235,4 +235,4 @@ def test_a_cached_normal_alone_is_told(tmp_path: Path, capsys: Capture) -> None:
         save(records(1, without_gauss), tmp_path / "b"),
     )
     _, text = ask(capsys, "diff", a, b)
-    assert text.endswith("another cached normal")
+    assert text.endswith("0 words ahead")

@@ -51,6 +51,10 @@ def test_the_rules_are_those_of_a_load(tmp_path: Path, capsys: Capture) -> None:
     assert "forked, from 0" in ask(capsys, "explain", alike, "--world-size", 5, "--ranked")[1]
     text = ask(capsys, "explain", alike, "--world-size", 4)[1]
     assert "with plain dcp.load" in text
+    text = ask(capsys, "explain", alike, "--world-size", 4, "--generators", "numpy,cuda")[1]
+    assert "the checkpoint has no cuda: the stream stays as it is" in text
+    assert "the checkpoint has python, torch, which this job does not have: ignored" in text
+    assert "planner=RNGLoadPlanner()" in text
 
 
 MESH = ["--mesh", "dp=2,tp=2"]
@@ -59,11 +63,15 @@ MESH = ["--mesh", "dp=2,tp=2"]
 @pytest.mark.parametrize(
     ("bad", "reason"),
     [
-        (["--mesh", "dp=3"], "a mesh of 3 has 3 ranks, not 4"),
+        (["--mesh", "dp=3"], "a mesh of dp 3 has 3 ranks, not 4"),
         (["--along", "dp"], "--along names dimensions of a mesh: give --mesh too"),
         ([*MESH, "--along", "pp"], "--along pp: expected dimensions once and in"),
         ([*MESH, "--along", "tp,dp"], "once and in the mesh's order, dp,tp"),
         ([*MESH, "--along", "dp,dp"], "once and in the mesh's order, dp,tp"),
+        ([*MESH, "--along", ""], "once and in the mesh's order, dp,tp"),
+        (["--shared", "noize"], "--shared noize: expected names of python, numpy, torch, and"),
+        (["--generators", "python,noise", "--shared", "noize"], "of python, noise, and"),
+        (["--shared", "torch"], "and global ones are never shared"),
     ],
 )
 def test_a_job_that_cannot_exist_is_refused(
@@ -76,12 +84,14 @@ def test_a_job_that_cannot_exist_is_refused(
 
 @pytest.mark.parametrize("size", range(1, 9))
 def test_a_generator_moves_to_the_shared_ones_with_plain_dcp_load(
-    size: int, tmp_path: Path
+    size: int, tmp_path: Path, capsys: Capture
 ) -> None:
     """Its flag was a byte shorter then, and so for one length of a name in eight the record."""
     name = "g" * size
     rng = StatefulRNG(seed=1, generators={name: random.Random(1)})
     dcp.save({"rng": rng}, checkpoint_id=tmp_path)
+    words = ["explain", tmp_path, "--world-size", 1, "--shared", name]
+    assert not ask_json(capsys, *words)["entries"][0]["needs_planner"]
     shared = StatefulRNG(seed=1, shared_generators={name: random.Random(2)})
     dcp.load({"rng": shared}, checkpoint_id=tmp_path)
     assert shared.fingerprint() == rng.fingerprint()
@@ -119,7 +129,10 @@ def test_entries_of_several_meshes_are_explained_along_their_own(
         rows = 4 if entry["key"] == "c" else 2
         assert (entry["rows"], entry["needs_planner"], entry["remarks"]) == (rows, False, [])
         assert {fate["fate"] for fate in entry["fates"]} == {"continued"}
-    for option in (["--along", "dp"], ["--logical-ranks", "4"], ["--ranked"]):
+    for option in (
+        *(["--along", "dp"], ["--logical-ranks", "4"], ["--ranked"]),
+        *(["--generators", "python"], ["--shared", ""]),
+    ):
         code, text = ask(capsys, *words, *option)
         reason = f"{option[0]} is about one entry, and the checkpoint has a, b, c: give --entry too"
         assert (code, reason in text) == (2, True)

@@ -12,13 +12,18 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import DefaultSavePlanner, default_planner
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from nemo_rng_dcp import RNGStateError, StatefulRNG
 from nemo_rng_dcp.grids import Grid
-from nemo_rng_dcp.table import Rows
+from nemo_rng_dcp.table import Rows, Wanted, reads_of_rows
 from tests.support.jobs import job
 from tests.support.records import record_of
 from tests.support.streams import unmoved, warned
@@ -274,3 +279,32 @@ def test_threads_get_a_mesh_of_the_current_group_at_the_same_time(fake_group: Fa
             meshes = list(threads.map(lambda _: mesh_of_all_ranks(), range(8)))
             assert {mesh.size() for mesh in meshes} == {size}
             assert mesh_of_all_ranks() in meshes
+
+
+class Chunks(list[ChunkStorageMetadata]):
+    """Counts how many of them were looked at."""
+
+    looked_at = 0
+
+    def __getitem__(self, number: Any) -> Any:
+        self.looked_at += 1
+        return super().__getitem__(number)
+
+    def __iter__(self) -> Any:
+        self.looked_at += len(self)
+        return super().__iter__()
+
+
+@pytest.mark.parametrize("in_order", [True, False])
+def test_a_rows_chunk_is_looked_for_in_its_place_first(in_order: bool) -> None:
+    """All chunks were gone through, as many as ranks, on every rank."""
+    rows, length = 1000, 20
+    places = [torch.Size((row * length,)) for row in range(rows)]
+    stored = [ChunkStorageMetadata(place, torch.Size((length,))) for place in places]
+    chunks = Chunks(stored if in_order else reversed(stored))
+    size = torch.Size((rows * length,))
+    saved = TensorStorageMetadata(TensorProperties(dtype=torch.int64), size, chunks)
+    [read] = reads_of_rows("rng.rng_streams", Wanted(range(7, 8), rows, length), saved)
+    assert read.storage_index.offset == places[7]
+    assert read.storage_index.index == (7 if in_order else rows - 8)
+    assert (chunks.looked_at < 10) == in_order

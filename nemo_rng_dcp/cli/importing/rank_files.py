@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -117,7 +117,7 @@ def read_files(files: Files) -> JobStates:
         if naming.within:
             fields = _fields(content, file)
             if naming.within not in fields:
-                raise RNGStateError(f"{file}: it has no {naming.within!r}, but {_listed(fields)}")
+                raise RNGStateError(f"{file}: it has no {naming.within!r}, but {[*fields]!s:.80}")
             content = fields[naming.within]
         written = file.stat().st_mtime_ns
         items = content if naming.within and isinstance(content, list) else [content]
@@ -148,8 +148,8 @@ def _states(fields: dict[Any, Any], file: Path) -> tuple[dict[str, Any], set[str
             states[name] = value
     absent = [name for name in ("python", "numpy", "torch") if name not in states]
     if absent and (others or not states):
-        has = _listed(others or fields)
-        raise RNGStateError(f"{file}: it has no state of {', '.join(absent)}, but {has}")
+        has = [*(others or fields)]
+        raise RNGStateError(f"{file}: it has no state of {', '.join(absent)}, but {has!s:.80}")
     return states, others
 
 
@@ -166,7 +166,3 @@ def _fields(content: Any, file: Path) -> dict[Any, Any]:
         found = type(content).__name__
         raise RNGStateError(f"{file}: found a {found}, expected a dict of states")
     return dict(content)
-
-
-def _listed(names: Iterable[Any]) -> str:
-    return ", ".join(map(str, names))[:80]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import torch
@@ -76,10 +75,10 @@ def require_all(where: str, found: set[int], expected: set[int]) -> None:
         RNGStateError: The states of some rank are missing.
     """
     ranks = max(found | expected) + 1
-    if len(found) < ranks:
-        # Not all of them: a number in a name may be anything.
-        missing = islice((str(rank) for rank in range(ranks) if rank not in found), 10)
-        text = f"the states of rank {', '.join(missing)} are missing"
+    # Not all of them: a number in a name may be anything.
+    first = range(min(ranks, len(found) + 10))
+    if missing := ", ".join(str(rank) for rank in first if rank not in found):
+        text = f"the states of rank {missing} are missing"
         raise RNGStateError(f"{where}: {text}; there are those of {len(found)} of {ranks} ranks")
 
 

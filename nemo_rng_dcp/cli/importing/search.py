@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
 
 from nemo_rng_dcp.cli.importing.rank_files import COMPOSER, OTHER, Files, find_files, read_files
 from nemo_rng_dcp.cli.importing.rank_keys import read_keys
@@ -12,10 +10,8 @@ from nemo_rng_dcp.cli.importing.rank_states import JobStates
 from nemo_rng_dcp.cli.reading.checkpoint import ranks_that_wrote
 from nemo_rng_dcp.cli.reading.folder import Folder
 from nemo_rng_dcp.cli.reading.foreign import find_foreign
-from nemo_rng_dcp.cli.reading.opening import checkpoint_in, checkpoints_in
+from nemo_rng_dcp.cli.reading.opening import checkpoint_in, checkpoints_in, only_one
 from nemo_rng_dcp.errors import RNGStateError
-
-_Found = TypeVar("_Found", Files, JobStates)
 
 
 def read_states(where: Path) -> JobStates:
@@ -35,13 +31,13 @@ def read_states(where: Path) -> JobStates:
     found = [files for inside in (folder, *folders) for files in find_files(inside)]
     of_ranks = [files for files in found if not files.naming.refused]
     if known := [files for files in of_ranks if files.naming is not OTHER]:
-        return read_files(_only_one(where, known))
+        return read_files(only_one(str(where), known))
     below, error = checkpoints_in(folders)
     checkpoints = [*filter(None, [checkpoint_in(folder)]), *below]
     if jobs := [job for checkpoint in checkpoints if (job := read_keys(checkpoint))]:
-        return _only_one(where, jobs)
+        return only_one(str(where), jobs)
     if of_ranks:
-        return read_files(_only_one(where, of_ranks))
+        return read_files(only_one(str(where), of_ranks))
     if error is not None:
         raise error
     notes = [f"Found {files.first}: {files.naming.refused}." for files in found]
@@ -52,10 +48,3 @@ def read_states(where: Path) -> JobStates:
         f"{where}: no RNG files of a rank in it or in a folder below, such as random_states_0.pkl "
         f"(Accelerate), and no rank-named keys of a DCP checkpoint. {' '.join(notes)}"
     )
-
-
-def _only_one(where: Path, found: Sequence[_Found]) -> _Found:
-    if len(found) > 1:
-        places = ", ".join(map(str, found[:6]))
-        raise RNGStateError(f"{where}: {len(found)} checkpoints have RNG state, name one: {places}")
-    return found[0]

@@ -55,10 +55,7 @@ def load(source: IO[bytes], where: str) -> Any:
     except ForbiddenError as error:
         raise RNGStateError(f"{where}: refused: it holds {error}") from error
     except Exception as error:
-        found = re.search(r"GLOBAL (\S+)|class (\S+) |function (\S+)", str(error))
-        if found:
-            name = next(filter(None, found.groups()))
-            reason = f"refused: it names {name}, which is in no RNG state. Nothing in it was run"
-        else:
-            reason = "damaged, or not written by torch.save"
+        reason = "damaged, or not written by torch.save"
+        if found := re.search(r"(?:GLOBAL|class|function) (\S+)", str(error)):
+            reason = f"refused: it names {found[1]}, which is in no RNG state. It was not run"
         raise RNGStateError(f"{where}: {reason}") from error

@@ -46,6 +46,9 @@ class Checkpoint:
         self._last: tuple[Chunk, torch.Tensor] | None = None
         self._bytes: Counter[str] = Counter()
 
+    def __str__(self) -> str:
+        return self.where
+
     def chunks(self, key: str) -> dict[Chunk, set[int | None]]:
         """Return the parts of what is stored under a key, and the ranks that find each.
 

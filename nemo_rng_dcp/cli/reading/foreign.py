@@ -101,8 +101,7 @@ def find_foreign(checkpoint: Checkpoint) -> list[ForeignState]:
     found: dict[tuple[str, bool], ForeignState] = {}
     own = checkpoint.each_rank_reads_its_own
     for key, prefix, rank, rest in find_keys(checkpoint):
-        state = ForeignState(prefix, each_its_own=own)
-        state = found.setdefault((prefix, rank is not None), state)
+        state = found.setdefault((prefix, rank is not None), ForeignState(prefix, each_its_own=own))
         state.contents[rest] = checkpoint.keys[key]
         if rank is not None:
             state.ranks.add(rank)

@@ -78,7 +78,6 @@ class Index(Protocol):
         Raises:
             RNGStateError: What the checkpoint says of them is malformed.
         """
-        ...
 
 
 @contextmanager

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
 
 from nemo_rng_dcp.cli.reading.checkpoint import Checkpoint
 from nemo_rng_dcp.cli.reading.dcp_metadata import Metadata, metadata_files
@@ -10,6 +11,8 @@ from nemo_rng_dcp.cli.reading.folder import Folder
 from nemo_rng_dcp.cli.reading.safetensors import Safetensors
 from nemo_rng_dcp.cli.reading.table import Table, find_tables
 from nemo_rng_dcp.errors import RNGStateError
+
+_Found = TypeVar("_Found")
 
 
 def open_checkpoint(where: str) -> Checkpoint:
@@ -29,15 +32,23 @@ def open_checkpoint(where: str) -> Checkpoint:
     chosen = [checkpoint for checkpoint in below if checkpoint.records]
     if not chosen and error is not None:
         raise error
-    chosen = chosen or ([own] if own else below)
-    if len(chosen) == 1:
-        return chosen[0]
-    if chosen:
-        names = ", ".join(checkpoint.where for checkpoint in chosen[:6])
-        raise RNGStateError(f"{where}: it holds {len(chosen)} checkpoints, name one: {names}")
+    if chosen := chosen or ([own] if own else below):
+        return only_one(where, chosen)
     raise RNGStateError(
         f"{where}: no .metadata in it: it is no DCP checkpoint, or its save did not finish"
     )
+
+
+def only_one(where: str, found: Sequence[_Found]) -> _Found:
+    """Return what was found at a path.
+
+    Raises:
+        RNGStateError: There are several to choose from.
+    """
+    if len(found) > 1:
+        names = ", ".join(map(str, found[:6]))
+        raise RNGStateError(f"{where}: it holds {len(found)} checkpoints, name one: {names}")
+    return found[0]
 
 
 def open_tables(where: str) -> list[Table]:
@@ -66,9 +77,7 @@ def checkpoint_in(folder: Folder) -> Checkpoint | None:
     return Checkpoint(folder, {None: index}) if index.files else None
 
 
-def checkpoints_in(
-    folders: Iterable[Folder],
-) -> tuple[list[Checkpoint], RNGStateError | None]:
+def checkpoints_in(folders: Iterable[Folder]) -> tuple[list[Checkpoint], RNGStateError | None]:
     """Return the checkpoints in folders, and why the first that is damaged cannot be read.
 
     It may not be the one asked for, so the caller decides whether it matters. What cannot be opened

@@ -179,8 +179,5 @@ _OPCODES: dict[bytes, Callable[[_Machine, Any], object]] = {
     pickle.BINGET: lambda m, place: m.stack.append(m.memo[place]),
     pickle.LONG_BINGET: lambda m, place: m.stack.append(m.memo[place]),
 }
-_READERS = {
-    opcode.code.encode("latin-1"): opcode.arg and opcode.arg.reader
-    for opcode in pickletools.opcodes
-}
+_READERS = {op.code.encode("latin-1"): op.arg and op.arg.reader for op in pickletools.opcodes}
 """What reads the argument that stands behind an opcode, if it has one."""

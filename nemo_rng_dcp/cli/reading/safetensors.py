@@ -46,9 +46,8 @@ class Safetensors:
         sharding = typed(json.loads(about.get("DCP_SHARDING_INFO", "{}")), dict)
         for key, entry in head.items():
             sizes = integers(entry["shape"])
-            offsets = (0,) * len(sizes)
-            if key in sharding:
-                offsets = integers(sharding[key]["saved_offsets"])
+            parts = sharding.get(key, {"saved_offsets": [0] * len(sizes)})
+            offsets = integers(parts["saved_offsets"])
             begin, end = integers(entry["data_offsets"])
             if len(offsets) != len(sizes) or end < begin:
                 raise ValueError(f"{short(key)} has no place")
