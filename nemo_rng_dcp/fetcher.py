@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from torch.utils.data import DataLoader, IterableDataset
 
-from nemo_rng_dcp.errors import RNGStateError
+from nemo_rng_dcp.errors import RNGStateError, warn
 from nemo_rng_dcp.generators import GeneratorSet, LentGenerators, can_be_registered, source_of
 from nemo_rng_dcp.parts import parts_of
 from nemo_rng_dcp.position import UNKNOWN, Position
@@ -49,7 +49,7 @@ class Fetcher:
         self._loader, self._of_job = loader, generators
         self._streams, self._ranked = streams, ranked
         self._seeds_itself = _has_sampler(loader)
-        self._find_generators()
+        self._lend()
         packed = self._generators.pack(self._generators.take())
         states = [packed[name] for name in sorted(packed) if self._is_of_order(name)]
         self.order = int(fingerprint(b"".join(states)), 16)
@@ -61,7 +61,8 @@ class Fetcher:
         Raises:
             RNGStateError: The loader ended before that, or its sampler gave other indices.
         """
-        self._find_generators()  # a dataset's set_epoch() may have made another one
+        self._lend()  # a dataset's set_epoch() may have made another one
+        self._is_first = True
         self._bases = {name: self._base(name, position) for name in self._generators.slots}
         skip, loader = position.fetched, self._loader
         # Where the order comes from a sampler, the next index can be had without the batch. A
@@ -91,7 +92,17 @@ class Fetcher:
             Exception: What the loader raises.
         """
         self.checks.pop(number - 2, None)
-        return self._apart(lambda: next(self._iterator), None if self._seeds_itself else number)
+        at = None if self._seeds_itself else number
+        batch = self._apart(lambda: next(self._iterator), at)
+        if self._is_first:
+            self._is_first = False
+            for name in self._find_generators().keys() - self._own.keys():
+                warn(
+                    f"{name.lstrip('_')} is a generator that was made while a batch was made: a "
+                    "resumed job makes it at another batch, and what it draws differs. Make it "
+                    "before, in __init__() or in set_epoch()."
+                )
+        return batch
 
     def end(self) -> None:
         """Let go of the loader's iterator, and thereby of its workers."""
@@ -103,7 +114,11 @@ class Fetcher:
         for part in self._with_epoch:
             part.set_epoch(epoch)
 
-    def _find_generators(self) -> None:
+    def _lend(self) -> None:
+        self._own = self._find_generators()
+        self._generators = LentGenerators(self._of_job, self._own)
+
+    def _find_generators(self) -> dict[str, Any]:
         names = self._of_job.names_by_source
         own: dict[str, Any] = {}
         self._of_samplers = set[str]()
@@ -119,8 +134,7 @@ class Fetcher:
                     own[name] = inner.value
                 if not part.is_data:
                     self._of_samplers.add(name)
-        self._own = own.keys()
-        self._generators = LentGenerators(self._of_job, own)
+        return own
 
     def _is_of_order(self, name: str) -> bool:
         slot = self._generators.slots[name]
@@ -183,7 +197,7 @@ class Fetcher:
             check = _check_of(index, check)
             if number == position.fetched and position.indices not in (check, UNKNOWN):
                 raise _other_indices(number)
-            if number >= position.fetched:
+            if number > position.fetched:
                 self.checks[number] = check
             yield index
 

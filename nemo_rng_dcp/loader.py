@@ -41,6 +41,9 @@ class ResumableLoader:
     on nothing else that draws, and they draw nothing from the job's streams. The numbers are not
     those of the loader that is wrapped.
 
+    A pass is over where the loader ends, and also where a loop leaves it behind its last batch: one
+    that counts by itself, or goes through another loader beside it.
+
     Without workers, a resume advances the sampler and reads no batch. With workers, and for a
     loader of another kind, it goes through the batches that were handed out.
 
@@ -60,8 +63,8 @@ class ResumableLoader:
             ends.
 
     Raises:
-        TypeError: ``loader`` can be gone through once only, is no iterable, or is a ResumableLoader
-            itself; ``rng`` is no StatefulRNG; ``batches_per_epoch`` is no integer.
+        TypeError: ``loader`` or its sampler can be gone through once only, is no iterable, or is a
+            ResumableLoader itself; ``rng`` is no StatefulRNG; ``batches_per_epoch`` is no integer.
         ValueError: The loader has ``persistent_workers=True``, or several workers and
             ``in_order=False``; ``batches_per_epoch`` is less than 1; or the loaders are not those
             of the ranks that this process plays.
@@ -247,10 +250,11 @@ class ResumableLoader:
                 samples. The loader stays where it is.
         """
         key = position_key(self._rng._rows())
-        if not isinstance(state_dict, Mapping) or key not in state_dict:
+        table = state_dict.get(key) if isinstance(state_dict, Mapping) else None
+        if not isinstance(table, torch.Tensor):
             raise RNGStateError(f"{key}: the state is none of a ResumableLoader")
         own = self._positions()
-        saved = loaded_positions(state_dict[key], [position.row for position in own])
+        saved = loaded_positions(table, [position.row for position in own])
         unread = [position for position in saved if position.is_unread]  # each is asked
         if unread:
             self._is_loaded = True

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-MOST_PARTS = 10_000
+MOST_PARTS = 2_000
 """A loader is looked at as far as this, so that a look takes milliseconds."""
 
 LONGEST = 100
@@ -74,6 +74,12 @@ def check_that_it_can_be_repeated(loader: Any) -> None:
             f"loader is a {kind}, an iterator: it can be gone through once only. Give what it was "
             "made from, such as the DataLoader."
         )
+    for name in ("sampler", "batch_sampler"):
+        if hasattr(type(getattr(loader, name, None)), "__next__"):
+            raise TypeError(
+                f"the loader's {name} is an iterator: it can be gone through once only. Give an "
+                "object whose __iter__ begins anew."
+            )
     if getattr(loader, "persistent_workers", False):
         raise ValueError(
             "the loader has persistent_workers=True: torch seeds such workers once, in the first "

@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.utils.data import DataLoader, DistributedSampler
 
 from tests.frameworks.training import (
     AFTER,
@@ -16,6 +18,7 @@ from tests.frameworks.training import (
     Run,
     Verdict,
     batch,
+    data,
     net,
     run_page,
     train_step,
@@ -75,6 +78,39 @@ def train(plan: Plan) -> Run:
 
 def test_model_parallel_strategy(assert_adopted: Callable[..., Verdict]) -> None:
     assert_adopted("Lightning Fabric", train)
+
+
+def train_over_a_loader(folder: str, resume: bool) -> list[Any]:
+    """Train two epochs, or what is behind the checkpoint in the middle of the first one."""
+    fabric, model, optimizer = set_up()
+    size, rank = dist.get_world_size(), dist.get_rank()
+    sampler: Any = DistributedSampler(range(48), size, rank)  # type: ignore[arg-type]
+    loader = DataLoader(data(), 4, sampler=sampler)  # type: ignore[arg-type]
+    names = {"fabric": fabric, "path": folder, "loader": loader, "dcp": dcp}
+    run_page("fabric", 0, names)
+    run_page("fabric", 3, names)
+    state, loader = {"model": model, "optimizer": optimizer}, names["loader"]
+    if resume:
+        fabric.load(folder, state)
+        run_page("fabric", 5, names)
+        draw(rank)
+    steps = []
+    for epoch in loader.epochs(2):
+        for samples in loader:
+            loss = train_step(model, optimizer, fabric.to_device(samples))
+            steps.append((epoch, samples.tolist(), loss.item(), draw()))
+            if (epoch, loader.batches, resume) == (0, 2, False):
+                fabric.save(folder, state)
+                run_page("fabric", 4, names)
+                steps.clear()
+    return steps
+
+
+def test_in_the_middle_of_an_epoch_a_resumable_loader_goes_on(tmp_path: Any) -> None:
+    folder = str(tmp_path / "checkpoint")
+    expected = job(2, train_over_a_loader, folder, False)
+    assert len(expected[0]) == 2 * 6 - 2
+    assert job(2, train_over_a_loader, folder, True) == expected
 
 
 def an_entry_of_its_state(folder: str) -> tuple[bool, str]:

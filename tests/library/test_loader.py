@@ -30,7 +30,7 @@ from nemo_rng_dcp import (
     unread,
 )
 from nemo_rng_dcp.fetcher import Fetcher
-from nemo_rng_dcp.position import positions_in
+from nemo_rng_dcp.position import UNKNOWN, positions_in
 from tests.support import jobs
 from tests.support.loaders import (
     EPOCHS,
@@ -40,6 +40,7 @@ from tests.support.loaders import (
     Case,
     Drawing,
     NoisyCollate,
+    OwnGenerator,
     Run,
     Shuffled,
     behind,
@@ -283,7 +284,7 @@ def orders_of_ranks(generators: list[torch.Generator]) -> list[list[Any]]:
     """The orders on two ranks whose samplers have these generators."""
     return [
         list(ResumableLoader(DataLoader(range(40), 40, True, generator=generator), rng))
-        for rng, generator in zip([StatefulRNG(1), StatefulRNG(1)], generators, strict=True)
+        for rng, generator in zip([StatefulRNG(1), StatefulRNG(2)], generators, strict=True)
     ]
 
 
@@ -426,6 +427,8 @@ def generator_function() -> Iterator[int]:
         (3, "a int, expected an iterable"),
         (ResumableLoader([1], StatefulRNG(1)), "a ResumableLoader: wrap each loader once"),
         ({0: iter([1])}, "an iterator: it can be gone through once only"),
+        (DataLoader([1], sampler=iter([0])), "sampler is an iterator"),  # type: ignore[arg-type]
+        (DataLoader([1], batch_sampler=iter([[0]])), "sampler is an iterator"),  # type: ignore[arg-type]
     ],
 )
 def test_what_can_be_gone_through_once_is_refused(loader: Any, message: str) -> None:
@@ -495,6 +498,8 @@ def test_what_is_no_position_is_refused() -> None:
     newer[0] = 2
     for wrong, message in [
         ({}, "the state is none of a ResumableLoader"),
+        (None, "the state is none of a ResumableLoader"),
+        ({key: 3}, "the state is none of a ResumableLoader"),
         ({key: table.float()}, "found torch.float32"),
         ({key: table[1:]}, "expected torch.int64"),
         ({key: newer}, "found layout 2"),
@@ -630,6 +635,7 @@ def sampled(kind: str, workers: int) -> DataLoader[Any]:
     return DataLoader(range(SAMPLES), sampler=sampler, num_workers=workers)  # type: ignore[arg-type]
 
 
+@pytest.mark.filterwarnings("ignore:the loader goes on in the middle of an epoch")
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("kind", ["another seed", "no shuffle", "in place"])
 def test_a_sampler_with_another_order_is_refused(kind: str, workers: int) -> None:
@@ -676,6 +682,8 @@ def test_a_pass_goes_on_after_an_interrupt(workers: int, monkeypatch: Any) -> No
         with pytest.raises(KeyboardInterrupt):
             next(batches)
     assert loader.batches == 1
+    (position,) = positions_in(loader.state_dict()["loader_position"])
+    assert position.indices != UNKNOWN, "a save in a fetch has a check, too"
     seen += [batch.tolist() for batch in batches]
     assert seen == [[0, 1], [2, 3], [4, 5]]
 
@@ -691,6 +699,22 @@ def test_batches_that_another_thread_fetches_are_said() -> None:
 
     messages = warned(fetch)
     assert "batches are fetched in another thread, prefetch" in messages[0]
+
+
+def test_a_generator_that_is_made_with_a_batch_is_said() -> None:
+    class Late(OwnGenerator):
+        def __init__(self) -> None:
+            self.draws, self.bad = False, None
+
+        def __getitem__(self, index: int) -> list[float]:
+            if not hasattr(self, "noise"):
+                self.noise = np.random.default_rng(3)
+            return super().__getitem__(index)
+
+    loader = ResumableLoader(DataLoader(Late()), StatefulRNG(1))
+    (message,) = warned(lambda: [list(loader), list(loader)])
+    assert "loader_dataset_noise is a generator that was made while a batch was made" in message
+    assert warned(lambda: list(ResumableLoader(DataLoader(OwnGenerator()), StatefulRNG(1)))) == []
 
 
 def test_a_loader_without_its_streams_is_said(tmp_path: Path) -> None:
@@ -779,6 +803,19 @@ def test_a_pass_that_is_left_behind_its_last_batch_is_complete(leave: str) -> No
     assert seen == [(epoch, batch) for epoch in range(3) for batch in range(3)]
     loader.state_dict()
     assert loader.epoch == (2 if leave == "by count" else 3)
+
+
+def test_an_epoch_that_is_left_behind_its_last_batch_is_not_said() -> None:
+    loader = ResumableLoader(DataLoader(range(3)), StatefulRNG(1))
+
+    def train() -> None:
+        for _ in loader.epochs(3):
+            iterator = iter(loader)  # held, as a framework does
+            for _ in range(3):
+                next(iterator)
+
+    assert warned(train) == []
+    assert (loader.epoch, loader.batches) == (3, 0)
 
 
 def test_a_loop_that_counts_by_itself_resumes(tmp_path: Path) -> None:

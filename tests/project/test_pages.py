@@ -73,8 +73,6 @@ def test_examples_run_as_they_stand(text: str, tmp_path: Path) -> None:
 
 
 def printed(script: Path, variables: dict[str, str]) -> str:
-    for name in ("reduction.py", "shards.py"):
-        (script.parent / name).write_text((ROOT / "scripts" / "recipes" / name).read_text())
     with redirect_stdout(io.StringIO()) as output:
         execute(script, (), variables)
     return output.getvalue()
@@ -84,6 +82,8 @@ def printed_by(ranks: int, text: str, folder: Path) -> str:
     """Return what all ranks of an example print alike."""
     (script := folder / str(ranks) / "example.py").parent.mkdir(parents=True)
     script.write_text(text)
+    for name in ("reduction.py", "shards.py"):
+        (script.parent / name).write_text((ROOT / "scripts" / "recipes" / name).read_text())
     with agent() as variables:
         texts = set(job(ranks, printed, script, variables, group=False))
     assert len(texts) == 1
