@@ -126,7 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     trained = elastic.measure(settings.elastic_ranks, settings.elastic_rounds)
     smallest = checkpoint.smallest(saved)
     real = {found.ranks: alternatives.on_real_ranks(found) for found in smallest}
-    at_scale = alternatives.by_planning(planned, real[settings.ranks[-1]], settings.ranks[-1])
+    at_scale = alternatives.by_planning(planned, real[settings.ranks[0]], settings.ranks[0])
     compared = alternatives.comparisons(real, at_scale)
     sections = [
         calls.section(called),
