@@ -72,9 +72,9 @@ FULL = Settings(
         Size(width=16, layers=1, rounds=60),
         Size(width=1024, layers=16, rounds=5, ways=("alone", "record")),
     ),
-    planning_sizes=(16, 64, 256, 1024, 4096, 16384),
+    planning_sizes=(16, 64, 256, 512, 1024, 4096, 16384),
     compared_sizes=(1024, 16384),
-    model_sizes=(256, 1024),
+    model_sizes=(256, 512),
     import_rounds=5,
     inspected_rows=4096,
     elastic_ranks=(2, 4),
@@ -126,7 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     trained = elastic.measure(settings.elastic_ranks, settings.elastic_rounds)
     smallest = checkpoint.smallest(saved)
     real = {found.ranks: alternatives.on_real_ranks(found) for found in smallest}
-    at_scale = alternatives.by_planning(planned, real[settings.ranks[-1]], settings.ranks[-1])
+    at_scale = alternatives.by_planning(planned, real[settings.ranks[0]], settings.ranks[0])
     compared = alternatives.comparisons(real, at_scale)
     sections = [
         calls.section(called),

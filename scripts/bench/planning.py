@@ -277,7 +277,7 @@ def of_saves(scale: Scale) -> Section:
         rows.append(Row(f"share beside {MODEL}, {ranks:,} ranks", "", "", target))
     # What a rank adds: what is said once, such as the key, does not count.
     added = (last.metadata_bytes - first.metadata_bytes) / (last.ranks - first.ranks)
-    target = Target.at_most(130, added, " bytes")
+    target = Target.at_most(160, added, " bytes")
     rows.append(Row(f"metadata a rank, up to {last.ranks:,} ranks", "", "", target))
     return Section("planning a save, CPU time", "rank-named keys", rows)
 

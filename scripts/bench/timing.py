@@ -36,8 +36,8 @@ def interleaved(
     """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for round_number in range(-1, rounds):
+        gc.collect()
         for name, call in calls.items():
-            gc.collect()
             spent, _ = cpu_seconds(partial(_repeated, call, repeat))
             if round_number >= 0:
                 seconds[name].append(spent / repeat)
