@@ -14,6 +14,34 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, _PATH))
 # Not a test, and to import it is to have the device: see its README.
 collect_ignore = ["devices/simulated_device"]
 
+# These begin first: a long file at the end would keep one process busy and the others idle.
+LONGEST = [
+    Path(__file__).parent / name
+    for name in (
+        "project/test_recipes.py",
+        "devices/test_simulated_device.py",
+        "project/test_bench.py",
+        "command/test_command.py",
+        "jobs/test_elastic_training.py",
+        "command/test_import.py",
+        "command/test_inspect.py",
+        "library/test_planner.py",
+        "library/test_loader.py",
+        "jobs/test_elastic.py",
+        "jobs/test_fresh_process.py",
+        "library/test_recompute.py",
+        "library/test_versions.py",
+        "library/test_seeding.py",
+        "library/test_standalone.py",
+    )
+]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {path: place for place, path in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
+
+
 # What is imported stays. To look for garbage meanwhile took a quarter of the time.
 gc.disable()
 
