@@ -13,6 +13,7 @@ preload(
     "transformers.trainer",
     "torchtitan.components.checkpointer",
     "lightning_fabric",
+    "pytorch_lightning",
     "megatron.core.tensor_parallel.random",
     "nemo_automodel.components.checkpoint.checkpointing",
     "nemo_automodel.recipes.llm.train_ft",

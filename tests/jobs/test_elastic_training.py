@@ -27,9 +27,8 @@ from nemo_rng_dcp import ScopedRNG, StatefulRNG
 from tests.support.jobs import job
 
 sys.path.append(str(Path(__file__).parents[2] / "scripts" / "recipes"))
-from clipping import clip_grad_norm_
-
 from reduction import OrderedSum, WholeGradients, reduce_in_order
+from shards import clip_grad_norm_
 
 LOGICAL_RANKS = 4
 SCHEDULE = [(4, range(2)), (1, range(2, 3)), (2, range(3, 5))]
@@ -236,7 +235,6 @@ def play(path: Path, steps: range, kinds: dict[str, Kind]) -> Traces:
 
 
 def play_all(path: Path, steps: range) -> Traces:
-
     traces = play(path, steps, KINDS)
     return {**traces, **play(path, SCHEDULE[0][1], CONTROLS)} if steps[0] == 0 else traces
 
