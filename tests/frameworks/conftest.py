@@ -19,6 +19,7 @@ preload(
     "nemo_automodel.recipes.llm.train_ft",
     "olmo_core.train.train_module",
     "torchtune.training",
+    "trl.trainer.grpo_trainer",
 )
 
 VERDICTS: dict[str, tuple[Verdict, Verdict]] = {}
