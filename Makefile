@@ -11,7 +11,7 @@ NEWEST_PYTHON ?= python3.13
 # Several ranks share few cores here: more threads than one each only fight over them.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup test test-device test-versions test-frameworks test-libraries fuzz mutants lint format \
+.PHONY: setup test test-device test-versions test-frameworks test-libraries test-peers fuzz mutants lint format \
 	docs dist demo plot recipes bench clean
 
 # The stamp names the place: a checkout that was moved or copied sets up anew, and does not run the
@@ -34,14 +34,17 @@ test: setup
 test-device: setup
 	TORCH_CPP_LOG_LEVEL=ERROR PYTHONPATH=tests/devices/simulated_device $(BIN)/python -m pytest -n 2
 
-# 1,000,000 damaged or mixed records and 100,000 sequences of uses; 20,000 damaged .metadata files;
+# 1,000,000 damaged or mixed records and 100,000 sequences of uses; 40,000 damaged .metadata files,
+# rows and files of frameworks; 200 loads against what `explain` foretold;
 # a resume in every combination of a loader's order, workers and draws;
 # 200 schedules of world sizes on logical ranks.
 fuzz: setup
 	FUZZ_RECORDS=$${FUZZ_RECORDS:-1000000} FUZZ_SEQUENCES=$${FUZZ_SEQUENCES:-100000} \
 		$(BIN)/python -m pytest -n 2 --dist=load tests/fuzz/test_records.py
 	FUZZ_EXAMPLES=$${FUZZ_EXAMPLES:-10000} \
-		$(BIN)/python -m pytest -n 2 --dist=load tests/fuzz/test_metadata.py
+		$(BIN)/python -m pytest -n 2 --dist=load tests/fuzz/test_metadata.py tests/fuzz/test_foreign.py
+	FUZZ_LOADS=$${FUZZ_LOADS:-200} \
+		$(BIN)/python -m pytest -n 2 --dist=load tests/fuzz/test_explain.py
 	FUZZ_SCHEDULES=$${FUZZ_SCHEDULES:-200} \
 		$(BIN)/python -m pytest -n 2 --dist=load tests/fuzz/test_schedules.py
 	FUZZ_LOADERS=1 $(BIN)/python -m pytest -n 2 --dist=load tests/library/test_loader.py
@@ -55,6 +58,10 @@ mutants: setup
 test-frameworks: $(FRAMEWORKS)/ready $(AUTOMODEL)/ready
 	PYTHONPATH=. $(FRAMEWORKS)/bin/python -m pytest -m frameworks --ignore=tests/frameworks/automodel tests/frameworks
 	PYTHONPATH=. $(AUTOMODEL)/bin/python -m pytest -m frameworks tests/frameworks/automodel
+
+# NumPy's, Python's and torch's own tests and helpers, on streams that were saved and loaded.
+test-peers: setup
+	$(BIN)/python -m pytest -n 2 -m peers tests/peers
 
 # The libraries that docs/libraries.md names, in the same way: 3 GB, 3 minutes after that.
 test-libraries: $(LIBRARIES)/ready

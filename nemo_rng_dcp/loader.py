@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-import types
 import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -13,14 +12,15 @@ import torch
 
 from nemo_rng_dcp.errors import RNGStateError, warn
 from nemo_rng_dcp.fetcher import Fetcher
+from nemo_rng_dcp.parts import check_that_it_can_be_repeated
 from nemo_rng_dcp.position import (
     POSITION_KEY,
     POSITION_LAYOUT,
     UNKNOWN,
     Position,
+    check_that_it_goes_on,
     figures_of,
     loaded_positions,
-    mismatch,
     position_key,
 )
 from nemo_rng_dcp.seeding import derive_seed, is_integer
@@ -108,7 +108,9 @@ class ResumableLoader:
                 "give {r: DataLoader(...) for r in rng.ranks}"
             )
         for one in self._loaders:
-            _check(one)
+            if isinstance(one, ResumableLoader):
+                raise TypeError("loader is a ResumableLoader: wrap each loader once")
+            check_that_it_can_be_repeated(one)
         if batches_per_epoch is not None and not is_integer(batches_per_epoch):
             raise TypeError(f"batches_per_epoch is {batches_per_epoch!r}, expected an integer")
         if batches_per_epoch is not None and batches_per_epoch < 1:
@@ -258,7 +260,7 @@ class ResumableLoader:
                 "it: move the loader with set_epoch(), and add it to what is saved."
             )
             return
-        self._check_that_it_goes_on(saved, own)
+        check_that_it_goes_on(saved, own)
         at = saved[0]
         self._seeds = [position.seed for position in saved]
         for number, (then, now) in enumerate(zip(saved, own, strict=True)):
@@ -269,36 +271,6 @@ class ResumableLoader:
         self._move(at.epoch, at.batches, at.fetched, at.begun_again)
         for fetcher, position in zip(self._fetchers, saved, strict=True):
             fetcher.checks = {position.fetched: position.indices}
-
-    def _check_that_it_goes_on(self, saved: list[Position], own: list[Position]) -> None:
-        at = saved[0]
-        for other in saved:
-            if other.place != at.place:
-                raise RNGStateError(
-                    f"row {at.row} was saved behind batch {at.fetched} of epoch {at.epoch}, and "
-                    f"row {other.row} behind batch {other.fetched} of epoch {other.epoch}: this "
-                    "process plays both, and goes on at one place. Loaders of all rows need one "
-                    "length: give batches_per_epoch=. Resume on as many processes as it was saved "
-                    "on, or load without the loader and call set_epoch(), which begins an epoch "
-                    "anew."
-                )
-        if not at.is_within_a_pass:
-            return
-        for then, now in zip(saved, own, strict=True):
-            reason = mismatch(then, now)
-            if reason is not None:
-                raise RNGStateError(
-                    f"the loader was saved behind batch {at.fetched} of epoch {at.epoch} with "
-                    f"{reason}: its next batch would be other samples. Resume with what it was "
-                    "saved with, or load without the loader and call set_epoch(), which begins an "
-                    "epoch anew."
-                )
-        if at.workers != own[0].workers:
-            warn(
-                f"the loader was saved in the middle of an epoch with {at.workers} workers and "
-                f"goes on with {own[0].workers}: the order is the same, but what they draw for a "
-                "sample differs."
-            )
 
     def _positions(self) -> list[Position]:
         rows, now = self._rng._rows(), time.time_ns()
@@ -455,30 +427,3 @@ class _Pass:
     def leave(self) -> None:
         """End the pass, if it has begun."""
         self._is_over = self._loads is not None
-
-
-def _check(loader: Any) -> None:
-    """Raise unless a loader can be gone through again, with the same batches."""
-    kind = type(loader).__name__
-    if isinstance(loader, ResumableLoader):
-        raise TypeError("loader is a ResumableLoader: wrap each loader once")
-    if isinstance(loader, types.FunctionType) or not hasattr(type(loader), "__iter__"):
-        raise TypeError(
-            f"loader is a {kind}, expected an iterable such as a DataLoader. Give a generator "
-            "function as an object whose __iter__ calls it."
-        )
-    if hasattr(type(loader), "__next__"):
-        raise TypeError(
-            f"loader is a {kind}, an iterator: it can be gone through once only. Give what it was "
-            "made from, such as the DataLoader."
-        )
-    if getattr(loader, "persistent_workers", False):
-        raise ValueError(
-            "the loader has persistent_workers=True: torch seeds such workers once, in the first "
-            "epoch, so a later epoch cannot be repeated. Leave it out."
-        )
-    if getattr(loader, "num_workers", 0) > 1 and not getattr(loader, "in_order", True):
-        raise ValueError(
-            "the loader has in_order=False and several workers: which batch comes next depends on "
-            "which worker is faster. Leave it out."
-        )

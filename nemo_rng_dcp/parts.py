@@ -56,6 +56,36 @@ class Part(NamedTuple):
             )
 
 
+def check_that_it_can_be_repeated(loader: Any) -> None:
+    """Check that a loader can be gone through again, with the same batches.
+
+    Raises:
+        TypeError: It can be gone through once only, or is no iterable.
+        ValueError: Its workers would give other batches.
+    """
+    kind = type(loader).__name__
+    if isinstance(loader, types.FunctionType) or not hasattr(type(loader), "__iter__"):
+        raise TypeError(
+            f"loader is a {kind}, expected an iterable such as a DataLoader. Give a generator "
+            "function as an object whose __iter__ calls it."
+        )
+    if hasattr(type(loader), "__next__"):
+        raise TypeError(
+            f"loader is a {kind}, an iterator: it can be gone through once only. Give what it was "
+            "made from, such as the DataLoader."
+        )
+    if getattr(loader, "persistent_workers", False):
+        raise ValueError(
+            "the loader has persistent_workers=True: torch seeds such workers once, in the first "
+            "epoch, so a later epoch cannot be repeated. Leave it out."
+        )
+    if getattr(loader, "num_workers", 0) > 1 and not getattr(loader, "in_order", True):
+        raise ValueError(
+            "the loader has in_order=False and several workers: which batch comes next depends on "
+            "which worker is faster. Leave it out."
+        )
+
+
 def parts_of(loader: Any) -> Iterator[Part]:
     """Yield a loader and what is inside of it, each object once, those nearest to it first."""
     seen: dict[int, Any] = {}

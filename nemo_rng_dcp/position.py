@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
-from nemo_rng_dcp.errors import RNGStateError
+from nemo_rng_dcp.errors import RNGStateError, warn
 from nemo_rng_dcp.record import KEY
 from nemo_rng_dcp.table import Rows, local, source_row
 from nemo_rng_dcp.unread import is_found_again, mark
@@ -83,10 +83,6 @@ class Position(NamedTuple):
         """Where in the training the loader is."""
         return self.epoch, self.begun_again, self.batches, self.fetched
 
-    @property
-    def is_within_a_pass(self) -> bool:
-        return self.fetched > 0
-
 
 def position_key(rows: Rows) -> str:
     """Return the key of a loader's table; that of a grid without rank 0 has a name of its own."""
@@ -137,19 +133,50 @@ def loaded_positions(table: torch.Tensor, rows: list[int]) -> list[Position]:
     return [by_row[row] for row in wanted]
 
 
-def mismatch(saved: Position, now: Position) -> str | None:
-    """Return why batch k of this loader would not be the saved one's, if so."""
-    names = {
-        "rows": "number of rows",
-        "batch_size": "batch size",
-        "samples": "dataset's size",
-        "loader_length": "length",
-    }
-    for field, name in names.items():
-        then, here = getattr(saved, field), getattr(now, field)
-        if then != here:
-            return f"{name} {_known(then)}, and now it is {_known(here)}"
-    return None
+def check_that_it_goes_on(saved: Sequence[Position], now: Sequence[Position]) -> None:
+    """Check that the next batches of loaders are those behind the saved positions, row by row.
+
+    Warns:
+        RNGStateWarning: They are, and another number of workers makes them.
+
+    Raises:
+        RNGStateError: They would be other samples.
+    """
+    at = saved[0]
+    anew = "load without the loader and call set_epoch(), which begins an epoch anew."
+    for other in saved:
+        if other.place != at.place:
+            raise RNGStateError(
+                f"row {at.row} was saved behind batch {at.fetched} of epoch {at.epoch}, and row "
+                f"{other.row} behind batch {other.fetched} of epoch {other.epoch}: this process "
+                "plays both, and goes on at one place. Loaders of all rows need one length: give "
+                f"batches_per_epoch=. Resume on as many processes as it was saved on, or {anew}"
+            )
+    if not at.fetched:
+        return
+    for then, here in zip(saved, now, strict=True):
+        for field, name in _COMPARED.items():
+            was, is_now = getattr(then, field), getattr(here, field)
+            if was != is_now:
+                raise RNGStateError(
+                    f"the loader was saved behind batch {at.fetched} of epoch {at.epoch} with "
+                    f"{name} {_known(was)}, and now it is {_known(is_now)}: its next batch would "
+                    f"be other samples. Resume with what it was saved with, or {anew}"
+                )
+    if at.workers != now[0].workers:
+        warn(
+            f"the loader was saved in the middle of an epoch with {at.workers} workers and goes on "
+            f"with {now[0].workers}: the order is the same, but what they draw for a sample "
+            "differs."
+        )
+
+
+_COMPARED = {
+    "rows": "number of rows",
+    "batch_size": "batch size",
+    "samples": "dataset's size",
+    "loader_length": "length",
+}
 
 
 def figures_of(loader: Any) -> dict[str, int]:

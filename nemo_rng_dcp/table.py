@@ -27,6 +27,9 @@ from nemo_rng_dcp.keys import base_of, is_name
 from nemo_rng_dcp.ranks import world_size
 from nemo_rng_dcp.record import KEY, LENGTH, ROW, ROWS, Mesh, Record, mesh_text, words_of
 
+_SHORTEST_RECORD = 16
+"""A head of 14 numbers, contents and a check word."""
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -287,14 +290,18 @@ def reads_of_rows(key: str, wanted: Wanted, saved: Any, entry: str | None = None
             f"{len(saved.chunks)} chunks, expected torch.int64 (rows * length,) in chunks of whole "
             "rows. No StatefulRNG wrote that."
         )
-    size = saved.chunks[0].sizes[0]
-    by_place = {chunk.offsets: (n, chunk) for n, chunk in reversed([*enumerate(saved.chunks)])}
+    chunks, size = saved.chunks, saved.chunks[0].sizes[0]
+    by_place: dict[torch.Size, int] = {}
     reads: list[ReadItem] = []
     filled = 0
     for row, place, length in _places(wanted, saved.size[0], size):
         start = place // size * size
-        number, chunk = by_place.get(torch.Size((start,)), (0, None))
-        if chunk is None or chunk.sizes != (size,):
+        number = start // size
+        # Mostly they are in the order of the rows, and there may be as many as ranks.
+        if number >= len(chunks) or chunks[number].offsets != (start,):
+            by_place = by_place or {chunk.offsets: n for n, chunk in enumerate(chunks)}
+            number = by_place.get(torch.Size((start,)), -1)
+        if number < 0 or chunks[number].sizes != (size,):
             raise RNGStateError(
                 f"{key}: the checkpoint's metadata has no chunk of {size} numbers at {start}, for "
                 f"row {row}. It was saved by fewer ranks than it has rows, or is damaged."
@@ -304,7 +311,7 @@ def reads_of_rows(key: str, wanted: Wanted, saved: Any, entry: str | None = None
                 type=LoadItemType.TENSOR,
                 dest_index=MetadataIndex(key if entry is None else entry, torch.Size((0,))),
                 dest_offsets=torch.Size((filled,)),
-                storage_index=MetadataIndex(key, chunk.offsets, number),
+                storage_index=MetadataIndex(key, chunks[number].offsets, number),
                 storage_offsets=torch.Size((place - start,)),
                 lengths=torch.Size((length,)),
             )
@@ -318,8 +325,7 @@ def _places(wanted: Wanted, total: int, size: int) -> Iterator[tuple[int, int, i
 
     How many rows were saved, only the records themselves tell. A job of the same generators has
     records of the same length, and each row's own is read. Otherwise whole chunks are, which begin
-    with a record: those that have the rows if a chunk is one row or all of them, or if there were
-    as many as now.
+    with a record: those that have the rows, for every number of records that a chunk can hold.
 
     Args:
         wanted: The rows of the job that loads.
@@ -338,8 +344,8 @@ def _places(wanted: Wanted, total: int, size: int) -> Iterator[tuple[int, int, i
         for first, end in pairwise([*starts, len(sources)]):
             yield row + first, sources[first] * wanted.length, (end - first) * wanted.length
         return
-    counts = {chunks} if wanted.rows % chunks else {chunks, wanted.rows}
-    by_chunk = {source_row(row, n) * chunks // n: row for n in counts for row in wanted.own}
+    per_chunk = [n for n in range(1, size // _SHORTEST_RECORD + 1) if size % n == 0] or [1]
+    by_chunk = {source_row(row, chunks * n) // n: row for n in per_chunk for row in wanted.own}
     for chunk, row in sorted(by_chunk.items()):
         yield row, chunk * size, size
 

@@ -123,7 +123,8 @@ def _compare(key: str, a: Table | None, b: Table | None) -> Comparison:
     found.damaged = {side: table.missing if table else 0 for side, table in tables.items()}
     first: Record | None = None
     for row in sorted(placed["A"] | placed["B"]):
-        in_a, in_b = (_read(table, row) for table in (a, b))
+        # None where there should be no such row.
+        in_a, in_b = (t.read(row) if t and t.expects(row) else None for t in (a, b))
         for side, record in (("A", in_a), ("B", in_b)):
             found.damaged[side] += isinstance(record, str) and row in placed[side]
         # A damaged row is no difference: nobody knows what it was.
@@ -143,11 +144,6 @@ def _compare(key: str, a: Table | None, b: Table | None) -> Comparison:
             if name not in moved and not is_reserved(name) and "." not in name
         ]
     return found
-
-
-def _read(table: Table | None, row: int) -> Record | str | None:
-    """Return a row; a text if it is damaged or missing, ``None`` if there should be none."""
-    return table.read(row) if table and table.expects(row) else None
 
 
 def _differences(row: int, a: Record | None, b: Record | None) -> list[Difference]:

@@ -120,14 +120,18 @@ class Resumed:
     def _fates(self, table: Table, source: int, listed: Sequence[range] | None) -> Iterator[Fate]:
         """Return what becomes of the rows that are made from a saved one."""
         record = table.read(source)
-        reason = record if isinstance(record, str) else self._refusal(record)
+        if isinstance(record, str):
+            refused = [record]
+        else:
+            bad = refusals(record).items()
+            refused = [f"not taken by its generator ({name}: {reason})" for name, reason in bad]
+        why = "it was saved with use_collectives=False, for the rank of its number alone"
         outcomes: dict[bool, Resume] = {}
         for row in range(source, self.rows, self.rows_saved):
             ranks, is_listed = tuple(self._job.ranks[row]), within(row, listed)
-            hidden = table.hidden_from(source, ranks)
-            if reason or hidden or isinstance(record, str):
-                why = "it was saved with use_collectives=False, for the rank of its number alone"
-                self.refusals[source] = reason or f"not found by rank {hidden[0]}: {why}"
+            hidden = [f"not found by rank {n}: {why}" for n in table.hidden_from(source, ranks)]
+            if isinstance(record, str) or refused or hidden:
+                self.refusals[source] = [*refused, *hidden][0]
                 yield Fate(row, ranks, REFUSED, source)
                 continue
             is_new = row != source
@@ -138,12 +142,6 @@ class Resumed:
             fate = CONTINUED if not is_new else FORKED if outcome.seeds else COPIED
             fingerprints = _fingerprints(record, outcome) if is_listed else {}
             yield Fate(row, ranks, fate, source, tuple(outcome.seeds), fingerprints)
-
-    def _refusal(self, record: Record) -> str:
-        """Return why a generator of the job would not take its state, though the record is good."""
-        names = self._job.of_row(0, record).slots
-        reasons = [f"{name}: {why}" for name, why in refusals(record).items() if name in names]
-        return f"not taken by its generator ({reasons[0]})" if reasons else ""
 
     def _plays(self) -> str:
         rows: dict[int, list[int]] = {}
@@ -172,7 +170,7 @@ class Resumed:
             lines += paragraph(self._plays())
         fates = [fate for fate in self.fates if within(fate.row, rows)]
         if self._many:
-            lines += _summary(fates, self.rows_saved)
+            lines += _summary(fates)
         else:
             names = list(dict.fromkeys(name for fate in fates for name in fate.fingerprints))
             cells = []
@@ -201,14 +199,9 @@ def _fingerprints(record: Record, outcome: Resume) -> dict[str, str]:
     return fingerprints
 
 
-def _summary(fates: Sequence[Fate], rows_saved: int) -> list[str]:
-    """Return a line for each fate, and for each way in which its rows are made."""
-    groups: dict[tuple[str, bool], list[Fate]] = {}
+def _summary(fates: Sequence[Fate]) -> list[str]:
+    """Return a line for each fate."""
+    rows: dict[str, list[int]] = {}
     for fate in fates:
-        groups.setdefault((fate.fate, fate.source == fate.row), []).append(fate)
-    lines = []
-    for (name, own), alike in groups.items():
-        rows = numbered("row", [fate.row for fate in alike])
-        source = f"r % {rows_saved}" if len(alike) > 1 else str(alike[0].source)
-        lines.append(f"  {rows}: {name}{'' if own else f', from row {source}'}")
-    return lines
+        rows.setdefault(fate.fate, []).append(fate.row)
+    return [f"  {numbered('row', alike)}: {name}" for name, alike in rows.items()]

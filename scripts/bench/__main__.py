@@ -1,6 +1,6 @@
 """Measure what RNG state in a checkpoint costs, side by side with other ways, in one run.
 
-    python -m scripts.bench [--quick] [--json FILE]
+    python -m scripts.bench [--quick] [--json FILE] [--page docs/cost.md]
 
 Prints medians and whether the targets were met. Takes under 5 minutes on 2 quiet cores; ``--quick``
 takes seconds and shows only that it works.
@@ -15,6 +15,7 @@ import platform
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from datetime import date
 from pathlib import Path
 
 import numpy as np
@@ -107,6 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prog="python -m scripts.bench", description=__doc__.splitlines()[0] if __doc__ else None
     )
     parser.add_argument("--json", type=Path, help="also write every round to this file")
+    parser.add_argument("--page", type=Path, help="put the tables in this page's blocks, by title")
     parser.add_argument("--quick", action="store_true", help="the smallest setting, in seconds")
     options = parser.parse_args(arguments)
     settings = QUICK if options.quick else FULL
@@ -135,11 +137,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         processes.section(imported),
         command.section(inspected),
     ]
-    print(f"{machine()}; {time.monotonic() - started:.0f} s\n")
-    print("\n".join(table.lines(sections)))
-    for comparison in compared:
-        print("\n".join(table.compared(comparison)))
+    headline = f"measured on {date.today()} in {time.monotonic() - started:.0f} s: {machine()}"
+    tables: list[table.Section | table.Comparison] = [*sections, *compared]
+    blocks = {"measured on": [headline], **{entry.title: entry.lines() for entry in tables}}
+    print("\n\n".join("\n".join(lines) for lines in blocks.values()))
 
+    if options.page:
+        options.page.write_text(table.filled(options.page.read_text(), blocks))
     if options.json:
         result = {
             "machine": machine(),

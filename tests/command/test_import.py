@@ -481,7 +481,7 @@ def saved_keys(path: Path, capture: Callable[[], dict[str, Any]]) -> Numbers:
     ("capture", "framework", "place"),
     [
         (by_rank, "rank-named keys", "rng.rank_1"),
-        (as_composer, "Composer", "rng.1"),
+        (as_composer, "rank-named keys", "rng.1"),
         (flat, "rank-named keys", "numpy_random_state_1"),
     ],
 )

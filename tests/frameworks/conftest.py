@@ -18,6 +18,7 @@ preload(
     "nemo_automodel.components.checkpoint.checkpointing",
     "nemo_automodel.recipes.llm.train_ft",
     "olmo_core.train.train_module",
+    "torchtune.training",
 )
 
 VERDICTS: dict[str, tuple[Verdict, Verdict]] = {}

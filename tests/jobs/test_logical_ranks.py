@@ -254,3 +254,24 @@ def load_plainly(path: Path) -> str:
 def test_another_number_without_the_planner_is_torchs_own_error(tmp_path: Path) -> None:
     job(2, save, tmp_path)
     assert all("rng.rng_streams" in text for text in job(2, load_plainly, tmp_path))
+
+
+def load_with_one_more(path: Path, count: int | None) -> Drawn:
+    rng = StatefulRNG(
+        42, ranked=True, logical_ranks=count, generators={"noise": random.Random(dist.get_rank())}
+    )
+    messages = warned(lambda: dcp.load({"rng": rng}, checkpoint_id=path, planner=RNGLoadPlanner()))
+    assert all("the checkpoint has no noise" in message for message in messages)
+    return by_rank(rng)
+
+
+@pytest.mark.parametrize(("saved_by", "size", "count"), [(4, 5, None), (2, 3, 6)])
+def test_another_number_and_another_generator_at_once(
+    saved_by: int, size: int, count: int | None, tmp_path: Path
+) -> None:
+    """No record's length tells then how many rows a chunk has: rank 1 was given row 3."""
+    saved = merged(job(saved_by, save, tmp_path))
+    loaded = merged(job(size, load_with_one_more, tmp_path, count))
+    assert {rank: loaded[rank] for rank in loaded if rank < COUNT} == {
+        rank: saved[rank] for rank in saved if rank in loaded
+    }

@@ -630,20 +630,20 @@ def sampled(kind: str, workers: int) -> DataLoader[Any]:
     return DataLoader(range(SAMPLES), sampler=sampler, num_workers=workers)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("kind", ["another seed", "no shuffle", "in place"])
 def test_a_sampler_with_another_order_is_refused(kind: str, workers: int) -> None:
     """Its length, batch size and dataset's size are those that were saved."""
     saved = ResumableLoader(sampled("in place" if kind == "in place" else "", 0), StatefulRNG(1))
     list(saved)
     batches = iter(saved)
-    for _ in range(4):
+    for _ in range(6):
         next(batches)
     loader = ResumableLoader(sampled(kind, workers), saved._rng)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RNGStateWarning)  # of another number of workers
         loader.load_state_dict(saved.state_dict())
-    with pytest.raises(RNGStateError, match="other indices for the 4 batches"):
+    with pytest.raises(RNGStateError, match="other indices for the 6 batches"):
         next(iter(loader))
     loader.set_epoch(2)
     assert len(list(loader)) == SAMPLES

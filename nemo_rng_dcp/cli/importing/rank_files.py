@@ -14,7 +14,6 @@ from nemo_rng_dcp.cli.importing import weights_only
 from nemo_rng_dcp.cli.importing.rank_states import JobStates, RankStates, generator_of, require_all
 from nemo_rng_dcp.cli.reading.folder import Folder
 from nemo_rng_dcp.cli.reading.foreign import MEGATRON
-from nemo_rng_dcp.cli.terminal import visible
 from nemo_rng_dcp.errors import RNGStateError
 
 _NUMPY = ("np_bit_generator", "np_keys", "np_position", "np_has_gauss", "np_cached_gaussian")
@@ -48,7 +47,6 @@ NAMINGS = (
     Naming("Transformers", rf"rng_state_{_RANK}\.pth"),
     Naming("Transformers, one process", r"rng_state(?P<rank>)\.pth"),
     Naming("verl", rf"extra_state_world_size_{_RANKS}_rank_{_RANK}\.pt", within="rng"),
-    Naming("miles", rf"rng_rank_{_RANK}\.pt"),
     COMPOSER,
     OTHER,
     Naming("Megatron", r"model_optim_rng\.pt(?P<rank>)", refused=MEGATRON),
@@ -143,7 +141,7 @@ def _states(fields: dict[Any, Any], file: Path) -> tuple[dict[str, Any], set[str
         # Without an accelerator its list is empty.
         filled = isinstance(value, (tuple, list, dict)) and len(value) > 0
         if not name and _may_be_state(value):
-            others.add(visible(str(field)))
+            others.add(str(field))
         elif name and (filled or isinstance(value, torch.Tensor)):
             if name in states:
                 raise RNGStateError(f"{file}: {field} is not its only state of {name}")
@@ -171,4 +169,4 @@ def _fields(content: Any, file: Path) -> dict[Any, Any]:
 
 
 def _listed(names: Iterable[Any]) -> str:
-    return visible(", ".join(map(str, names))[:80])
+    return ", ".join(map(str, names))[:80]

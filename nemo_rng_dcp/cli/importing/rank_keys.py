@@ -13,7 +13,6 @@ from nemo_rng_dcp.cli.reading.checkpoint import Checkpoint, ranks_that_wrote
 from nemo_rng_dcp.cli.reading.foreign import find_keys
 from nemo_rng_dcp.errors import RNGStateError
 
-_COMPOSER = re.compile(r"rng\.\d+\.(python|numpy|torch|cuda)")
 _DEVICE = re.compile(r"cuda\w*\.\d+")
 
 
@@ -44,8 +43,7 @@ def read_keys(checkpoint: Checkpoint) -> JobStates | None:
         elif known is not None:
             raise RNGStateError(f"{where}: {key.key} is not rank {rank}'s only state of {name}")
         of_rank.states[name] = value
-    composer = all(_COMPOSER.fullmatch(key.key) for _, key in found)
-    return JobStates("Composer" if composer else "rank-named keys", where, ranks)
+    return JobStates("rank-named keys", where, ranks)
 
 
 def _value(checkpoint: Checkpoint, key: str) -> Any:

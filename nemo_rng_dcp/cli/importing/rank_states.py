@@ -100,17 +100,16 @@ def to_records(job: JobStates) -> list[Record]:
             were drawn from.
     """
     streams = [_streams(job, rank) for rank in sorted(job.ranks)]
-    states = [{name: stream.state for name, stream in row.items()} for row in streams]
-    sizes = [{name: len(state) for name, state in row.items()} for row in states]
+    sizes = [{name: len(stream.state) for name, stream in row.items()} for row in streams]
     for rank, size in enumerate(sizes):
         if size != sizes[0]:
             raise RNGStateError(
                 f"{job.where}: rank {rank} has states of {size} bytes and rank 0 of {sizes[0]}: "
                 "they are no ranks of one job"
             )
-    ranked = any(state != states[0] for state in states)
+    first = streams[0]
     # As torch's state begins; its generator uses 32 bits of it.
-    seed = int.from_bytes(states[0]["torch"][:4], "little") if "torch" in states[0] else None
+    seed = int.from_bytes(first["torch"].state[:4], "little") if "torch" in first else None
     return [
         Record(
             row=rank,
@@ -118,7 +117,7 @@ def to_records(job: JobStates) -> list[Record]:
             world_size=len(streams),
             taken_at=job.ranks[rank].taken_at,
             seed=seed,
-            ranked=ranked,
+            ranked=any(row != first for row in streams),
             resizes=0,
             mesh=None,
             hash_seed=UNSEEDED,  # that of the job is not known, and not this command's

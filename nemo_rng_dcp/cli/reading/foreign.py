@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from nemo_rng_dcp.cli.reading.checkpoint import Checkpoint, ranks_that_wrote
+from nemo_rng_dcp.cli.reading.checkpoint import Checkpoint
 from nemo_rng_dcp.cli.reading.index import Stored
 from nemo_rng_dcp.cli.terminal import numbered
 from nemo_rng_dcp.keys import is_name
@@ -54,14 +54,12 @@ class ForeignState:
             rank-named keys.
         ranks: The ranks that the keys name; none where the keys are the same on every rank.
         contents: By key (without the prefix), what is stored.
-        writers: By key, the rank that DCP took the value from, where the file's name says it.
         each_its_own: Whether each rank reads its own value, as after ``use_collectives=False``.
     """
 
     prefix: str
     ranks: set[int] = field(default_factory=set)
     contents: dict[str, Stored] = field(default_factory=dict)
-    writers: dict[str, int] = field(default_factory=dict)
     each_its_own: bool = False
 
     def verdict(self, writers: set[int]) -> tuple[list[str], bool]:
@@ -85,12 +83,10 @@ class ForeignState:
             text = "one state a rank, each in a .metadata of its own. New ranks find none."
             notes = [f"{where}: {text}"]
         elif lost := len(writers) > 1:
-            kept = [f"{name or where} is rank {rank}'s" for name, rank in self.writers.items()]
             notes = [
                 f"{where}: one state for all ranks, though {len(writers)} or more wrote this "
-                "checkpoint: DCP took equal keys for copies and kept one of each "
-                f"({', '.join(kept[:6])}). The other ranks' streams are lost, and after a load all "
-                "ranks draw the same numbers."
+                "checkpoint: DCP took equal keys for copies and kept one of each. The other ranks' "
+                "streams are lost, and after a load all ranks draw the same numbers."
             ]
         else:
             text = "one rank's state. Loaded by several ranks, all draw the same numbers."
@@ -110,8 +106,6 @@ def find_foreign(checkpoint: Checkpoint) -> list[ForeignState]:
         state.contents[rest] = checkpoint.keys[key]
         if rank is not None:
             state.ranks.add(rank)
-        elif ranks := ranks_that_wrote(chunk.file for chunk in checkpoint.chunks(key)):
-            state.writers[rest] = min(ranks)
     return list(found.values())
 
 

@@ -48,8 +48,7 @@ class Chunk:
         file: The file's name in the checkpoint's folder; empty where the checkpoint names none.
         start: The file's byte at which the part begins.
         length: Bytes of the part.
-        form: ``"torch.save"``, ``"raw"`` for the numbers alone, or ``"extension"`` where an
-            extension of DCP's (compression, encryption) has written it.
+        is_raw: Whether these are the numbers alone, and not what ``torch.save`` writes.
     """
 
     offsets: tuple[int, ...]
@@ -57,7 +56,7 @@ class Chunk:
     file: str = ""
     start: int = 0
     length: int = 0
-    form: str = "torch.save"
+    is_raw: bool = False
 
 
 class Index(Protocol):
@@ -97,18 +96,16 @@ def malformed_if_wrong(name: str) -> Iterator[None]:
         raise RNGStateError(f"{name} is malformed: {error}") from error
 
 
-def printable(value: Any) -> str:
-    """Return a name, which will be printed.
+def short(value: Any) -> str:
+    """Return a name.
 
     Raises:
         TypeError: It is no text.
-        ValueError: It has a terminal's control codes in it, or is longer than any path.
+        ValueError: It is longer than any path.
     """
     text: str = typed(value, str)
     if len(text) > _NAME_LENGTH:
         raise ValueError(f"found a name of {len(text)} characters")
-    if not text.isprintable():
-        raise ValueError(f"found the name {text[:60]!a}, expected printable text")
     return text
 
 

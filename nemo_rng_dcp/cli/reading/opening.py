@@ -35,10 +35,8 @@ def open_checkpoint(where: str) -> Checkpoint:
     if chosen:
         names = ", ".join(checkpoint.where for checkpoint in chosen[:6])
         raise RNGStateError(f"{where}: it holds {len(chosen)} checkpoints, name one: {names}")
-    inside = [*folder.sizes, *folder.folders]
-    shown = f"only {', '.join(inside[:3])}{', ...' * (len(inside) > 3)}" if inside else "nothing"
     raise RNGStateError(
-        f"{where}: no .metadata in it, {shown}. It is no DCP checkpoint, or its save did not finish"
+        f"{where}: no .metadata in it: it is no DCP checkpoint, or its save did not finish"
     )
 
 
