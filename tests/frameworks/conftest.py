@@ -1,5 +1,6 @@
 """Tests with the frameworks' real packages: ``make test-frameworks``, outside the default run."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 from tests.frameworks.training import EXACT, Plan, Run, Verdict, judge
 from tests.support.jobs import preload
 
+os.environ["DS_ACCELERATOR"] = "cpu"  # of DeepSpeed, which asks when it is imported
 preload(
     "accelerate",
     "transformers.trainer",
@@ -18,6 +20,8 @@ preload(
     "nemo_automodel.components.checkpoint.checkpointing",
     "nemo_automodel.recipes.llm.train_ft",
     "olmo_core.train.train_module",
+    "deepspeed",
+    "verl.utils.checkpoint.fsdp_checkpoint_manager",
     "torchtune.training",
     "trl.trainer.grpo_trainer",
 )

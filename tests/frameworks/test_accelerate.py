@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch.utils.data import DataLoader
 
 from nemo_rng_dcp import RNGStateError, StatefulRNG
@@ -59,7 +58,7 @@ def train(plan: Plan, fsdp: bool = False, data_seed: int | None = 7, noise: floa
     model: Any = net()
     optimizer: Any = torch.optim.AdamW(model.parameters(), lr=0.01)
     loader: Any = DataLoader(Augmented(noise), batch_size=BATCH, shuffle=True)
-    names = {"accelerator": accelerator, "path": path, "dcp": dcp}
+    names = {"accelerator": accelerator, "path": path}
     names |= {"model": model, "optimizer": optimizer, "loader": loader}
     if plan.ours:
         run_page("accelerate", 0, names)
