@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import copy
 import itertools
+import zlib
+from array import array
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+from torch.utils.data import DataLoader, IterableDataset
 
 from nemo_rng_dcp.errors import RNGStateError
 from nemo_rng_dcp.generators import GeneratorSet, LentGenerators, can_be_registered, source_of
-from nemo_rng_dcp.position import Position
+from nemo_rng_dcp.parts import parts_of
+from nemo_rng_dcp.position import UNKNOWN, Position
 from nemo_rng_dcp.rank_streams import RankStreams
 from nemo_rng_dcp.record import fingerprint
 from nemo_rng_dcp.seeding import derive_seed
@@ -23,9 +26,8 @@ class Fetcher:
     """Makes the batches of one loader, for one row; nothing here communicates.
 
     While the loader runs, Python's, NumPy's and torch CPU's global generators, those that the job
-    registered, and those that the loader, its samplers, its dataset and its ``collate_fn`` have as
-    attributes are on streams of its own. They start anew from a seed at each batch. Afterwards
-    every generator is where it was.
+    registered, and those that are found inside of the loader are on streams of its own. They start
+    anew from a seed at each batch. Afterwards every generator is where it was.
 
     Args:
         loader: Iterable, any number of times.
@@ -34,59 +36,47 @@ class Fetcher:
         ranked: Whether the rows of the job draw different numbers.
 
     Attributes:
-        order: Which generators the samplers have, as a number. Ranks whose samplers' generators
-            were alike when this object was made draw one order, and others do not.
+        order: Where the generators of the samplers are, and those that all ranks share, as a
+            number. Ranks on which they were alike when this object was made draw one order, and
+            others do not.
+        checks: Of what the sampler gave for the batches of this pass, up to a number: for those
+            that were fetched, and those that may be next.
     """
 
     def __init__(
         self, loader: Any, generators: GeneratorSet, streams: RankStreams, ranked: bool
     ) -> None:
-        self._loader, self._streams, self._ranked = loader, streams, ranked
-        parts = list(_parts(loader))
-        self._with_epoch = [p.value for p in parts if hasattr(p.value, "set_epoch")]
-        names = generators.names_by_source
-        own: dict[str, Any] = {}
-        self._of_samplers = set[str]()
-        for part in parts:
-            for attribute, generator in part.generators():
-                source = source_of(generator)
-                if source not in names:
-                    names[source] = f"_{part.name}_{attribute}"
-                    own[names[source]] = generator
-                if not part.is_data:
-                    self._of_samplers.add(names[source])
-        self._own = own.keys()
-        self._generators = LentGenerators(generators, own)
+        self._loader, self._of_job = loader, generators
+        self._streams, self._ranked = streams, ranked
+        self._seeds_itself = _has_sampler(loader)
+        self._find_generators()
         packed = self._generators.pack(self._generators.take())
-        states = [packed[name] for name in sorted(self._of_samplers)]
+        states = [packed[name] for name in sorted(packed) if self._is_of_order(name)]
         self.order = int(fingerprint(b"".join(states)), 16)
+        self.checks: dict[int, int] = {}
 
     def begin(self, position: Position) -> None:
         """Begin the pass of a position, behind what was fetched in it; moves no stream.
 
         Raises:
-            RNGStateError: The loader ended before that.
+            RNGStateError: The loader ended before that, or its sampler gave other indices.
         """
-        self._bases = {
-            name: derive_seed(
-                position.seed, position.epoch, position.begun_again, name, *owner, bits=64
-            )
-            for name, owner in self._owners(position).items()
-        }
-        skip = position.fetched
-        loader = self._loader
+        self._find_generators()  # a dataset's set_epoch() may have made another one
+        self._bases = {name: self._base(name, position) for name in self._generators.slots}
+        skip, loader = position.fetched, self._loader
         # Where the order comes from a sampler, the next index can be had without the batch. A
         # worker is another matter: it may keep what only its own batches have moved.
-        self._seeds_itself = _has_sampler(loader)
         jump = skip if self._seeds_itself and loader.num_workers == 0 else 0
         if self._seeds_itself:
-            loader = _with_indices(loader, lambda indices: self._indices(indices, jump))
+            loader = _with_indices(loader, lambda given: self._behind(given, position, jump))
         self._iterator = self._apart(lambda: iter(loader), 0)
         for number in range(jump + 1, skip + 1):
             try:
                 self.fetch(number)
             except StopIteration:
                 raise _ended(number - 1, skip) from None
+            except RNGStateError:
+                raise
             except Exception:
                 pass  # a sample that could not be read then either
 
@@ -100,31 +90,51 @@ class Fetcher:
             StopIteration: The pass is over.
             Exception: What the loader raises.
         """
+        self.checks.pop(number - 2, None)
         return self._apart(lambda: next(self._iterator), None if self._seeds_itself else number)
 
     def end(self) -> None:
         """Let go of the loader's iterator, and thereby of its workers."""
         self._iterator = iter(())
+        self.checks = {}
 
     def set_epoch(self, epoch: int) -> None:
         """Tell samplers and dataset, those that have ``set_epoch``."""
         for part in self._with_epoch:
             part.set_epoch(epoch)
 
-    def _owners(self, position: Position) -> dict[str, tuple[int, ...]]:
-        """Return for each generator what tells its streams apart, beside the pass and the name."""
-        of_row = (position.row,)
-        of_rank = of_row if self._ranked else ()
-        owners: dict[str, tuple[int, ...]] = {}
-        for name, slot in self._generators.slots.items():
-            generator = name.partition(".")[0]
-            if slot.shared:
-                owners[name] = ()
-            elif generator in self._of_samplers:
-                owners[name] = (position.order,)
-            else:
-                owners[name] = of_rank if slot.is_global or generator in self._own else of_row
-        return owners
+    def _find_generators(self) -> None:
+        names = self._of_job.names_by_source
+        own: dict[str, Any] = {}
+        self._of_samplers = set[str]()
+        self._with_epoch = []
+        for part in parts_of(self._loader):
+            if part.is_told and hasattr(part.value, "set_epoch"):
+                self._with_epoch.append(part.value)
+            for inner in part.inside():
+                if not can_be_registered(inner.value):
+                    continue
+                name = names.setdefault(source_of(inner.value), inner.name)
+                if name == inner.name:
+                    own[name] = inner.value
+                if not part.is_data:
+                    self._of_samplers.add(name)
+        self._own = own.keys()
+        self._generators = LentGenerators(self._of_job, own)
+
+    def _is_of_order(self, name: str) -> bool:
+        slot = self._generators.slots[name]
+        return slot.shared or name.partition(".")[0] in self._of_samplers
+
+    def _base(self, name: str, position: Position) -> int:
+        """Return what the seeds of a generator are made from in the pass of a position."""
+        slot, seed = self._generators.slots[name], position.seed
+        row: tuple[int, ...] = (position.row,)
+        if self._is_of_order(name):
+            seed, row = position.order, ()
+        elif not self._ranked and (slot.is_global or name.partition(".")[0] in self._own):
+            row = ()
+        return derive_seed(seed, position.epoch, position.begun_again, name, *row, bits=64)
 
     def _start(self, number: int) -> None:
         # 32 bits are what NumPy and torch seed from in 2 us, and not in 150. The seed of a pass's
@@ -146,25 +156,36 @@ class Fetcher:
             self._generators.put_back(before)
             streams.lent = outside
 
-    def _indices(self, indices: Iterable[Any], jump: int) -> Iterator[Any]:
-        """Yield what a sampler yields behind the first ``jump``, from the streams of each batch.
+    def _behind(self, given: Iterable[Any], position: Position, jump: int) -> Iterator[Any]:
+        """Return an iterator of what a sampler gives behind the first ``jump``."""
+        indices = self._indices(given, position)
+        for _ in range(jump):
+            next(indices)
+        return indices
+
+    def _indices(self, given: Iterable[Any], position: Position) -> Iterator[Any]:
+        """Yield what a sampler gives, each from the streams of its batch.
 
         A batch that is made in this process then goes on with the streams where the sampler left
         them. So an order is the same with and without workers, which ask for it in advance.
         """
         self._start(1)
-        iterator = iter(indices)
+        iterator, check = iter(given), 0
         for number in itertools.count(1):
             if number > 1:
                 self._start(number)
             try:
                 index = next(iterator)
             except StopIteration:
-                if number <= jump:
-                    raise _ended(number - 1, jump) from None
+                if number <= position.fetched:
+                    raise _ended(number - 1, position.fetched) from None
                 return
-            if number > jump:
-                yield index
+            check = _check_of(index, check)
+            if number == position.fetched and position.indices not in (check, UNKNOWN):
+                raise _other_indices(number)
+            if number >= position.fetched:
+                self.checks[number] = check
+            yield index
 
 
 class _Indices:
@@ -197,46 +218,25 @@ def _with_indices(
     return twin
 
 
-class _Part(NamedTuple):
-    """An object that a loader's batches come from.
-
-    Attributes:
-        name: The attributes that lead to it.
-        value: The object.
-        is_data: Whether it makes samples or batches, and not their order.
-    """
-
-    name: str
-    value: Any
-    is_data: bool
-
-    def generators(self) -> Iterator[tuple[str, Any]]:
-        for attribute, value in getattr(self.value, "__dict__", {}).items():
-            if can_be_registered(value):
-                yield attribute, value
-
-
-def _parts(loader: Any) -> Iterator[_Part]:
-    """Yield a loader, and the loaders, samplers, datasets and ``collate_fn`` inside of it."""
-    seen: list[Any] = []
-    waiting = [_Part("loader", loader, False)]
-    while waiting:
-        part = waiting.pop(0)
-        if any(part.value is other for other in seen):
-            continue
-        seen.append(part.value)
-        yield part
-        for attribute, value in getattr(part.value, "__dict__", {}).items():
-            is_data = attribute == "collate_fn" or isinstance(value, Dataset)
-            # A sampler or a dataset may be of any class.
-            by_name = attribute in ("sampler", "batch_sampler", "dataset") and value is not None
-            if is_data or by_name or isinstance(value, (DataLoader, Sampler)):
-                is_data = part.is_data or is_data or attribute == "dataset"
-                waiting.append(_Part(f"{part.name}_{attribute}", value, is_data))
+def _check_of(index: Any, before: int) -> int:
+    """Return a check of the indices of a batch and of those before it."""
+    try:
+        return zlib.crc32(array("q", index if hasattr(index, "__len__") else [index]), before)
+    except (TypeError, OverflowError):
+        return before  # the text of other objects may differ from process to process
 
 
 def _ended(number: int, skip: int) -> RNGStateError:
     return RNGStateError(
         f"the loader ended after {number} batches, and {skip} of this pass were handed out before "
         "the checkpoint: it is not the loader that was saved. Give it the same dataset and sampler."
+    )
+
+
+def _other_indices(skip: int) -> RNGStateError:
+    return RNGStateError(
+        f"the sampler gave other indices for the {skip} batches that were handed out before the "
+        "checkpoint: it has another seed or epoch, or the order of a pass depends on the passes "
+        "before it. The next batch would be other samples. Give it what the saved one had, or load "
+        "without the loader and call set_epoch(), which begins an epoch anew."
     )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import time
-import types
+import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -11,13 +12,15 @@ import torch
 
 from nemo_rng_dcp.errors import RNGStateError, warn
 from nemo_rng_dcp.fetcher import Fetcher
+from nemo_rng_dcp.parts import check_that_it_can_be_repeated
 from nemo_rng_dcp.position import (
     POSITION_KEY,
     POSITION_LAYOUT,
+    UNKNOWN,
     Position,
+    check_that_it_goes_on,
     figures_of,
     loaded_positions,
-    mismatch,
     position_key,
 )
 from nemo_rng_dcp.seeding import derive_seed, is_integer
@@ -51,13 +54,14 @@ class ResumableLoader:
             loader for each rank that this process plays, ``{r: DataLoader(...) for r in
             rng.ranks}``: a batch is ``{r: batch}`` then, of which each is used inside
             ``rng.as_rank(r)``. The pass ends where the first of them ends.
-        rng: The job's. The loader's streams are made from its ``seed``; without one, as from 0.
+        rng: The job's. The loader's streams are made from its ``seed``; without one, from the seed
+            that torch's global generator has.
         batches_per_epoch: A pass ends after as many batches, at least 1; ``None``: where the loader
             ends.
 
     Raises:
-        TypeError: ``loader`` can be gone through once only, or is no iterable; ``rng`` is no
-            StatefulRNG; ``batches_per_epoch`` is no integer.
+        TypeError: ``loader`` can be gone through once only, is no iterable, or is a ResumableLoader
+            itself; ``rng`` is no StatefulRNG; ``batches_per_epoch`` is no integer.
         ValueError: The loader has ``persistent_workers=True``, or several workers and
             ``in_order=False``; ``batches_per_epoch`` is less than 1; or the loaders are not those
             of the ranks that this process plays.
@@ -79,6 +83,13 @@ class ResumableLoader:
         True
     """
 
+    # What is set on it by mistake, such as another sampler, would not reach the loader.
+    __slots__ = (
+        *("loader", "_rng", "_by_rank", "_loaders", "_fetchers", "_limit", "_seeds", "_orders"),
+        *("_epoch", "_begun_again", "_batches", "_fetched", "_loads", "_asked_at", "_is_loaded"),
+        *("_iterator", "_said_left", "_thread", "__weakref__"),
+    )
+
     def __init__(
         self, loader: Any, rng: StatefulRNG, *, batches_per_epoch: int | None = None
     ) -> None:
@@ -97,7 +108,9 @@ class ResumableLoader:
                 "give {r: DataLoader(...) for r in rng.ranks}"
             )
         for one in self._loaders:
-            _check(one)
+            if isinstance(one, ResumableLoader):
+                raise TypeError("loader is a ResumableLoader: wrap each loader once")
+            check_that_it_can_be_repeated(one)
         if batches_per_epoch is not None and not is_integer(batches_per_epoch):
             raise TypeError(f"batches_per_epoch is {batches_per_epoch!r}, expected an integer")
         if batches_per_epoch is not None and batches_per_epoch < 1:
@@ -107,15 +120,21 @@ class ResumableLoader:
         self._fetchers = [
             Fetcher(one, rng._generators, rng._streams, rng.ranked) for one in self._loaders
         ]
-        self._orders = [fetcher.order for fetcher in self._fetchers]
         rng._rewinds.loaders += 1
-        self._seed = derive_seed(rng.seed or 0, "loader", rng._rewinds.loaders, bits=63)
+        seed = torch.initial_seed() if rng.seed is None else rng.seed
+        # For each row: what its streams are made from, and its order where a sampler has generators
+        # of its own.
+        self._seeds = [self._derived(seed) for _ in self._loaders]
+        self._orders = [self._derived(fetcher.order) for fetcher in self._fetchers]
         self._epoch = self._begun_again = self._batches = self._fetched = 0
-        self._loads = 0
+        # Loads so far, and how many there were when an iterator was last asked for.
+        self._loads = self._asked_at = 0
         # Loaded, and no pass was begun since.
         self._is_loaded = False
-        self._current: _Pass | None = None
+        # Weak, since one that nobody holds any more is over.
+        self._iterator: weakref.ref[_Pass] | None = None
         self._said_left = False
+        self._thread = threading.current_thread()
 
     @property
     def epoch(self) -> int:
@@ -146,7 +165,7 @@ class ResumableLoader:
             epoch, loads = self._epoch, self._loads
             yield epoch
             if (self._epoch, self._loads) == (epoch, loads):
-                if self._fetched:
+                if self._fetched and not self._is_complete():
                     self._say_left("the next epoch begins")
                 self.set_epoch(epoch + 1)
 
@@ -166,13 +185,19 @@ class ResumableLoader:
         if not is_integer(epoch) or epoch < 0:
             raise ValueError(f"epoch is {epoch!r}, expected an integer of at least 0")
         if epoch != self._epoch:
-            if self._current is not None:
-                self._current.leave()
+            current = self._current()
+            if current is not None:
+                current.leave()
             self._move(int(epoch))
 
     def __iter__(self) -> _Pass:
-        self._current = _Pass(self)
-        return self._current
+        # A loop may end by its own count, or by the end of another loader. After a load behind the
+        # last batch the first iterator gives nothing: the loop over epochs is there, too.
+        self._end_if_complete()
+        self._asked_at = self._loads
+        iterator = _Pass(self)
+        self._iterator = weakref.ref(iterator)
+        return iterator
 
     def __len__(self) -> int:
         length = min(map(len, self._loaders))
@@ -194,6 +219,8 @@ class ResumableLoader:
         Raises:
             RuntimeError: As for ``StatefulRNG.state_dict()``.
         """
+        if self._current() is None:
+            self._end_if_complete()
         positions = self._positions()
         if load_is_asking():
             # If the load finds none, this is what it gives back.
@@ -233,35 +260,17 @@ class ResumableLoader:
                 "it: move the loader with set_epoch(), and add it to what is saved."
             )
             return
-        self._check_that_it_goes_on(saved, own)
+        check_that_it_goes_on(saved, own)
         at = saved[0]
-        self._seed = at.seed
+        self._seeds = [position.seed for position in saved]
         for number, (then, now) in enumerate(zip(saved, own, strict=True)):
             if then.row == now.row:
                 self._orders[number] = then.order  # a new row has an order of its own
         self._loads += 1
         self._is_loaded = True
         self._move(at.epoch, at.batches, at.fetched, at.begun_again)
-
-    def _check_that_it_goes_on(self, saved: list[Position], own: list[Position]) -> None:
-        at = saved[0]
-        if not at.is_within_a_pass:
-            return
-        for then, now in zip(saved, own, strict=True):
-            reason = mismatch(then, now)
-            if reason is not None:
-                raise RNGStateError(
-                    f"the loader was saved behind batch {at.fetched} of epoch {at.epoch} with "
-                    f"{reason}: its next batch would be other samples. Resume with what it was "
-                    "saved with, or load without the loader and call set_epoch(), which begins an "
-                    "epoch anew."
-                )
-        if at.workers != own[0].workers:
-            warn(
-                f"the loader was saved in the middle of an epoch with {at.workers} workers and "
-                f"goes on with {own[0].workers}: the order is the same, but what they draw for a "
-                "sample differs."
-            )
+        for fetcher, position in zip(self._fetchers, saved, strict=True):
+            fetcher.checks = {position.fetched: position.indices}
 
     def _positions(self) -> list[Position]:
         rows, now = self._rng._rows(), time.time_ns()
@@ -273,16 +282,37 @@ class ResumableLoader:
                 row=row,
                 rows=rows.count,
                 saved_at=now,
-                seed=self._seed,
+                seed=seed,
                 order=order,
                 epoch=self._epoch,
                 begun_again=self._begun_again,
                 batches=self._batches,
                 fetched=self._fetched,
+                indices=fetcher.checks.get(self._fetched, UNKNOWN),
                 **figures_of(loader),
             )
-            for row, order, loader in zip(rows.own, self._orders, self._loaders, strict=True)
+            for row, seed, order, fetcher, loader in zip(
+                rows.own, self._seeds, self._orders, self._fetchers, self._loaders, strict=True
+            )
         ]
+
+    def _current(self) -> _Pass | None:
+        return None if self._iterator is None else self._iterator()
+
+    def _end_if_complete(self) -> None:
+        if self._asked_at == self._loads and self._is_complete():
+            self._move(self._epoch + 1)
+
+    def _derived(self, seed: int) -> int:
+        return derive_seed(seed, "loader", self._rng._rewinds.loaders, bits=63)
+
+    def _is_complete(self) -> bool:
+        """Whether all batches of this pass were fetched, if the loader tells how many."""
+        try:
+            length = min(map(len, self._loaders))
+        except TypeError:
+            return self._batches == self._limit
+        return self._batches == self._limit or 0 < length <= self._fetched
 
     def _move(self, epoch: int, batches: int = 0, fetched: int = 0, begun_again: int = 0) -> None:
         self._epoch, self._batches, self._fetched = epoch, batches, fetched
@@ -294,22 +324,39 @@ class ResumableLoader:
             fetcher.end()
             fetcher.set_epoch(epoch)
 
-    def _begin(self) -> None:
-        """Begin the pass that an iterator is about to go through, or go on in the middle of it."""
+    def _begin(self, again: bool) -> None:
+        """Begin the pass that an iterator is about to go through, or go on in the middle of it.
+
+        Args:
+            again: Whether this iterator has begun it before, and was interrupted.
+        """
         goes_on = self._is_loaded and self._fetched > 0
-        if self._fetched and not goes_on:
+        if self._fetched and not goes_on and not again:
             self._say_left(f"epoch {self._epoch} begins anew, in another order")
             self._begun_again += 1
             self._batches = self._fetched = 0
+        if goes_on and self._rng._rewinds.states is None:
+            warn(
+                "the loader goes on in the middle of an epoch, and nothing was loaded into its "
+                "StatefulRNG: the model's streams are not those of the run that was saved. Load "
+                "both from one checkpoint."
+            )
+        if threading.current_thread() is not self._thread:
+            self._thread = threading.current_thread()
+            warn(
+                f"batches are fetched in another thread, {self._thread.name}: what the model draws "
+                "during a fetch is undone, and drawn again. Fetch them in the thread that trains, "
+                "and let workers make them in advance (num_workers=)."
+            )
         for fetcher, position in zip(self._fetchers, self._positions(), strict=True):
             fetcher.begin(position)
         if goes_on:
             self._rng._rewinds.rewind_for_loaders()
-        self._is_loaded = False
+        self._is_loaded, self._asked_at = False, self._loads
         self._rng._rewinds.waiting.discard(self)
 
     def _next(self) -> Any:
-        if self._batches == self._limit:
+        if self._limit is not None and self._batches >= self._limit:
             raise StopIteration
         number, batches, error = self._fetched + 1, [], None
         for fetcher in self._fetchers:
@@ -344,6 +391,7 @@ class _Pass:
     def __init__(self, loader: ResumableLoader) -> None:
         self._loader = loader
         self._loads: int | None = None
+        self._is_lost = False
         self._is_over = False
 
     def __iter__(self) -> _Pass:
@@ -356,46 +404,26 @@ class _Pass:
         loader = self._loader
         if self._is_over:
             raise StopIteration
-        if loader._current is not self:
+        if loader._current() is not self:
             raise RuntimeError(
                 "a newer iterator of this ResumableLoader exists, and it has one position: go "
                 "through it with one loop at a time, or wrap a second loader"
             )
-        if self._loads != loader._loads:
-            loader._begin()
-            self._loads = loader._loads
+        if self._loads != loader._loads or self._is_lost:
+            loader._begin(again=self._is_lost)
+            self._loads, self._is_lost = loader._loads, False
         try:
             return loader._next()
         except StopIteration:
             self._is_over = True
             loader._move(loader._epoch + 1)
             raise
+        except Exception:
+            raise
+        except BaseException:
+            self._is_lost = True  # nobody knows how far the loader's iterator has got
+            raise
 
     def leave(self) -> None:
         """End the pass, if it has begun."""
         self._is_over = self._loads is not None
-
-
-def _check(loader: Any) -> None:
-    """Raise unless a loader can be gone through again, with the same batches."""
-    kind = type(loader).__name__
-    if isinstance(loader, types.FunctionType) or not hasattr(type(loader), "__iter__"):
-        raise TypeError(
-            f"loader is a {kind}, expected an iterable such as a DataLoader. Give a generator "
-            "function as an object whose __iter__ calls it."
-        )
-    if hasattr(type(loader), "__next__"):
-        raise TypeError(
-            f"loader is a {kind}, an iterator: it can be gone through once only. Give what it was "
-            "made from, such as the DataLoader."
-        )
-    if getattr(loader, "persistent_workers", False):
-        raise ValueError(
-            "the loader has persistent_workers=True: torch seeds such workers once, in the first "
-            "epoch, so a later epoch cannot be repeated. Leave it out."
-        )
-    if getattr(loader, "num_workers", 0) > 1 and not getattr(loader, "in_order", True):
-        raise ValueError(
-            "the loader has in_order=False and several workers: which batch comes next depends on "
-            "which worker is faster. Leave it out."
-        )

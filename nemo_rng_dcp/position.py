@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from nemo_rng_dcp.errors import RNGStateError
+from nemo_rng_dcp.errors import RNGStateError, warn
 from nemo_rng_dcp.record import KEY
-from nemo_rng_dcp.table import Rows, is_record, local, source_row
+from nemo_rng_dcp.table import Rows, local, source_row
 from nemo_rng_dcp.unread import is_found_again, mark
 
 POSITION_KEY = "loader_position"
@@ -35,11 +35,12 @@ class Position(NamedTuple):
         saved_at: When ``state_dict()`` was called, in nanoseconds since 1970; negative in one that
             ``dcp.load`` is given to read into.
         seed: Of the loader, from which the streams of each pass are made.
-        order: What tells the rows apart whose samplers have generators of their own.
+        order: What the order is made from where samplers have generators of their own.
         epoch: Completed passes.
         begun_again: How often this pass was begun anew.
         batches: Handed out in this pass.
         fetched: ``batches``, and those for which the loader raised instead.
+        indices: A check of what the sampler gave for them.
         loader_length: ``len(loader)``.
         samples: In the dataset.
         batch_size: Samples of a batch.
@@ -58,6 +59,7 @@ class Position(NamedTuple):
     begun_again: int
     batches: int
     fetched: int
+    indices: int
     loader_length: int
     samples: int
     batch_size: int
@@ -77,18 +79,14 @@ class Position(NamedTuple):
         return self.saved_at < 0 and is_found_again(-self.saved_at)
 
     @property
-    def is_within_a_pass(self) -> bool:
-        return self.fetched > 0
+    def place(self) -> tuple[int, ...]:
+        """Where in the training the loader is."""
+        return self.epoch, self.begun_again, self.batches, self.fetched
 
 
 def position_key(rows: Rows) -> str:
     """Return the key of a loader's table; that of a grid without rank 0 has a name of its own."""
     return POSITION_KEY + rows.key.removeprefix(KEY)
-
-
-def is_positions(key: str, dtype: object, size: Sequence[int]) -> bool:
-    """Return whether what a checkpoint has under a key is a loader's table; see ``is_record``."""
-    return is_record(key, dtype, size, POSITION_KEY)
 
 
 def positions_in(numbers: torch.Tensor) -> list[Position]:
@@ -135,19 +133,50 @@ def loaded_positions(table: torch.Tensor, rows: list[int]) -> list[Position]:
     return [by_row[row] for row in wanted]
 
 
-def mismatch(saved: Position, now: Position) -> str | None:
-    """Return why batch k of this loader would not be the saved one's, if so."""
-    names = {
-        "rows": "number of rows",
-        "batch_size": "batch size",
-        "samples": "dataset's size",
-        "loader_length": "length",
-    }
-    for field, name in names.items():
-        then, here = getattr(saved, field), getattr(now, field)
-        if then != here:
-            return f"{name} {_known(then)}, and now it is {_known(here)}"
-    return None
+def check_that_it_goes_on(saved: Sequence[Position], now: Sequence[Position]) -> None:
+    """Check that the next batches of loaders are those behind the saved positions, row by row.
+
+    Warns:
+        RNGStateWarning: They are, and another number of workers makes them.
+
+    Raises:
+        RNGStateError: They would be other samples.
+    """
+    at = saved[0]
+    anew = "load without the loader and call set_epoch(), which begins an epoch anew."
+    for other in saved:
+        if other.place != at.place:
+            raise RNGStateError(
+                f"row {at.row} was saved behind batch {at.fetched} of epoch {at.epoch}, and row "
+                f"{other.row} behind batch {other.fetched} of epoch {other.epoch}: this process "
+                "plays both, and goes on at one place. Loaders of all rows need one length: give "
+                f"batches_per_epoch=. Resume on as many processes as it was saved on, or {anew}"
+            )
+    if not at.fetched:
+        return
+    for then, here in zip(saved, now, strict=True):
+        for field, name in _COMPARED.items():
+            was, is_now = getattr(then, field), getattr(here, field)
+            if was != is_now:
+                raise RNGStateError(
+                    f"the loader was saved behind batch {at.fetched} of epoch {at.epoch} with "
+                    f"{name} {_known(was)}, and now it is {_known(is_now)}: its next batch would "
+                    f"be other samples. Resume with what it was saved with, or {anew}"
+                )
+    if at.workers != now[0].workers:
+        warn(
+            f"the loader was saved in the middle of an epoch with {at.workers} workers and goes on "
+            f"with {now[0].workers}: the order is the same, but what they draw for a sample "
+            "differs."
+        )
+
+
+_COMPARED = {
+    "rows": "number of rows",
+    "batch_size": "batch size",
+    "samples": "dataset's size",
+    "loader_length": "length",
+}
 
 
 def figures_of(loader: Any) -> dict[str, int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -30,6 +32,14 @@ class _Moment(NamedTuple):
     outside: States | None
 
 
+class _Entry(NamedTuple):
+    """An as_rank() that has not ended, and who entered it: a thread, and a task in it if any."""
+
+    rank: int
+    thread: int
+    task: object
+
+
 class RankStreams:
     """Switches the generators of a process between the streams of the ranks that it plays.
 
@@ -39,7 +49,7 @@ class RankStreams:
     all of them.
 
     Nothing here communicates. Threads may use it at the same time, and see whole states; which rank
-    is current is one thing for all of them.
+    is current is one thing for all of them, so two of them cannot enter two ranks at a time.
 
     Args:
         generators: The generators.
@@ -62,7 +72,7 @@ class RankStreams:
         here = generators.take() if logical else None
         parked = {} if here is None else dict.fromkeys(ranks, here)
         self._moment = _Moment(ranks[0], parked, None, here)
-        self._entered: dict[object, int] = {}
+        self._entered: dict[object, _Entry] = {}
         self._steady = _Steady(self)
 
     @property
@@ -79,7 +89,7 @@ class RankStreams:
         """Call the only rank something else: the process group came after the streams."""
         self.ranks = range(rank, rank + 1)
         self._moment = self._moment._replace(rank=rank)
-        self._entered = dict.fromkeys(self._entered, rank)
+        self._entered = {key: entry._replace(rank=rank) for key, entry in self._entered.items()}
 
     def take(self, *, is_for_a_load: bool = False) -> dict[int, States]:
         """Return the states of all generators by rank, in their order; moves no stream.
@@ -161,6 +171,7 @@ class RankStreams:
         Raises:
             ValueError: This process does not play that rank.
             RuntimeError: A ``ScopedRNG`` has other streams in place: all ranks would draw from it.
+                Or another thread or task is inside of another rank: it would draw from this one.
             RNGStateError: A generator does not take its state, or as for :meth:`take`. All streams
                 are back where they were.
         """
@@ -178,11 +189,13 @@ class RankStreams:
                 "in place, and the ranks of a process would draw from them one after the other. "
                 "Open the scope inside of as_rank()"
             )
-        entry = object()
+        entry, own = object(), _Entry(int(rank), threading.get_ident(), _current_task())
         try:
             with self._steady:
-                here = None if self._moment.outside is None else self._look()
-                self._entered[entry] = int(rank)
+                self._refuse_others(own)
+                outside = self._moment.outside
+                here = None if outside is None else self._look(known=outside)
+                self._entered[entry] = own
                 try:
                     self._settle(here)
                 except BaseException:
@@ -194,12 +207,22 @@ class RankStreams:
             with self._steady:
                 self._entered.pop(entry, None)
 
+    def _refuse_others(self, own: _Entry) -> None:
+        for entry in self._entered.values():
+            if entry.rank != own.rank and entry[1:] != own[1:]:
+                raise RuntimeError(
+                    f"as_rank({own.rank}) while another thread or task is inside of "
+                    f"as_rank({entry.rank}): a process has the streams of one rank at a time, and "
+                    "that one would draw from these. Play one rank after the other"
+                )
+
     def _settle(self, here: States | None = None) -> None:
         """Switch to the rank that should be current; ``here`` are the generators' states."""
         generators = self._generators
         while True:
             moment, inside = self._moment, bool(self._entered)
-            rank = next(reversed(self._entered.values()), self.ranks[0])
+            last = next(reversed(self._entered.values()), None)
+            rank = self.ranks[0] if last is None else last.rank
             if rank == moment.rank:
                 break
             here = here or generators.take()
@@ -220,12 +243,17 @@ class RankStreams:
         elif self._logical and not inside and moment.outside is None:
             self._moment = _Moment(rank, moment.parked, None, here or generators.take())
 
-    def _look(self, is_for_a_load: bool = False) -> States:
-        """Return the current rank's states, after a look at what moved outside of as_rank()."""
+    def _look(self, is_for_a_load: bool = False, known: States | None = None) -> States:
+        """Return the current rank's states, after a look at what moved outside of as_rank().
+
+        Args:
+            is_for_a_load: As for :meth:`take`.
+            known: As for ``GeneratorSet.take``; not for what is stored.
+        """
         moment, generators = self._moment, self._generators
         if moment.here is not None:
             return moment.here  # a signal handler asks in the middle of a switch
-        now = generators.take(moment.outside)
+        now = generators.take(known)
         if self.lent:
             # What a scope has parked is not what was lent.
             in_scope = generators.parked_at is not None
@@ -252,6 +280,13 @@ class RankStreams:
         self._drawn_outside.update(set(moved) - shared)
         self._moment = _Moment(moment.rank, parked, None, now)
         return now
+
+
+def _current_task() -> object:
+    try:
+        return asyncio.current_task()
+    except RuntimeError:  # no loop runs in this thread
+        return None
 
 
 class _Steady:

@@ -275,23 +275,37 @@ def _parse_contents(
 ) -> tuple[Mesh | None, str, Mesh | None, dict[str, Stream]]:
     """Return mesh, hash seed, parts and streams of a record whose check word fits."""
     try:
-        contents = json.loads(content[_HEAD.size : _HEAD.size + size])
+        mesh, hash_seed, parts, generators = _described(content[_HEAD.size : _HEAD.size + size])
         place = _HEAD.size + _padded_size(size)
         streams: dict[str, Stream] = {}
-        for entry in contents["generators"]:
-            name, end = str(entry["name"]), place + int(entry["bytes"])
-            streams[name] = Stream(str(entry["kind"]), bool(entry["shared"]), content[place:end])
+        for name, kind, shared, length in generators:
+            end = place + length
+            streams[name] = Stream(kind, shared, content[place:end])
             place += _padded_size(end - place)
         if place != len(content) - _CHECK_BYTES:
             raise ValueError(f"{len(content) - _CHECK_BYTES} bytes, of which {place} are described")
-        mesh, parts = (
-            None if sizes is None else tuple((str(n), int(s)) for n, s in sizes)
-            for sizes in (contents["mesh"], contents.get("parts"))
-        )
-        return mesh, str(contents.get("hash_seed", UNSEEDED)), parts, streams
+        return mesh, hash_seed, parts, streams
     except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
         # Its check word fits, so it is no damage: another program wrote it.
         raise RNGStateError(f"{KEY}: a record's contents make no sense: {error!r}") from error
+
+
+# All rows of a table have the same.
+@lru_cache(maxsize=64)
+def _described(
+    contents: bytes,
+) -> tuple[Mesh | None, str, Mesh | None, tuple[tuple[str, str, bool, int], ...]]:
+    """Return mesh, hash seed, parts, and of each generator name, kind, shared and bytes."""
+    described = json.loads(contents)
+    mesh, parts = (
+        None if sizes is None else tuple((str(n), int(s)) for n, s in sizes)
+        for sizes in (described["mesh"], described.get("parts"))
+    )
+    generators = tuple(
+        (str(entry["name"]), str(entry["kind"]), bool(entry["shared"]), int(entry["bytes"]))
+        for entry in described["generators"]
+    )
+    return mesh, str(described.get("hash_seed", UNSEEDED)), parts, generators
 
 
 def words_of(tensor: torch.Tensor) -> np.ndarray[Any, np.dtype[np.int64]]:

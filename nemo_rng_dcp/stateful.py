@@ -207,7 +207,8 @@ class StatefulRNG:
 
         Raises:
             ValueError: This process does not play that rank; the message names those that it plays.
-            RuntimeError: A ``ScopedRNG`` is open around it: open it inside.
+            RuntimeError: A ``ScopedRNG`` is open around it: open it inside. Or another thread, or
+                another task of asyncio, is inside of another rank.
             RNGStateError: A generator did not take its state; the streams are as they were. Or a
                 shared generator was drawn from outside, while ranks had different streams of it.
         """

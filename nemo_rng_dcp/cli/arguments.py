@@ -88,8 +88,6 @@ def _explain(command: argparse.ArgumentParser) -> None:
     job.add_argument("--along", type=_names, help="where its streams differ, such as dp")
     job.add_argument("--logical-ranks", type=_positive, help="its logical_ranks=")
     job.add_argument("--ranked", action=argparse.BooleanOptionalAction, help="its ranked=")
-    job.add_argument("--generators", type=_names, help="all, such as python,numpy,torch,noise")
-    job.add_argument("--shared", type=_names_or_none, help="its shared_generators, '' for none")
 
 
 def _import(command: argparse.ArgumentParser) -> None:
@@ -112,14 +110,10 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _names_or_none(text: str) -> list[str]:
-    return _names(text) if text else []
-
-
 def _names(text: str) -> list[str]:
     names = text.split(",")
     if not all(names):
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of names such as python,numpy")
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of names such as dp,tp")
     return names
 
 

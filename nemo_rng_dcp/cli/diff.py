@@ -45,14 +45,14 @@ class Difference:
         row: The row.
         generator: The generator.
         a, b: Its fingerprints, "-" where there is no such stream.
-        distance: What B is, such as "2 words ahead", where that can be told.
+        distance: What B is, such as "2 words ahead" or "only in A".
     """
 
     row: int
     generator: str
     a: str
     b: str
-    distance: str | None
+    distance: str
 
 
 @dataclass
@@ -90,9 +90,8 @@ class Comparison:
             f"{name}: {len(differing):,} of {plural(self.compared, 'row')} differ: "
             + ", ".join(f"{generator} in {count:,}" for generator, count in counts.items())
         )
-        lines += paragraph(f"the first: {self._first()}")
         shown = self._within([range(differing[:MANY][-1] + 1)] if rows is None else rows)
-        cells = [[str(d.row), d.generator, d.a, d.b, d.distance or ""] for d in shown]
+        cells = [[str(d.row), d.generator, d.a, d.b, d.distance] for d in shown]
         lines += aligned(["row", "generator", "A", "B", "B is"], cells)
         if rows is None and len(differing) > MANY:
             lines.append(f"... and {plural(len(differing) - MANY, 'more row')}, which --rows shows")
@@ -100,13 +99,6 @@ class Comparison:
 
     def _within(self, rows: Sequence[range] | None) -> list[Difference]:
         return [found for found in self.differences if within(found.row, rows)]
-
-    def _first(self) -> str:
-        found = self.differences[0]
-        how = f"B is {found.distance}" if found.distance else "another stream, or far off"
-        if "-" in (found.a, found.b):
-            how = f"only in {'B' if found.a == '-' else 'A'}"
-        return f"row {found.row} {found.generator}: {how}"
 
 
 def compare(a: Sequence[Table], b: Sequence[Table]) -> list[Comparison]:
@@ -131,7 +123,8 @@ def _compare(key: str, a: Table | None, b: Table | None) -> Comparison:
     found.damaged = {side: table.missing if table else 0 for side, table in tables.items()}
     first: Record | None = None
     for row in sorted(placed["A"] | placed["B"]):
-        in_a, in_b = (_read(table, row) for table in (a, b))
+        # None where there should be no such row.
+        in_a, in_b = (t.read(row) if t and t.expects(row) else None for t in (a, b))
         for side, record in (("A", in_a), ("B", in_b)):
             found.damaged[side] += isinstance(record, str) and row in placed[side]
         # A damaged row is no difference: nobody knows what it was.
@@ -153,11 +146,6 @@ def _compare(key: str, a: Table | None, b: Table | None) -> Comparison:
     return found
 
 
-def _read(table: Table | None, row: int) -> Record | str | None:
-    """Return a row; a text if it is damaged or missing, ``None`` if there should be none."""
-    return table.read(row) if table and table.expects(row) else None
-
-
 def _differences(row: int, a: Record | None, b: Record | None) -> list[Difference]:
     in_a, in_b = (dict(record.streams) if record else {} for record in (a, b))
     differences = []
@@ -165,7 +153,9 @@ def _differences(row: int, a: Record | None, b: Record | None) -> list[Differenc
         first, second = in_a.get(name), in_b.get(name)
         if first is None or second is None or first[::2] != second[::2]:
             x, y = (fingerprint(stream.state) if stream else "-" for stream in (first, second))
-            far = distance(first, second) if first and second else None
+            far = f"only in {'A' if first else 'B'}"
+            if first and second:
+                far = distance(first, second) or "another stream, or far off"
             differences.append(Difference(row, name, x, y, far))
     return differences
 

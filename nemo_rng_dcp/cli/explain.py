@@ -107,39 +107,40 @@ class Resumed:
         self.remarks: tuple[str, ...] = ()
         self.refusals: dict[int, str] = {}
         dropped = [row for row in table.placed if row >= self.rows]
+        self._many = self.rows + len(dropped) > MANY and options.rows is None and not options.json
         # A new stream's fingerprints take longer than all the rest.
-        many = options.rows is None and not options.json and self.rows + len(dropped) > MANY
-        self._listed = () if many else options.rows
+        listed = () if self._many else options.rows
         sources = range(min(self.rows, table.count))
-        self.fates = [fate for source in sources for fate in self._fates(table, source)]
+        self.fates = [fate for source in sources for fate in self._fates(table, source, listed)]
         self.fates.sort(key=lambda fate: fate.row)
         self.fates += [Fate(row, (), DROPPED, row) for row in dropped]
         length = self._job.length(self._record) if self._record else table.length
         self.needs_planner = (self.rows, length) != (self.rows_saved, table.length)
 
-    def _fates(self, table: Table, source: int) -> Iterator[Fate]:
+    def _fates(self, table: Table, source: int, listed: Sequence[range] | None) -> Iterator[Fate]:
         """Return what becomes of the rows that are made from a saved one."""
         record = table.read(source)
-        refused = {} if isinstance(record, str) else refusals(record)
+        if isinstance(record, str):
+            refused = [record]
+        else:
+            bad = refusals(record).items()
+            refused = [f"not taken by its generator ({name}: {reason})" for name, reason in bad]
+        why = "it was saved with use_collectives=False, for the rank of its number alone"
+        outcomes: dict[bool, Resume] = {}
         for row in range(source, self.rows, self.rows_saved):
-            ranks, reason = tuple(self._job.ranks[row]), ""
-            if isinstance(record, str):
-                reason = record
-            elif hidden := table.hidden_from(source, ranks):
-                why = "it was saved with use_collectives=False, for the rank of its number alone"
-                reason = f"not found by rank {hidden[0]}: {why}"
-            else:
-                outcome = resume(record, self._job.of_row(row, record))
-                if wanted := [name for name in refused if name in outcome.states]:
-                    reason = f"not taken by its generator ({wanted[0]}: {refused[wanted[0]]})"
-            if reason or isinstance(record, str):
-                self.refusals[source] = reason
+            ranks, is_listed = tuple(self._job.ranks[row]), within(row, listed)
+            hidden = [f"not found by rank {n}: {why}" for n in table.hidden_from(source, ranks)]
+            if isinstance(record, str) or refused or hidden:
+                self.refusals[source] = [*refused, *hidden][0]
                 yield Fate(row, ranks, REFUSED, source)
                 continue
+            is_new = row != source
+            if is_listed or is_new not in outcomes:  # new rows differ in their seeds alone
+                outcomes[is_new] = resume(record, self._job.of_row(row, record))
+            outcome = outcomes[is_new]
             self.remarks = self.remarks or outcome.remarks
-            fate = CONTINUED if source == row else FORKED if outcome.seeds else COPIED
-            listed = within(row, self._listed)
-            fingerprints = _fingerprints(record, outcome) if listed else {}
+            fate = CONTINUED if not is_new else FORKED if outcome.seeds else COPIED
+            fingerprints = _fingerprints(record, outcome) if is_listed else {}
             yield Fate(row, ranks, fate, source, tuple(outcome.seeds), fingerprints)
 
     def _plays(self) -> str:
@@ -168,8 +169,8 @@ class Resumed:
         if self._job.logical:
             lines += paragraph(self._plays())
         fates = [fate for fate in self.fates if within(fate.row, rows)]
-        if rows is None and len(fates) > MANY:
-            lines += _summary(fates, self.rows_saved)
+        if self._many:
+            lines += _summary(fates)
         else:
             names = list(dict.fromkeys(name for fate in fates for name in fate.fingerprints))
             cells = []
@@ -198,14 +199,9 @@ def _fingerprints(record: Record, outcome: Resume) -> dict[str, str]:
     return fingerprints
 
 
-def _summary(fates: Sequence[Fate], rows_saved: int) -> list[str]:
-    """Return a line for each fate, and for each way in which its rows are made."""
-    groups: dict[tuple[str, bool], list[Fate]] = {}
+def _summary(fates: Sequence[Fate]) -> list[str]:
+    """Return a line for each fate."""
+    rows: dict[str, list[int]] = {}
     for fate in fates:
-        groups.setdefault((fate.fate, fate.source == fate.row), []).append(fate)
-    lines = []
-    for (name, own), alike in groups.items():
-        rows = numbered("row", [fate.row for fate in alike])
-        source = f"r % {rows_saved}" if len(alike) > 1 else str(alike[0].source)
-        lines.append(f"  {rows}: {name}{'' if own else f', from row {source}'}")
-    return lines
+        rows.setdefault(fate.fate, []).append(fate.row)
+    return [f"  {numbered('row', alike)}: {name}" for name, alike in rows.items()]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from nemo_rng_dcp.cli.heading import job_of
 from nemo_rng_dcp.cli.reading.checkpoint import Checkpoint
 from nemo_rng_dcp.cli.reading.table import Table
-from nemo_rng_dcp.cli.streams import packed_after_seed, refusals
+from nemo_rng_dcp.cli.streams import is_at_seed, refusals
 from nemo_rng_dcp.generators import is_reserved
 from nemo_rng_dcp.keys import is_name, path_of
 from nemo_rng_dcp.position import POSITION_KEY, Position
@@ -68,7 +68,7 @@ class Entry:
             self.fingerprints.setdefault(name, {})[row] = fingerprint(stream.state)
             # Not every generator takes other seeds than these.
             told = is_reserved(name) and 0 <= seed < 2**32
-            if told and stream.state == packed_after_seed(stream.kind, seed):
+            if told and is_at_seed(stream, seed):
                 self.at_seed.setdefault(name, []).append(row)
 
 
@@ -93,10 +93,8 @@ def examine(table: Table) -> Entry:
         entry.findings.append(Finding(DAMAGE, text, entry.key))
     entry.findings += [*_disagreements(entry), *_alike(entry)]
     text = "still at its seed: nothing was drawn from it, or it was seeded again"
-    for name in entry.fingerprints:
-        if name in entry.at_seed:
-            at_seed = tuple(entry.at_seed[name])
-            entry.findings.append(Finding(SUSPICIOUS, text, entry.key, name, at_seed))
+    for name, at_seed in entry.at_seed.items():
+        entry.findings.append(Finding(SUSPICIOUS, text, entry.key, name, tuple(at_seed)))
     return entry
 
 

@@ -33,18 +33,17 @@ def title(key: str, count: int, record: Record | None) -> list[str]:
     ranked = "ranked" if record.ranked else "not ranked"
     resized = f", resized {plural(record.resizes, 'time')}" if record.resizes else ""
     seed = "no seed" if record.seed is None else f"seed {record.seed}"
-    lines = paragraph(
-        f"{name}: {plural(count, 'row')} of {plural(record.world_size, 'rank')}, {seed}, "
-        f"{ranked}{resized}"
-    )
     coordinates = prod(dict(record.mesh).values()) if record.mesh else record.world_size
     along = f"coordinate of {mesh_text(record.mesh)}" if record.mesh else "rank"
-    where = along if record.rows == coordinates else "logical rank"
-    lines += paragraph(f"  one row per {where}", 4)
     shared = [name for name, stream in record.streams.items() if stream.shared]
-    if shared:
-        lines += paragraph(f"  alike on all ranks: {', '.join(shared)}", 4)
     saved_by = ", ".join(f"{name} {version}" for name, version in record.versions().items())
     if record.hash_seed != UNSEEDED:
         saved_by += f", PYTHONHASHSEED {record.hash_seed}"
-    return [*lines, *paragraph(f"  saved by {saved_by}", 4)]
+    texts = [
+        f"{name}: {plural(count, 'row')} of {plural(record.world_size, 'rank')}, {seed}, "
+        f"{ranked}{resized}",
+        f"  one row per {along if record.rows == coordinates else 'logical rank'}",
+        *[f"  alike on all ranks: {', '.join(shared)}"] * bool(shared),
+        f"  saved by {saved_by}",
+    ]
+    return [line for text in texts for line in paragraph(text, 4)]

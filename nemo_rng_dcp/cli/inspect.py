@@ -13,12 +13,10 @@ from nemo_rng_dcp.cli.findings import LOST, Entry, Finding
 from nemo_rng_dcp.cli.heading import name_of, title
 from nemo_rng_dcp.cli.reading.checkpoint import ranks_that_wrote
 from nemo_rng_dcp.cli.reading.foreign import ForeignState, find_foreign
-from nemo_rng_dcp.cli.reading.loaders import find_loaders
 from nemo_rng_dcp.cli.reading.opening import open_checkpoint
-from nemo_rng_dcp.cli.reading.table import find_tables
+from nemo_rng_dcp.cli.reading.table import find_loaders, find_tables
 from nemo_rng_dcp.cli.terminal import MANY, aligned, numbered, paragraph, plural, within
 from nemo_rng_dcp.position import UNKNOWN, Position
-from nemo_rng_dcp.record import Record
 
 _OF_A_ROW = ("row", "taken_at", "seed", "ranked", "world_size", "resizes", "hash_seed")
 
@@ -48,11 +46,12 @@ class Inspection:
         self.findings += findings.misfits(checkpoint)
         self.findings += findings.of_loaders(loaders)
         writers = ranks_that_wrote(checkpoint.files)
-        self.notes = [note for state in self.others for note in state.notes(writers)]
+        verdicts = [state.verdict(writers) for state in self.others]
+        self.notes = [note for notes, _ in verdicts for note in notes]
         text = ""
         if not (self.findings or self.entries or self.others):
             text = "no RNG state in it: a resume restores no stream"
-        elif not self.entries and any(state.lost(writers) for state in self.others):
+        elif not self.entries and any(lost for _, lost in verdicts):
             text = "no StatefulRNG's record, and other code's RNG state has lost streams: see notes"
         self.findings += [Finding(LOST, text)] if text else []
         failing = findings.SEVERITIES[: findings.SEVERITIES.index(options.fail_on) + 1]
@@ -107,7 +106,8 @@ def _entry_lines(entry: Entry, rows: Sequence[range] | None) -> list[str]:
     records = list(entry.records.values())
     lines = title(entry.key, entry.count, records[0] if records else None)
     if records:
-        lines.append(f"  taken {_taken(records)}")
+        first = min(record.taken_at for record in records) / 10**9
+        lines.append(f"  taken {datetime.fromtimestamp(first, timezone.utc):%Y-%m-%d %H:%M:%S} UTC")
     chosen = [row for row in entry.records if within(row, rows)]
     if rows is None and len(chosen) > MANY:
         for name, fingerprints in entry.fingerprints.items():
@@ -118,17 +118,6 @@ def _entry_lines(entry: Entry, rows: Sequence[range] | None) -> list[str]:
     streams = entry.fingerprints.values()
     cells = [[str(row), *(found.get(row, "-") for found in streams)] for row in chosen]
     return [*lines, *aligned(["row", *entry.fingerprints], cells), ""]
-
-
-def _taken(records: Sequence[Record]) -> str:
-    """Return when the streams were taken, on the clocks of the ranks."""
-    moments = [record.taken_at for record in records]
-    first, spread = min(moments), max(moments) - min(moments)
-    later = f", the last row {spread / 1e9:.1f} s later" if spread > 10**8 else ""
-    # The head may hold any number; the clock's range is smaller.
-    if not 0 <= first < 2**62:
-        return f"{first} ns since 1970{later}"
-    return f"{datetime.fromtimestamp(first // 10**9, timezone.utc):%Y-%m-%d %H:%M:%S} UTC{later}"
 
 
 def _loader_lines(key: str, positions: Sequence[Position]) -> list[str]:
@@ -145,11 +134,8 @@ def _foreign_lines(state: ForeignState) -> list[str]:
     """Return what other code stored, a line for each key."""
     kind = f"{plural(len(state.ranks), 'rank')} in the keys" if state.ranks else "rank-less keys"
     lines = paragraph(f"{name_of(state.prefix)}: no StatefulRNG's; {kind}")
-    cells = []
-    for name, stored in state.contents.items():
-        writer = f"written by rank {state.writers[name]}" if name in state.writers else ""
-        cells.append(["", name or "(the key itself)", str(stored), writer])
-    return [*lines, *aligned(["", "key", "stored as", ""], cells), ""]
+    cells = [["", n or "(the key itself)", str(stored)] for n, stored in state.contents.items()]
+    return [*lines, *aligned(["", "key", "stored as"], cells), ""]
 
 
 def _finding_lines(finding: Finding) -> list[str]:

@@ -9,10 +9,10 @@ from math import prod
 import numpy as np
 
 from nemo_rng_dcp.generators import Slot, is_reserved
-from nemo_rng_dcp.record import Mesh, Record, Stream
+from nemo_rng_dcp.record import Mesh, Record
 from nemo_rng_dcp.resume import Job
 
-OF_ONE_ENTRY = ("along", "logical_ranks", "ranked", "generators", "shared")
+OF_ONE_ENTRY = ("along", "logical_ranks", "ranked")
 """Options of ``explain`` that one ``StatefulRNG`` is given."""
 
 
@@ -33,13 +33,11 @@ class Resuming:
     """
 
     def __init__(self, options: argparse.Namespace, saved: Record | None) -> None:
-        self._options = options
         self.mesh = _mesh(options, saved.mesh if saved else None)
         sizes = options.mesh or {"ranks": options.world_size}
         along = [*sizes] if self.mesh is None else [name for name, _ in self.mesh]
-        order = sorted(sizes, key=lambda name: name not in along)
         grid = np.arange(options.world_size).reshape([*sizes.values()])
-        grid = grid.transpose([[*sizes].index(name) for name in order])
+        grid = np.moveaxis(grid, [[*sizes].index(name) for name in along], range(len(along)))
         ranks = grid.reshape(prod(sizes[name] for name in along), -1).tolist()
         count = options.logical_ranks or len(ranks)
         rows_of_each, rest = divmod(count, len(ranks))
@@ -49,29 +47,20 @@ class Resuming:
         self.logical = options.logical_ranks is not None
         if self.logical and options.ranked is False:
             raise ValueError("--no-ranked: logical ranks have streams of their own")
-        _check_shared(options, saved)
+        self._ranked = True if self.logical else options.ranked
 
     def of_row(self, row: int, record: Record) -> Job:
         """Return the job as one of its rows sees it, which loads ``record``."""
-        options, slots = self._options, {}
-        for given in record.streams if options.generators is None else options.generators:
-            # With a NumPy generator goes its seed sequence.
-            for name in (given, f"{given}.seed_seq"):
-                if name == given or name in record.streams:
-                    stream = record.streams.get(name, Stream("", False, b""))
-                    shared = given in (options.shared or ())
-                    shared = stream.shared if options.shared is None else shared
-                    slots[name] = Slot(stream.kind, shared, is_reserved(name))
-        ranked = self.logical or (record.ranked if options.ranked is None else options.ranked)
+        slots = {
+            name: Slot(stream.kind, stream.shared, is_reserved(name))
+            for name, stream in record.streams.items()
+        }
+        ranked = record.ranked if self._ranked is None else self._ranked
         return Job(row, len(self.ranks), self.mesh, ranked, slots, logical=self.logical)
 
     def length(self, record: Record) -> int:
-        """Return how many numbers its own record has; 0 if it has other generators."""
-        slots, streams = self.of_row(0, record).slots, record.streams
-        if slots.keys() != streams.keys():
-            return 0
-        moved = {name: streams[name]._replace(shared=slots[name].shared) for name in streams}
-        return len(replace(record, mesh=self.mesh, streams=moved).to_tensor())
+        """Return how many numbers its own record has."""
+        return len(replace(record, mesh=self.mesh).to_tensor())
 
 
 def _mesh(options: argparse.Namespace, saved: Mesh | None) -> Mesh | None:
@@ -94,14 +83,3 @@ def _mesh(options: argparse.Namespace, saved: Mesh | None) -> Mesh | None:
         expected = f"expected dimensions once and in the mesh's order, {','.join(mesh)}"
         raise ValueError(f"--along {','.join(along)}: {expected}")
     return tuple((name, mesh[name]) for name in names)
-
-
-def _check_shared(options: argparse.Namespace, saved: Record | None) -> None:
-    names = options.generators or (saved.streams if saved else options.shared or ())
-    known = [name for name in names if "." not in name]
-    for name in options.shared or ():
-        if is_reserved(name):
-            raise ValueError(f"--shared {name}: it is a global generator, and never shared")
-        if name not in known:
-            why = f"only {', '.join(known)}. --generators names all that it has"
-            raise ValueError(f"--shared {name}: the job has no such generator, {why}")

@@ -11,6 +11,7 @@ from contextlib import suppress
 from typing import Any, Protocol, TextIO
 
 from nemo_rng_dcp.cli.arguments import parser
+from nemo_rng_dcp.cli.terminal import visible
 
 CLEAN, FINDINGS, TROUBLE = 0, 1, 2
 INTERRUPTED = 130
@@ -50,7 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             content = {"schema": SCHEMA, **report.to_json(options.rows)}
             lines = [json.dumps(content, indent=1)]
         else:
-            lines = report.lines(options.rows)
+            # What a checkpoint says is shown and not obeyed.
+            lines = [visible(line) for line in report.lines(options.rows)]
     except KeyboardInterrupt:
         return INTERRUPTED
     except Exception as error:  # 1 would say that there are findings

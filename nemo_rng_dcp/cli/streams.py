@@ -6,6 +6,7 @@ No global stream moves.
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -53,6 +54,15 @@ def packed_after_seed(kind: str, seed: int) -> bytes | None:
     return generator.pack(generator.get())
 
 
+def is_at_seed(stream: Stream, seed: int) -> bool:
+    """Return whether a stream is where a seed puts it."""
+    position = int.from_bytes(stream.state[4 * WORDS :][:4], sys.byteorder)
+    # To seed these two takes longer than all else. After a seed a block is to be made.
+    if stream.kind in ("python", "numpy") and position != WORDS:
+        return False
+    return stream.state == packed_after_seed(stream.kind, seed)
+
+
 def refusals(record: Record) -> dict[str, str]:
     """Return why a generator of a record's kind would not take its state, by name."""
     reasons = {}
@@ -85,7 +95,7 @@ def distance(a: Stream, b: Stream) -> str | None:
         return None
     ahead, behind = _words_between(first, second), _words_between(second, first)
     if ahead == behind == 0:
-        return "at the same word, with another cached normal"
+        return "another cached normal"
     if ahead is not None:
         return f"{plural(ahead, 'word')} ahead"
     return None if behind is None else f"{plural(behind, 'word')} behind"

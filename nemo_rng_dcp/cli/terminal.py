@@ -11,24 +11,12 @@ MANY = 40
 
 
 def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return rows in columns below a header; the first column is a number.
-
-    Columns that do not fit 80 characters follow below, beside the first column again.
-    """
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    blocks: list[list[int]] = [[]]
-    for column in range(1, len(header)):
-        used = widths[0] + sum(2 + widths[other] for other in blocks[-1])
-        if blocks[-1] and used + 2 + widths[column] > WIDTH:
-            blocks.append([])
-        blocks[-1].append(column)
+    """Return rows in columns below a header, a line each; the first column is a number."""
+    first, *widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     lines = []
-    for number, block in enumerate(blocks):
-        if number:
-            lines.append("")
-        for row in [header, *rows]:
-            cells = [f"{row[column]:<{widths[column]}}" for column in block]
-            lines.append("  ".join([f"{row[0]:>{widths[0]}}", *cells]).rstrip())
+    for number, *cells in [header, *rows]:
+        padded = [f"{cell:<{width}}" for cell, width in zip(cells, widths, strict=True)]
+        lines.append("  ".join([f"{number:>{first}}", *padded]).rstrip())
     return lines
 
 

@@ -83,7 +83,8 @@ class NumPyAdapter:
     def is_at(self, state: dict[str, Any]) -> bool:
         """Return whether the stream has not moved since :meth:`get`; no is "look", and costs that.
 
-        NumPy gives a state word by word, in 30 us; this takes one.
+        NumPy gives a state word by word, in 30 us; this takes one. It does not see where somebody
+        set the state back by a cached normal, which moves no word.
         """
         bits = self._bit_generator()
         # A cached normal can be drawn without a word.

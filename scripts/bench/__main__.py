@@ -1,6 +1,6 @@
 """Measure what RNG state in a checkpoint costs, side by side with other ways, in one run.
 
-    python -m scripts.bench [--quick] [--json FILE]
+    python -m scripts.bench [--quick] [--json FILE] [--page docs/cost.md]
 
 Prints medians and whether the targets were met. Takes under 5 minutes on 2 quiet cores; ``--quick``
 takes seconds and shows only that it works.
@@ -15,12 +15,22 @@ import platform
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from datetime import date
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from scripts.bench import alternatives, calls, checkpoint, command, planning, processes, table
+from scripts.bench import (
+    alternatives,
+    calls,
+    checkpoint,
+    command,
+    elastic,
+    planning,
+    processes,
+    table,
+)
 from scripts.bench.ranks import Size
 
 
@@ -37,6 +47,8 @@ class Settings:
         model_sizes: Those of them to plan for together with a model.
         import_rounds: Fresh processes for each module.
         inspected_rows: Rows of the checkpoint that the command inspects.
+        elastic_ranks: Numbers of processes on which the elastic recipe's reduction is measured.
+        elastic_rounds: Steps of it.
     """
 
     call_rounds: int
@@ -48,6 +60,8 @@ class Settings:
     model_sizes: tuple[int, ...]
     import_rounds: int
     inspected_rows: int
+    elastic_ranks: tuple[int, ...]
+    elastic_rounds: int
 
 
 FULL = Settings(
@@ -63,6 +77,8 @@ FULL = Settings(
     model_sizes=(256, 1024),
     import_rounds=5,
     inspected_rows=4096,
+    elastic_ranks=(2, 4),
+    elastic_rounds=30,
 )
 QUICK = Settings(
     call_rounds=2,
@@ -74,6 +90,8 @@ QUICK = Settings(
     model_sizes=(4,),
     import_rounds=1,
     inspected_rows=4,
+    elastic_ranks=(2,),
+    elastic_rounds=1,
 )
 
 
@@ -90,6 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prog="python -m scripts.bench", description=__doc__.splitlines()[0] if __doc__ else None
     )
     parser.add_argument("--json", type=Path, help="also write every round to this file")
+    parser.add_argument("--page", type=Path, help="put the tables in this page's blocks, by title")
     parser.add_argument("--quick", action="store_true", help="the smallest setting, in seconds")
     options = parser.parse_args(arguments)
     settings = QUICK if options.quick else FULL
@@ -104,6 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     imported = processes.measure(settings.import_rounds)
     inspected = command.measure(settings.inspected_rows)
+    trained = elastic.measure(settings.elastic_ranks, settings.elastic_rounds)
     smallest = checkpoint.smallest(saved)
     real = {found.ranks: alternatives.on_real_ranks(found) for found in smallest}
     at_scale = alternatives.by_planning(planned, real[settings.ranks[-1]], settings.ranks[-1])
@@ -111,16 +131,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sections = [
         calls.section(called),
         calls.beside_a_micro_batch(called),
+        *elastic.sections(trained),
         *checkpoint.sections(saved),
         *planning.sections(planned),
         processes.section(imported),
         command.section(inspected),
     ]
-    print(f"{machine()}; {time.monotonic() - started:.0f} s\n")
-    print("\n".join(table.lines(sections)))
-    for comparison in compared:
-        print("\n".join(table.compared(comparison)))
+    headline = f"measured on {date.today()} in {time.monotonic() - started:.0f} s: {machine()}"
+    tables: list[table.Section | table.Comparison] = [*sections, *compared]
+    blocks = {"measured on": [headline], **{entry.title: entry.lines() for entry in tables}}
+    print("\n\n".join("\n".join(lines) for lines in blocks.values()))
 
+    if options.page:
+        options.page.write_text(table.filled(options.page.read_text(), blocks))
     if options.json:
         result = {
             "machine": machine(),
@@ -130,6 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "planning": asdict(planned),
             "imports": imported,
             "inspect": asdict(inspected),
+            "elastic": [asdict(entry) for entry in trained],
             "tables": [asdict(entry) for entry in sections],
             "comparisons": [asdict(entry) for entry in compared],
         }

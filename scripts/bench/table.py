@@ -1,9 +1,10 @@
-"""The table that is printed: results and targets, one line each."""
+"""The tables that are printed: results and targets, one line each."""
 
 from __future__ import annotations
 
+import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from scripts.bench.timing import Target
@@ -47,6 +48,11 @@ class Section:
     beside: str
     rows: list[Row]
 
+    def lines(self) -> list[str]:
+        """Return it with columns that line up."""
+        heading = self.title, "StatefulRNG", self.beside, "found", "target", ""
+        return _aligned([heading, *(row.cells() for row in self.rows)], left=(0, 5))
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -62,6 +68,10 @@ class Comparison:
     columns: tuple[str, ...]
     rows: list[tuple[str, ...]]
 
+    def lines(self) -> list[str]:
+        """Return it with columns that line up."""
+        return _aligned([(self.title, *self.columns), *self.rows], left=(0,))
+
 
 def text(seconds: Sequence[float] | float) -> str:
     """Return the median of seconds in a unit in which it is at least 1, with two or more digits."""
@@ -71,19 +81,14 @@ def text(seconds: Sequence[float] | float) -> str:
     return f"{number:.{0 if abs(number) >= 10 else 1}f} {name}"
 
 
-def lines(sections: Sequence[Section]) -> list[str]:
-    """Return the sections under one another, with columns that line up."""
-    rows: list[tuple[str, ...]] = []
-    for section in sections:
-        rows += [("",) * 6, (section.title, "StatefulRNG", section.beside, "found", "target", "")]
-        rows += [row.cells() for row in section.rows]
-    return _aligned(rows[1:], left=(0, 5))
+def filled(page: str, blocks: Mapping[str, Sequence[str]]) -> str:
+    """Return a page whose text blocks hold other lines, those that begin with one of the titles."""
 
+    def block(match: re.Match[str]) -> str:
+        found = [lines for title, lines in blocks.items() if match[1].startswith(title)]
+        return "\n".join(["```text", *found[0], "```"]) if found else match[0]
 
-def compared(comparison: Comparison) -> list[str]:
-    """Return a comparison under an empty line, with columns that line up."""
-    heading = (comparison.title, *comparison.columns)
-    return ["", *_aligned([heading, *comparison.rows], left=(0,))]
+    return re.sub(r"^```text\n(.*?)\n```$", block, page, flags=re.DOTALL | re.MULTILINE)
 
 
 def _aligned(rows: Sequence[tuple[str, ...]], left: Sequence[int]) -> list[str]:

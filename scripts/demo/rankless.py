@@ -29,7 +29,7 @@ class RanklessRNG:
 
     def __init__(self, seed: int, ranked: bool = True) -> None:
         init_all_rng(seed, ranked)
-        self.rank = dist.get_rank()
+        self.rank, self.logical_ranks = dist.get_rank(), dist.get_world_size()
         self.ranks = range(self.rank, self.rank + 1)
 
     def as_rank(self, rank: int) -> nullcontext[None]:

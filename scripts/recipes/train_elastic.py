@@ -6,13 +6,13 @@ Start it again with the same ``--out`` on 8, 4, 2 or 1 processes, and it goes on
 complete checkpoint with the losses and weights that it would have had on any other number of them.
 Each process plays an equal share of the ``--logical-ranks``, one micro-batch each.
 
-Promised for the same machine type, software, ``--logical-ranks`` and ``--batch``. Not for fused
-optimizers, BatchNorm's running statistics, or modules that are used twice in a forward. Tested on
-the CPU with gloo. The text is the source code of Python's standard library.
+Promised for the same machine type, software, threads, ``--logical-ranks`` and ``--batch``, on the
+CPU with gloo. Not for fused optimizers, SyncBatchNorm, or another tensor-parallel size. It costs
+memory for up to log2(k) gradients of the whole model, with k logical ranks a process.
 
 The output folder gets ``checkpoints/``; ``losses-rank<r>.txt`` for each logical rank, a line for
-each step with the loss as ``float.hex()``; and ``run.json``: what the results of the latest start
-depend on.
+each step with the loss as ``float.hex()``; ``states-rank<r>.txt`` with a hash of all weights and
+optimizer states, if asked for; and ``run.json``: what the results of the latest start depend on.
 """
 
 from __future__ import annotations
@@ -24,10 +24,9 @@ import random
 import shutil
 import sysconfig
 import time
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,7 +40,8 @@ from tqdm import tqdm
 
 from nemo_rng_dcp import ScopedRNG, StatefulRNG
 from nemo_rng_dcp.determinism import environment, set_deterministic
-from reduction import clip_grad_norm_, reduce_in_order  # a file beside this one: copy both
+from reduction import reduce_in_order  # two files beside this one: copy all three
+from shards import clip_grad_norm_, states_hash
 
 VOCABULARY = 256  # one token per byte
 TEXT_BYTES = 2_000_000
@@ -55,6 +55,7 @@ class Config:
     out: Path = Path("runs", "elastic")
     steps: int = 40
     save_every: int = 10
+    hash_every: int = 0  # steps; 0: no hash of weights and optimizer states
     keep: int = 2  # checkpoints
     seed: int = 42
     logical_ranks: int = 8
@@ -68,11 +69,6 @@ class Config:
     max_norm: float = 1.0
     threads: int = 1  # per process: another number is another order of additions
     reduction: str = "ordered"  # or "fsdp2": its own, whose sums depend on the processes
-
-
-class Training(NamedTuple):
-    model: GPT
-    optimizer: torch.optim.Optimizer
 
 
 class GPT(nn.Module):
@@ -105,16 +101,17 @@ class GPT(nn.Module):
 class AppState:
     """Model, optimizer and step as one entry of the checkpoint."""
 
-    training: Training
+    model: GPT
+    optimizer: torch.optim.Optimizer
     step: int = 0
 
     def state_dict(self) -> dict[str, Any]:
-        model, optimizer = get_state_dict(*self.training)
+        model, optimizer = get_state_dict(self.model, self.optimizer)
         return {"model": model, "optimizer": optimizer, "step": torch.tensor(self.step)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        model, optimizer = state["model"], state["optimizer"]
-        set_state_dict(*self.training, model_state_dict=model, optim_state_dict=optimizer)
+        states = {"model_state_dict": state["model"], "optim_state_dict": state["optimizer"]}
+        set_state_dict(self.model, self.optimizer, **states)
         self.step = int(state["step"])
 
 
@@ -127,7 +124,7 @@ def validate_and_prepare_config(arguments: list[str] | None = None) -> Config:
     config = Config(**vars(parser.parse_args(arguments)))
     problems = []
     for name, value in asdict(config).items():
-        if isinstance(value, int) and value < 1 and name != "seed":
+        if isinstance(value, int) and value < 1 and name not in ("seed", "hash_every"):
             problems.append(f"--{name.replace('_', '-')} is {value}, expected >= 1")
     if config.reduction not in ("ordered", "fsdp2"):
         problems.append(f"--reduction is {config.reduction}, expected ordered or fsdp2")
@@ -154,7 +151,7 @@ def setup_distributed() -> DeviceMesh:
     return init_device_mesh(device, (dist.get_world_size(),), mesh_dim_names=("dp",))
 
 
-def setup_model_and_optimizer(config: Config, mesh: DeviceMesh, rng: StatefulRNG) -> Training:
+def setup_model_and_optimizer(config: Config, mesh: DeviceMesh, rng: StatefulRNG) -> AppState:
     """Build the sharded model and its optimizer."""
     with ScopedRNG(config.seed):  # the same first weights on every process
         model = GPT(config)
@@ -163,10 +160,10 @@ def setup_model_and_optimizer(config: Config, mesh: DeviceMesh, rng: StatefulRNG
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
     if config.reduction == "ordered":
-        reduce_in_order(model, rng.ranks, config.logical_ranks, lambda: rng.rank)
+        reduce_in_order(model, mesh, rng)
     # Not fused=True: its kernel treats the ends of a shard differently from the rest.
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, foreach=True)
-    return Training(model, optimizer)
+    return AppState(model, optimizer)
 
 
 def complete_checkpoints(out: Path) -> list[Path]:
@@ -204,29 +201,33 @@ def draw_batch(text: bytes, config: Config, device: str) -> torch.Tensor:
     return torch.from_numpy(np.stack(crops)).to(device)
 
 
-def train(config: Config, mesh: DeviceMesh, training: Training, rng: StatefulRNG) -> None:
+def note(out: Path, kind: str, rank: int, step: int, text: str) -> None:
+    with (out / f"{kind}-rank{rank}.txt").open("a") as file:
+        file.write(f"{step} {text}\n")
+
+
+def train(config: Config, mesh: DeviceMesh, app: AppState, rng: StatefulRNG) -> None:
     """Go on from the newest checkpoint, if there is one, to the last step."""
-    (model, optimizer), app, text = training, AppState(training), read_text()
+    model, optimizer, text = app.model, app.optimizer, read_text()
     state = {"app": app, "rng": rng}
     for newest in complete_checkpoints(config.out)[-1:]:
         dcp.load(state, checkpoint_id=newest)  # on any number of processes, without a planner
     # FSDP2's own reduction averages over the processes.
     parts = config.logical_ranks if config.reduction == "ordered" else len(rng.ranks)
-    names = {rank: config.out / f"losses-rank{rank}.txt" for rank in rng.ranks}
-    with ExitStack() as stack:
-        files = {r: stack.enter_context(names[r].open("a", buffering=1)) for r in rng.ranks}
-        for step in tqdm(range(app.step, config.steps), unit="step", disable=rng.rank != 0):
-            for rank in rng.ranks:
-                with rng.as_rank(rank):  # data, dropout and recomputation are this logical rank's
-                    loss = model(draw_batch(text, config, mesh.device_type))
-                    (loss / parts).backward()
-                files[rank].write(f"{step} {loss.item().hex()}\n")
-            clip_grad_norm_(model.parameters(), config.max_norm)
-            optimizer.step()
-            optimizer.zero_grad()
-            app.step = step + 1
-            if app.step % config.save_every == 0:
-                save_checkpoint(config.out, config.keep, state, app.step)
+    for step in tqdm(range(app.step, config.steps), unit="step", disable=rng.rank != 0):
+        for rank in rng.ranks:
+            with rng.as_rank(rank):  # data, dropout and recomputation are this logical rank's
+                loss = model(draw_batch(text, config, mesh.device_type))
+                (loss / parts).backward()
+            note(config.out, "losses", rank, step, loss.item().hex())
+        clip_grad_norm_(model.parameters(), config.max_norm, mesh)
+        optimizer.step()
+        optimizer.zero_grad()
+        app.step = step + 1
+        if config.hash_every and app.step % config.hash_every == 0:
+            note(config.out, "states", rng.rank, step, states_hash(model, optimizer))
+        if app.step % config.save_every == 0:
+            save_checkpoint(config.out, config.keep, state, app.step)
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """``diff``: which streams of two checkpoints differ, and by how many draws."""
 
 import random
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ def test_streams_that_differ_are_listed(tmp_path: Path, capsys: Capture) -> None
     code, text = ask(capsys, "diff", a, b)
     assert code == 1
     assert "rng: 1 of 50 rows differ: python in 1, numpy in 1, torch in 1" in text
-    assert "the first: row 7 python: another stream, or far off" in text
+    assert re.search(r"B is 7 python \w{12} \w{12} another stream, or far off 7 numpy", text)
     (entry,) = ask_json(capsys, "diff", a, b)["entries"]
     assert [(stream["row"], stream["generator"]) for stream in entry["differences"]] == [
         (7, "python"),
@@ -71,9 +72,9 @@ def test_other_jobs_and_other_entries(tmp_path: Path, capsys: Capture) -> None:
     assert (code, "rng: seed 42 in A, 9 in B" in text) == (1, True)
     assert "rng: rows 50 in A, 3 in B" in text
     assert "47 of 50 rows differ" in text
-    assert "the first: row 3 python: only in A" in text
+    assert re.search(r"B is 3 python \w{12} - only in A", text)
     _, text = ask(capsys, "diff", fewer, a)
-    assert "the first: row 3 python: only in B" in text
+    assert re.search(r"B is 3 python - \w{12} only in B", text)
     assert ask(capsys, "diff", a, tmp_path)[0] == 2
 
 
@@ -156,9 +157,10 @@ def test_the_first_stream_that_left_is_named(tmp_path: Path, capsys: Capture) ->
     job(3, run_twice, tmp_path / "b", 2)
     code, text = ask(capsys, "diff", tmp_path / "a", tmp_path / "b")
     assert code == 1
-    assert "rng: 1 of 3 rows differ: numpy in 1 the first: row 2 numpy: B is 2 words ahead" in text
+    assert "rng: 1 of 3 rows differ: numpy in 1 row generator A B B is 2 numpy" in text
+    assert text.endswith("2 words ahead")
     _, text = ask(capsys, "diff", tmp_path / "b", tmp_path / "a")
-    assert "row 2 numpy: B is 2 words behind" in text
+    assert text.endswith("2 words behind")
 
 
 def drawn(name: str, words: int) -> Stream:
@@ -233,4 +235,4 @@ def test_a_cached_normal_alone_is_told(tmp_path: Path, capsys: Capture) -> None:
         save(records(1, without_gauss), tmp_path / "b"),
     )
     _, text = ask(capsys, "diff", a, b)
-    assert "row 0 numpy: B is at the same word, with another cached normal" in text
+    assert text.endswith("another cached normal")

@@ -13,9 +13,12 @@ preload(
     "transformers.trainer",
     "torchtitan.components.checkpointer",
     "lightning_fabric",
+    "pytorch_lightning",
     "megatron.core.tensor_parallel.random",
     "nemo_automodel.components.checkpoint.checkpointing",
     "nemo_automodel.recipes.llm.train_ft",
+    "olmo_core.train.train_module",
+    "torchtune.training",
 )
 
 VERDICTS: dict[str, tuple[Verdict, Verdict]] = {}

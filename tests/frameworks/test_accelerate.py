@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch.utils.data import DataLoader
 
 from nemo_rng_dcp import RNGStateError, StatefulRNG
@@ -30,7 +32,20 @@ from tests.support.streams import draw
 pytestmark = pytest.mark.frameworks
 
 
-def train(plan: Plan, fsdp: bool = False, data_seed: int | None = 7) -> Run:
+class Augmented(torch.utils.data.Dataset[torch.Tensor]):
+    """Adds noise from torch's global stream, in the main process."""
+
+    def __init__(self, noise: float) -> None:
+        self.noise = noise
+
+    def __len__(self) -> int:
+        return len(data())
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return data()[index] + self.noise * torch.randn(4)
+
+
+def train(plan: Plan, fsdp: bool = False, data_seed: int | None = 7, noise: float = 0.1) -> Run:
     from accelerate import Accelerator, DataLoaderConfiguration
     from accelerate.utils import set_seed
 
@@ -39,29 +54,33 @@ def train(plan: Plan, fsdp: bool = False, data_seed: int | None = 7) -> Run:
     if fsdp:
         use_fsdp2(accelerator)
     path = str(plan.folder)
-    names = {"accelerator": accelerator, "path": path}
-    if plan.ours:
-        run_page("accelerate", 0, names)
-    else:
+    if not plan.ours:
         set_seed(42, device_specific=True)
     model: Any = net()
     optimizer: Any = torch.optim.AdamW(model.parameters(), lr=0.01)
-    loader: Any = DataLoader(data(), batch_size=BATCH, shuffle=True)  # type: ignore[arg-type]
-    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-    names["model"] = model
+    loader: Any = DataLoader(Augmented(noise), batch_size=BATCH, shuffle=True)
+    names = {"accelerator": accelerator, "path": path, "dcp": dcp}
+    names |= {"model": model, "optimizer": optimizer, "loader": loader}
+    if plan.ours:
+        run_page("accelerate", 0, names)
+        run_page("accelerate", 1, names)
+        model, optimizer, loader = names["model"], names["optimizer"], names["loader"]
+    else:
+        model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     batches = iter(loader)
     if plan.resume:
         draw(plan.elsewhere)
         if plan.ours:
-            run_page("accelerate", 2, names)
+            run_page("accelerate", 3 if dist.get_world_size() == RANKS else 4, names)
+            batches = iter(loader)
         else:
             accelerator.load_state(path)
-        batches = iter(accelerator.skip_first_batches(loader, BEFORE))
+            batches = iter(accelerator.skip_first_batches(loader, BEFORE))
     else:
         for _ in range(BEFORE):
             train_step(model, optimizer, next(batches))
         if plan.ours:
-            run_page("accelerate", 1, names)
+            run_page("accelerate", 2, names)
         else:
             accelerator.save_state(path)
     run = Run()
@@ -100,9 +119,9 @@ def test_fsdp2(assert_adopted: Callable[..., Verdict]) -> None:
 def test_the_trap_of_the_data_seed(tmp_path: Path) -> None:
     """The page says that ranks see each other's samples unless data_seed is set."""
     plan = Plan(tmp_path, resume=False, ours=True)
-    seen, of = distinct(job(RANKS, train, plan))
+    seen, of = distinct(job(RANKS, train, plan, False, 7, 0.0))
     assert seen == of == RANKS * BATCH * AFTER
-    seen, of = distinct(job(RANKS, train, plan, False, None))
+    seen, of = distinct(job(RANKS, train, plan, False, None, 0.0))
     assert seen < of
 
 

@@ -9,9 +9,13 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from nemo_rng_dcp import RNGLoadPlanner, StatefulRNG
@@ -32,6 +36,10 @@ from tests.support.streams import draw
 pytestmark = pytest.mark.frameworks
 
 
+# Without it FSDP1's param_groups are on rank 0 alone, and DCP misses those of the others.
+OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
+
+
 class App:
     """Model and optimizer as PyTorch's own tutorial presents them to DCP."""
 
@@ -39,7 +47,7 @@ class App:
         self.model, self.optimizer = model, optimizer
 
     def state_dict(self) -> dict[str, Any]:
-        model, optimizer = get_state_dict(self.model, self.optimizer)
+        model, optimizer = get_state_dict(self.model, self.optimizer, options=OPTIONS)
         return {"model": model, "optimizer": optimizer}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -48,6 +56,7 @@ class App:
             self.optimizer,
             model_state_dict=state["model"],
             optim_state_dict=state["optimizer"],
+            options=OPTIONS,
         )
 
 
@@ -91,6 +100,19 @@ def train_with_ddp(plan: Plan) -> Run:
 
 def train_with_hsdp(plan: Plan) -> Run:
     return train(plan, hsdp)
+
+
+def fsdp1(model: nn.Module) -> nn.Module:
+    return FullyShardedDataParallel(model, device_id=torch.device("cpu"))
+
+
+def train_with_fsdp1(plan: Plan) -> Run:
+    return train(plan, fsdp1)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_fsdp1(assert_adopted: Callable[..., Verdict]) -> None:
+    assert_adopted("plain FSDP1", train_with_fsdp1)
 
 
 def test_ddp(assert_adopted: Callable[..., Verdict]) -> None:

@@ -1,6 +1,7 @@
 """torchtitan's CheckpointManager around an FSDP2 model."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from nemo_rng_dcp import StatefulRNG
 from tests.frameworks.training import (
     AFTER,
+    BATCH,
     BEFORE,
     RANKS,
     Plan,
@@ -47,8 +49,28 @@ class OptimizerState:
         set_optimizer_state_dict(self.model, self.optimizer, state)
 
 
+class Batches(torch.utils.data.IterableDataset[torch.Tensor]):
+    """The samples of a rank, without an end."""
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        for step in count():
+            yield from batch(step)
+
+
+def loader_of_rank() -> Any:
+    from torchtitan.components.dataloader import ParallelAwareDataloader
+
+    return ParallelAwareDataloader(
+        Batches(), dist.get_rank(), dist.get_world_size(), batch_size=BATCH
+    )
+
+
 def manager(
-    folder: str, model: nn.Module, optimizer: OptimizerState | None = None, mode: str = "disabled"
+    folder: str,
+    model: nn.Module,
+    optimizer: OptimizerState | None = None,
+    mode: str = "disabled",
+    loader: Any = None,
 ) -> Any:
     from torchtitan.components.checkpointer import CheckpointManager
 
@@ -57,7 +79,7 @@ def manager(
     )
     return CheckpointManager(
         config,
-        dataloader=None,
+        dataloader=loader,
         model_parts=[model],
         optimizers=optimizer,
         lr_schedulers=None,
@@ -73,8 +95,12 @@ def train(plan: Plan, mode: str = "disabled") -> Run:
     fully_shard(model.first)
     fully_shard(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-    checkpointer = manager(str(plan.folder), model, OptimizerState(model, optimizer), mode)
-    names = {"checkpointer": checkpointer, "step": BEFORE}
+    loader = loader_of_rank()
+    state = OptimizerState(model, optimizer)
+    checkpointer = manager(str(plan.folder), model, state, mode, loader)
+    names: dict[str, Any] = {"checkpointer": checkpointer, "step": BEFORE, "model_parts": [model]}
+    if dist.get_world_size() != RANKS:
+        checkpointer.exclude_from_loading.append("dataloader")
     if plan.ours:
         run_page("torchtitan", 0, names)
     if plan.resume:
@@ -82,14 +108,15 @@ def train(plan: Plan, mode: str = "disabled") -> Run:
         assert checkpointer.load(BEFORE)
         if plan.ours:
             run_page("torchtitan", 1, names)
-    else:
-        for step in range(BEFORE):
-            train_step(model, optimizer, batch(step))
+    batches = iter(loader)  # as in its train(), after the load
+    if not plan.resume:
+        for _ in range(BEFORE):
+            train_step(model, optimizer, next(batches))
         checkpointer.save(BEFORE)
         checkpointer.maybe_wait_for_staging()
     run = Run()
-    for step in range(BEFORE, BEFORE + AFTER):
-        run.note(train_step(model, optimizer, batch(step)))
+    for _ in range(AFTER):
+        run.note(train_step(model, optimizer, next(batches)))
     checkpointer.close()
     return run
 

@@ -96,10 +96,14 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tens
     return loss.detach()
 
 
+def blocks_of(page: str) -> list[str]:
+    """Return the Python blocks of a page."""
+    return re.findall(r"```python\n(.*?)```", (PAGES / f"{page}.md").read_text(), re.DOTALL)
+
+
 def run_page(page: str, block: int, names: dict[str, Any]) -> None:
     """Run a Python block of a page; it reads and sets ``names``."""
-    blocks = re.findall(r"```python\n(.*?)```", (PAGES / f"{page}.md").read_text(), re.DOTALL)
-    exec(compile(blocks[block], f"{page}.md, block {block}", "exec"), names)
+    exec(compile(blocks_of(page)[block], f"{page}.md, block {block}", "exec"), names)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """The page for frameworks that are not listed: its snippets, saved on 2 ranks and resumed."""
 
+import copy
+import pickle
 import random
 import re
 from collections.abc import Iterator
@@ -14,6 +16,8 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from nemo_rng_dcp import RNGLoadPlanner, StatefulRNG, init_all_rng
 from tests.support.jobs import job
@@ -186,7 +190,98 @@ def test_the_subfolder_may_lie_in_a_dcp_checkpoint(tmp_path: Path) -> None:
     assert job(2, inside_a_checkpoint, tmp_path, True) == expected
 
 
+def in_one_folder(path: Path, killed: bool, resume: bool) -> None:
+    """Save twice into one folder, the second time as a kill between the two saves leaves it."""
+
+    def save_model(state: dict[str, Any], folder: str) -> None:
+        if dist.get_rank() == 0 and not (killed and rng.loaded is not None):
+            torch.save(state, f"{folder}/model.pt")
+
+    saving, loading = snippets("Inside or beside?")
+    names = names_for(path)
+    rng = names["rng"]
+    names |= {"save": save_model, "load": lambda folder: torch.load(f"{folder}/model.pt")}
+    if not resume:
+        run(saving, names)
+        rng.load(path / "rng")
+        draw()
+        run(saving, names)
+        return
+    draw()
+    if killed:
+        with pytest.raises(RuntimeError, match="of two steps"):
+            run(loading, names)
+    else:
+        run(loading, names)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_model_and_a_record_of_two_steps_are_told_apart(killed: bool, tmp_path: Path) -> None:
+    job(2, in_one_folder, tmp_path, killed, False)
+    for size in (2, 1, 3):
+        job(size, in_one_folder, tmp_path, killed, True)
+
+
+def by_one_replica(path: Path, resume: bool) -> tuple[list[float], str]:
+    """The first replica of HSDP saves the model alone, and all ranks the record."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    state: dict[str, Any] = {"weight": torch.ones(3)}
+    rng = StatefulRNG(7 if resume else 42, ranked=True)
+    error = ""
+    if resume:
+        dcp.load(state, checkpoint_id=path)
+        rng.load(path / "rng")
+    else:
+        if mesh.get_local_rank("replicate") == 0:
+            replica = mesh["shard"].get_group()
+            with pytest.raises(CheckpointException) as caught:
+                dcp.save({**state, "rng": rng}, checkpoint_id=path / "no", process_group=replica)
+            error = str(caught.value)
+            dcp.save(state, checkpoint_id=path, process_group=replica)
+        rng.save(path / "rng")
+    return draw(), error
+
+
+def test_one_replica_saves_the_model_and_all_ranks_the_record(tmp_path: Path) -> None:
+    """DCP's message is that of the table of errors."""
+    saved = job(4, by_one_replica, tmp_path, False)
+    assert all("Failed to validate global plan" in error for _, error in saved[:2])
+    expected = [drawn for drawn, _ in saved]
+    assert len({str(drawn) for drawn in expected}) == 4
+    assert [drawn for drawn, _ in job(4, by_one_replica, tmp_path, True)] == expected
+
+
+def by_a_part(path: Path) -> bool:
+    """The remedy of the same error for ranks that are a job of their own: a mesh of them."""
+    group = dist.new_group([0, 2])
+    if dist.get_rank() == 1:
+        return True
+    state = {"rng": StatefulRNG(42, True, mesh=DeviceMesh.from_group(group, "cpu", [0, 2]))}  # type: ignore[arg-type]
+    dcp.save(state, checkpoint_id=path, process_group=group)
+    expected = draw()
+    dcp.load(state, checkpoint_id=path, process_group=group)
+    return draw() == expected
+
+
+def test_a_part_of_the_ranks_saves_along_a_mesh_of_its_own(tmp_path: Path) -> None:
+    assert job(3, by_a_part, tmp_path) == [True] * 3
+
+
+@dataclass
+class Config:
+    seed: int
+    rng: StatefulRNG
+
+
+def test_a_config_that_is_copied_says_to_keep_the_object_outside() -> None:
+    config = Config(42, StatefulRNG(42))
+    for copied in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="deep-copied: keep it outside"):
+            copied(config)
+
+
 def test_the_page_has_no_snippet_that_is_not_run() -> None:
-    run_here = [ADOPT, *SAVED, "Asynchronous", "States that are kept by name"]
+    run_here = [ADOPT, *SAVED, "Asynchronous", "States that are kept by name", "Inside or beside?"]
     found = [text for heading in run_here for text in snippets(heading)]
     assert sorted(found) == sorted(re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL))

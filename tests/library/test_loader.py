@@ -1,7 +1,10 @@
 """ResumableLoader in one process: every resume is the uninterrupted run."""
 
+import itertools
 import os
 import random
+import threading
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +13,12 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.utils.data import DataLoader, RandomSampler
+from torch.utils.data import (
+    DataLoader,
+    DistributedSampler,
+    RandomSampler,
+    SequentialSampler,
+)
 
 from nemo_rng_dcp import (
     ResumableLoader,
@@ -21,10 +29,14 @@ from nemo_rng_dcp import (
     StatefulRNG,
     unread,
 )
+from nemo_rng_dcp.fetcher import Fetcher
+from nemo_rng_dcp.position import positions_in
 from tests.support import jobs
 from tests.support.loaders import (
+    EPOCHS,
     ORDERS,
     SAMPLES,
+    WAYS,
     Case,
     Drawing,
     NoisyCollate,
@@ -38,18 +50,18 @@ from tests.support.streams import draw, states, unmoved, warned
 
 EVERYWHERE: list[Any] = [(0, 0), (0, 1), (0, 2), (0, "last"), (0, "end"), (1, 2), (1, "end")]
 
-# With workers a run takes half a second: one case for each order here, all of them in `make fuzz`.
-WORKERS = [
-    Case(order, (1, 2, 4)[number % 3], ("sample", "collate", "sample, collate")[number % 2])
-    for number, order in enumerate(ORDERS)
-    if order != "iterable"
+WORKERS, PLACES = (0, 1, 2, 4), ("", "sample", "collate", "sample, collate")
+
+# A run with workers takes half a second. Here each way meets each number of workers, with each
+# order in turn; `make fuzz` has them all.
+PAIRS = [
+    Case(ORDERS[number % len(ORDERS)], workers, PLACES[(number + workers) % 4], way)
+    for number, (way, workers) in enumerate(itertools.product(WAYS, WORKERS))
 ]
 IN_FULL = os.environ.get("FUZZ_LOADERS") is not None
 PRODUCT = [
-    Case(order, workers, places)
-    for order in ORDERS
-    for workers in (0, 1, 2, 4)
-    for places in ("", "sample", "collate", "sample, collate")
+    *itertools.starmap(Case, itertools.product(ORDERS, WORKERS, PLACES)),
+    *itertools.starmap(Case, itertools.product(ORDERS, (0, 2), PLACES[3:], WAYS[1:])),
 ]
 
 pytestmark = [
@@ -65,18 +77,20 @@ def test_a_resume_is_the_uninterrupted_run(case: Case, tmp_path: Path) -> None:
     check_resumes(case, tmp_path, EVERYWHERE)
 
 
-@pytest.mark.parametrize("case", WORKERS, ids=str)
-def test_a_resume_with_workers_is_the_uninterrupted_run(case: Case, tmp_path: Path) -> None:
-    check_resumes(case, tmp_path, [(0, 2), (1, "end")])
+@pytest.mark.parametrize("case", PAIRS, ids=str)
+def test_a_resume_in_pairs_of_combinations(case: Case, tmp_path: Path) -> None:
+    check_resumes(case, tmp_path, [(0, 2), (1, 1) if case.way == "live" else (1, "end")])
 
 
 @pytest.mark.parametrize("case", PRODUCT if IN_FULL else [], ids=str)
 def test_a_resume_in_every_combination(case: Case, tmp_path: Path) -> None:
-    check_resumes(case, tmp_path, EVERYWHERE)
+    # A live loop that goes back to the end of an epoch has begun the next one already.
+    within = [(0, 2), (0, "last"), (1, 2)]
+    check_resumes(case, tmp_path, within if case.way == "live" else EVERYWHERE)
 
 
 # A spawned worker imports torch, which takes seconds; the fork server has imported it.
-@pytest.mark.parametrize("method", ["forkserver", *["spawn"] * IN_FULL])
+@pytest.mark.parametrize("method", ["forkserver", "spawn"])
 def test_workers_that_are_no_forks(method: str, tmp_path: Path) -> None:
     jobs.preload()
 
@@ -90,13 +104,9 @@ def test_workers_that_are_no_forks(method: str, tmp_path: Path) -> None:
     assert resumed.steps == behind(run.steps, (0, 2))
 
 
-def test_a_validation_inside_of_an_epoch(tmp_path: Path) -> None:
-    check_resumes(Case("shuffle"), tmp_path, EVERYWHERE, validates=True)
-
-
-@pytest.mark.parametrize("order", ["shuffle", "stream", "iterable"])
-def test_an_epoch_that_ends_early(order: str, tmp_path: Path) -> None:
-    check_resumes(Case(order), tmp_path, EVERYWHERE[:-1], batches_per_epoch=3)
+@pytest.mark.parametrize("way", WAYS[1:])
+def test_every_way_resumes_everywhere(way: str, tmp_path: Path) -> None:
+    test_a_resume_in_every_combination(Case("shuffle", way=way), tmp_path)
 
 
 def test_a_checkpoint_resumes_twice_and_a_resume_resumes(tmp_path: Path) -> None:
@@ -112,15 +122,14 @@ def test_a_checkpoint_resumes_twice_and_a_resume_resumes(tmp_path: Path) -> None
 
 def test_a_checkpoint_that_is_written_in_the_background(tmp_path: Path) -> None:
     case = Case("shuffle")
-    run = Run(case).train(until=(0, 2))
+    run = Run(case)
+    batches = iter(run.loader)
+    next(batches), run.draw()
     writing: Any = dcp.async_save(run.state, checkpoint_id=tmp_path)
-    done = len(run.steps)
-    # The loop was left: its iterator is still the one in use.
-    assert run.loader._current is not None
-    run.steps += [(0, run.loader.batches, batch, run.draw()) for batch in run.loader._current]
+    expected = [(batch, run.draw()) for batch in batches]
     writing.result()
-    resumed = Run(case).load(tmp_path).disturb().train(until=(0, "end"))
-    assert resumed.steps == run.steps[done:]
+    run = Run(case).load(tmp_path).disturb()
+    assert [(batch, run.draw()) for batch in run.loader] == expected
 
 
 def test_a_load_moves_the_loop_that_is_under_way(tmp_path: Path) -> None:
@@ -340,11 +349,11 @@ def test_every_part_is_told_the_epoch_and_who_speaks_last_is_heard() -> None:
 
 @pytest.mark.filterwarnings("ignore:the loader's pass of epoch 0 was left")
 def test_an_epoch_can_be_set() -> None:
-    loader = ResumableLoader(DataLoader(range(40), 40, True), StatefulRNG(1))
+    loader = ResumableLoader(DataLoader(range(40), 20, True), StatefulRNG(1))
     orders = [next(iter(loader)).tolist()]
     for epoch in (0, 1, 2, 1):
         loader.set_epoch(epoch)
-        orders += [batch.tolist() for batch in loader]
+        orders += [batch.tolist() for batch in loader][:1]
     assert orders[0] != orders[1], "begun anew"
     assert orders[2] == orders[4]
     assert len({str(order) for order in orders}) == 4
@@ -415,6 +424,7 @@ def generator_function() -> Iterator[int]:
         (generator_function(), "an iterator: it can be gone through once only"),
         (generator_function, "a function, expected an iterable"),
         (3, "a int, expected an iterable"),
+        (ResumableLoader([1], StatefulRNG(1)), "a ResumableLoader: wrap each loader once"),
         ({0: iter([1])}, "an iterator: it can be gone through once only"),
     ],
 )
@@ -592,5 +602,238 @@ def test_a_state_dict_that_is_kept_from_a_load_without_a_position_holds_one(
     dcp.save(kept, checkpoint_id=tmp_path / "kept")
     monkeypatch.setattr(unread, "_marks", set())  # as in another process
     resumed = ResumableLoader([1, 2, 3, 4], rng)
+    rng.load_state_dict(rng.state_dict())
     dcp.load({"loader": resumed}, checkpoint_id=tmp_path / "kept")
     assert list(resumed) == [3, 4]
+
+
+class InPlace(Shuffled):
+    """A sampler that shuffles what the pass before it left."""
+
+    def __init__(self) -> None:
+        super().__init__(False)
+        self.order = list(range(SAMPLES))
+
+    def __iter__(self) -> Iterator[Any]:
+        random.shuffle(self.order)
+        return iter(self.order)
+
+
+def sampled(kind: str, workers: int) -> DataLoader[Any]:
+    data = range(SAMPLES)
+    samplers: dict[str, Any] = {
+        "another seed": DistributedSampler(data, 1, 0, seed=5),  # type: ignore[arg-type]
+        "no shuffle": SequentialSampler(data),
+        "in place": InPlace(),
+    }
+    sampler = samplers.get(kind, DistributedSampler(data, 1, 0))  # type: ignore[arg-type]
+    return DataLoader(range(SAMPLES), sampler=sampler, num_workers=workers)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("kind", ["another seed", "no shuffle", "in place"])
+def test_a_sampler_with_another_order_is_refused(kind: str, workers: int) -> None:
+    """Its length, batch size and dataset's size are those that were saved."""
+    saved = ResumableLoader(sampled("in place" if kind == "in place" else "", 0), StatefulRNG(1))
+    list(saved)
+    batches = iter(saved)
+    for _ in range(6):
+        next(batches)
+    loader = ResumableLoader(sampled(kind, workers), saved._rng)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RNGStateWarning)  # of another number of workers
+        loader.load_state_dict(saved.state_dict())
+    with pytest.raises(RNGStateError, match="other indices for the 6 batches"):
+        next(iter(loader))
+    loader.set_epoch(2)
+    assert len(list(loader)) == SAMPLES
+
+
+@pytest.mark.parametrize("name", ["a", 0.5, 2**70])
+def test_indices_that_are_no_integers_are_not_compared(name: Any) -> None:
+    rng, dataset = StatefulRNG(1), {name: 3}
+    loader = ResumableLoader(DataLoader(dataset, sampler=[name] * 3), rng)  # type: ignore[arg-type]
+    next(iter(loader))
+    state = loader.state_dict()
+    rng.load_state_dict(rng.state_dict())
+    loader.load_state_dict(state)
+    assert list(loader) == [3, 3]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_pass_goes_on_after_an_interrupt(workers: int, monkeypatch: Any) -> None:
+    loader = ResumableLoader(DataLoader(range(6), 2, num_workers=workers), StatefulRNG(1))
+    batches = iter(loader)
+    seen = [next(batches).tolist()]
+    fetch = Fetcher.fetch
+
+    def interrupted(fetcher: Fetcher, number: int) -> Any:
+        fetch(fetcher, number)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Fetcher, "fetch", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            next(batches)
+    assert loader.batches == 1
+    seen += [batch.tolist() for batch in batches]
+    assert seen == [[0, 1], [2, 3], [4, 5]]
+
+
+def test_batches_that_another_thread_fetches_are_said() -> None:
+    loader = ResumableLoader(DataLoader(range(4)), StatefulRNG(1))
+
+    def fetch() -> None:
+        for _ in range(2):
+            thread = threading.Thread(target=lambda: list(loader), name="prefetch")
+            thread.start()
+            thread.join()
+
+    messages = warned(fetch)
+    assert "batches are fetched in another thread, prefetch" in messages[0]
+
+
+def test_a_loader_without_its_streams_is_said(tmp_path: Path) -> None:
+    Run(Case("shuffle")).train({(0, 2): tmp_path}, until=(0, 2))
+    run = Run(Case("shuffle"))
+    dcp.load({"loader": run.loader}, checkpoint_id=tmp_path)
+    (message,) = warned(lambda: next(iter(run.loader)))
+    assert "nothing was loaded into its StatefulRNG" in message
+
+
+def test_without_a_seed_the_order_is_made_from_that_of_torch() -> None:
+    def order(seed: int, own: int | None = None) -> list[Any]:
+        torch.manual_seed(seed)
+        rng = StatefulRNG(own)
+        torch.rand(3)
+        with unmoved():
+            loader = ResumableLoader(DataLoader(range(40), 40, shuffle=True), rng)
+            return [batch.tolist() for batch in loader]
+
+    assert order(1) == order(1) == order(7, own=1) != order(2)
+
+
+def test_without_a_seed_a_resume_has_that_of_the_checkpoint(tmp_path: Path) -> None:
+    def run(seed: int) -> tuple[ResumableLoader, dict[str, Any]]:
+        torch.manual_seed(seed)
+        rng = StatefulRNG(None)
+        loader = ResumableLoader(DataLoader(range(9), shuffle=True), rng)
+        return loader, {"rng": rng, "loader": loader}
+
+    loader, state = run(1)
+    batches = iter(loader)
+    next(batches)
+    dcp.save(state, checkpoint_id=tmp_path)
+    expected = [*batches, *loader]
+    loader, state = run(2)
+    dcp.load(state, checkpoint_id=tmp_path)
+    assert [*loader, *loader] == expected
+
+
+def test_rows_at_other_places_are_refused() -> None:
+    """Two processes, each of which plays one of them, whose loaders end at other batches."""
+    rng = StatefulRNG(1, ranked=True, logical_ranks=2)
+    loader = ResumableLoader({r: DataLoader(range(4)) for r in rng.ranks}, rng)  # type: ignore[arg-type]
+    (key, table), *_ = loader.state_dict().items()
+    positions = positions_in(table)
+    positions[1] = positions[1]._replace(epoch=1)
+    with pytest.raises(RNGStateError, match="row 0 was saved behind batch 0 of epoch 0, and row 1"):
+        loader.load_state_dict({key: torch.cat([p.to_tensor() for p in positions])})
+
+
+def test_a_limit_that_is_passed_already_ends_the_pass() -> None:
+    saved = ResumableLoader(DataLoader(range(9)), StatefulRNG(1))
+    batches = iter(saved)
+    for _ in range(4):
+        next(batches)
+    loader = ResumableLoader(DataLoader(range(9)), saved._rng, batches_per_epoch=2)
+    saved._rng.load_state_dict(saved._rng.state_dict())
+    loader.load_state_dict(saved.state_dict())
+    assert (len(list(loader)), loader.epoch, len(list(loader))) == (0, 1, 2)
+
+
+def test_another_sampler_cannot_be_set_on_it() -> None:
+    loader = ResumableLoader(DataLoader(range(4)), StatefulRNG(1))
+    with pytest.raises(AttributeError, match="sampler"):
+        loader.sampler = SequentialSampler(range(4))
+
+
+# Loops that are not the user's, and have no line of ours inside.
+
+
+@pytest.mark.parametrize("leave", ["by count", "by zip", "by break"])
+def test_a_pass_that_is_left_behind_its_last_batch_is_complete(leave: str) -> None:
+    loader = ResumableLoader(DataLoader(range(3)), StatefulRNG(1))
+    seen = []
+    for _ in range(3):
+        if leave == "by count":
+            batches = iter(loader)
+            seen += [(loader.epoch, next(batches).item()) for _ in range(len(loader))]
+        elif leave == "by zip":
+            seen += [(loader.epoch, b.item()) for _, b in zip(range(3), loader, strict=False)]
+        else:
+            for batch in loader:
+                seen.append((loader.epoch, batch.item()))
+                if loader.batches == len(loader):
+                    break
+    assert seen == [(epoch, batch) for epoch in range(3) for batch in range(3)]
+    loader.state_dict()
+    assert loader.epoch == (2 if leave == "by count" else 3)
+
+
+def test_a_loop_that_counts_by_itself_resumes(tmp_path: Path) -> None:
+    """As Lightning's: an epoch is over behind its last batch, and nobody asks for one more."""
+
+    def train(run: Run, steps: int, start: int = 0, save: int | None = None) -> list[Any]:
+        seen: list[Any] = []
+        length = len(run.loader)
+        epoch, batch = divmod(start, length)
+        if epoch > run.loader.epoch:
+            run.loader.set_epoch(epoch)  # the line behind the load, where it is of a last batch
+        while len(seen) < steps - start:
+            batches = iter(run.loader)
+            for _ in range(batch, length):
+                seen.append((run.loader.epoch, next(batches), run.draw()))
+                if start + len(seen) == save:
+                    run.save(tmp_path / str(save))
+            batch = 0
+        return seen
+
+    case = Case("distributed")
+    length = len(Run(case).loader)
+    expected = train(Run(case), 3 * length)
+    for save in range(1, 2 * length + 1):
+        assert train(Run(case), 3 * length, save=save) == expected
+        run = Run(case, seed=9).load(tmp_path / str(save))
+        if save % length:
+            run.disturb()
+        assert train(run, 3 * length, save) == expected[save:], save
+
+
+@pytest.mark.parametrize("spins", [False, True])
+def test_a_loop_that_can_spin_its_loader_resumes(spins: bool, tmp_path: Path) -> None:
+    """As Composer's, whose spin_dataloaders skips the batches of the epoch by itself."""
+
+    def train(run: Run, at: tuple[int, int], save: tuple[int, int] | None = None) -> list[Any]:
+        (start, trained), seen = at, []
+        for epoch in range(start, EPOCHS):
+            first = 1 if epoch > start or spins else trained + 1
+            for number, batch in enumerate(run.loader, first):
+                if (epoch, number) <= at:
+                    continue
+                seen.append((epoch, batch, run.draw()))
+                if (epoch, number) == save:
+                    run.save(tmp_path)
+                    seen.clear()
+        return seen
+
+    case, save = Case("shuffle"), (1, 2)
+    expected = train(Run(case), (0, 0), save)
+    run = Run(case)
+    if spins:  # It moves the loader by itself, so the loader's entry is not loaded.
+        dcp.load({"rng": run.rng}, checkpoint_id=tmp_path)
+        run.loader.set_epoch(save[0])
+    else:
+        run.load(tmp_path).disturb()
+    assert train(run, save) == expected
+    assert len(expected) == len(run.loader) - save[1]

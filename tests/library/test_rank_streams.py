@@ -1,5 +1,6 @@
 """The streams of several ranks in one process: switched, nested, interrupted, restored."""
 
+import asyncio
 import gc
 import random
 import signal
@@ -178,6 +179,17 @@ def test_another_rank_is_refused_by_name(rank: Any) -> None:
     assert draw() == fresh(4)
 
 
+def test_a_cached_normal_that_was_put_back_outside_is_taken() -> None:
+    streams = seeded()
+    with streams.as_rank(RANKS[0]):
+        np.random.standard_normal()
+        with_a_normal = np.random.get_state()
+        expected = np.random.standard_normal()
+    np.random.set_state(with_a_normal)  # the words are where as_rank() left them
+    streams.restore(streams.take())
+    assert np.random.standard_normal() == expected
+
+
 def test_a_restore_is_of_all_ranks_and_a_rewind_of_what_was_loaded() -> None:
     streams = seeded()
     saved = streams.take()
@@ -302,6 +314,45 @@ def test_a_scope_that_outlives_its_rank_leaves_all_streams_right() -> None:
     inside.__exit__(None, None, None)
     scope.__exit__(None, None, None)
     assert drawn(streams, *RANKS) == [fresh(rank) for rank in RANKS]
+
+
+def test_two_threads_cannot_be_in_two_ranks_at_a_time() -> None:
+    streams, refused = seeded(), []
+
+    def enter(rank: int) -> None:
+        try:
+            with streams.as_rank(rank):
+                assert streams.rank == rank
+        except RuntimeError as error:
+            refused.append(str(error))
+
+    with streams.as_rank(5):
+        for rank in (5, 6):
+            thread = threading.Thread(target=enter, args=(rank,))
+            thread.start()
+            thread.join()
+        assert draw() == fresh(5)
+    assert [text.partition(":")[0] for text in refused] == [
+        "as_rank(6) while another thread or task is inside of as_rank(5)"
+    ]
+    assert drawn(streams, 6, 7) == [fresh(6), fresh(7)]
+
+
+def test_two_tasks_cannot_be_in_two_ranks_at_a_time() -> None:
+    streams = seeded()
+
+    async def play(rank: int) -> list[float]:
+        with streams.as_rank(rank):
+            await asyncio.sleep(0)
+            return draw()
+
+    async def play_both() -> list[Any]:
+        return await asyncio.gather(play(5), play(6), return_exceptions=True)
+
+    first, second = asyncio.run(play_both())
+    assert first == fresh(5)
+    assert isinstance(second, RuntimeError)
+    assert (streams.rank, drawn(streams, 6)) == (4, [fresh(6)])
 
 
 def test_threads_see_whole_states_of_all_ranks() -> None:

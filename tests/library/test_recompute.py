@@ -33,12 +33,12 @@ Outcome = tuple[list[list[float]], dict[str, str]]
 class Job:
     """Streams of every kind, a weight, and a block that draws from all of them."""
 
-    def __init__(self) -> None:
+    def __init__(self, logical_ranks: int | None = None) -> None:
         self.own = torch.Generator().manual_seed(2)
         self.numpy = np.random.default_rng(3)
         self.python = random.Random(4)
         generators = {"own": self.own, "augment": self.numpy, "order": self.python}
-        self.rng = StatefulRNG(1, generators=generators)
+        self.rng = StatefulRNG(1, ranked=True, generators=generators, logical_ranks=logical_ranks)
         self.weight = torch.rand(4, 4, requires_grad=True)
         self.failing = 0
 
@@ -314,6 +314,51 @@ def test_code_that_cannot_be_compiled_whole_is_exact() -> None:
     torch.compiler.reset()
     expected, found = outcomes(compiled)
     assert found == expected
+
+
+def together(trial: Job, run: Run) -> None:
+    """All forwards, each on its rank's streams, and one backward outside of them."""
+    outputs = []
+    for rank in trial.rng.ranks:
+        with trial.rng.as_rank(rank):
+            outputs.append(run(trial.block, X))
+    torch.stack(outputs).sum().backward()
+
+
+def compiled_around(trial: Job, run: Run) -> None:
+    step = torch.compile(lambda x: whole_step(run, x, trial), backend="aot_eager", fullgraph=True)
+    step(X).sum().backward()
+
+
+def compiled_within(trial: Job, run: Run) -> None:
+    # Without Python's numbers: new ones compile it anew, also between a forward and its backward.
+    block = torch.compile(trial.drawing_from_torch, backend="aot_eager", fullgraph=True)
+    run(lambda x: run(block, x) * random.random(), X).sum().backward()
+
+
+@pytest.mark.filterwarnings("ignore:rank 0. .* drawn from outside of as_rank")
+@pytest.mark.parametrize("step", [*STEPS, together, compiled_around, compiled_within])
+def test_each_logical_rank_recomputes_with_its_own_streams(
+    step: Callable[[Job, Run], None],
+) -> None:
+    def trained(run: Callable[..., Tensor]) -> Any:
+        torch.compiler.reset()
+        trial = Job(logical_ranks=2)
+        if step is together:
+            step(trial, functools.partial(run, trial))
+        else:
+            for rank in reversed(trial.rng.ranks):
+                with trial.rng.as_rank(rank):
+                    step(trial, functools.partial(run, trial))
+        streams = []
+        for rank in trial.rng.ranks:
+            with trial.rng.as_rank(rank):
+                streams.append(trial.rng.fingerprint())
+        return trial.outcome()[0], streams
+
+    expected = trained(lambda trial, function, *args: function(*args))
+    assert trained(Job.checkpointed) == expected
+    assert expected[1][0] != expected[1][1]
 
 
 class Noise(nn.Module):

@@ -12,11 +12,12 @@ import torch
 
 from scripts.bench import __main__ as bench
 from scripts.bench import checkpoint, planning, ranks
-from scripts.bench.table import Row, Section, lines, text
+from scripts.bench.table import Row, Section, filled, text
 from scripts.bench.timing import Target, growth
 from scripts.bench.ways import Way, plain_capture, plain_restore
 
 Results = tuple[str, dict[str, Any], Path]
+PAGE = Path(bench.__file__).parents[2] / "docs" / "cost.md"
 WAYS = [
     "alone",
     "record",
@@ -38,9 +39,11 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
         printed: list[str] = []
         patch.setattr(checkpoint, "memory_folder", lambda: folder)
         patch.setattr("builtins.print", lambda line="", **_: printed.append(str(line)))
-        bench.main(["--quick", "--json", str(file)])
+        (page := file.with_name("cost.md")).write_text(PAGE.read_text())
+        bench.main(["--quick", "--json", str(file), "--page", str(page)])
     torch.set_num_threads(threads)
-    return "\n".join(printed), json.loads(file.read_text()), folder
+    result = json.loads(file.read_text()) | {"page": page.read_text()}
+    return "\n".join(printed), result, folder
 
 
 def numbers(value: Any) -> list[float]:
@@ -78,6 +81,8 @@ def numbers(value: Any) -> list[float]:
         "import, CPU time",
         "CPU time",
         "memory",
+        "a step, CPU time",
+        "clip_grad_norm_, CPU time",
     ],
 )
 def test_every_row_is_printed(results: Results, row: str) -> None:
@@ -105,6 +110,17 @@ def test_the_json_has_every_measurement(results: Results) -> None:
     assert [plan["ranks"] for plan in planned["tensor"]] == [4, 8]
     assert {len(rounds) for rounds in result["imports"].values()} == {1}
     assert result["inspect"]["rows"] == 4
+    (trained,) = result["elastic"]
+    assert min(numbers(trained["seconds"])) > 0
+
+
+def test_bytes_of_the_elastic_recipes_reduction(results: Results) -> None:
+    """On 2 processes with 4 logical ranks each, whose gradients add up to one sum."""
+    _, result, _ = results
+    (trained,) = result["elastic"]
+    size, sent, held = trained["gradients"], trained["sent"], trained["held"]
+    assert sent == {"in order": size / 2, "own": 4 * size / 2, "own, once": size / 2}
+    assert held == {"in order": 2 * size, "own": size / 2, "own, once": size}
 
 
 def test_what_is_left_on_disk(results: Results) -> None:
@@ -231,8 +247,31 @@ def test_seconds_are_printed_in_a_unit_that_suits_them() -> None:
 
 def test_columns_line_up() -> None:
     rows = [Row("capture", "75 us", "30 us", Target.at_most(3, 2.5, "x")), Row("scope", "8 us")]
-    assert lines([Section("one call", "plain", rows)]) == [
+    assert Section("one call", "plain", rows).lines() == [
         "one call  StatefulRNG  plain  found      target",
         "capture         75 us  30 us   2.5x  at most 3x  met",
         "scope            8 us",
     ]
+
+
+def test_a_pages_blocks_get_the_tables_of_their_titles() -> None:
+    page = "# Cost\n\n```text\none call  old\ncapture  1\n```\n\n```text\nanother\n```\n"
+    blocks = {"one call": ["one call  new", "capture     2"], "two": ["two"]}
+    expected = "# Cost\n\n```text\none call  new\ncapture     2\n```\n\n```text\nanother\n```\n"
+    assert filled(page, blocks) == expected
+
+
+def test_the_page_has_a_block_for_every_table(results: Results) -> None:
+    """But for numbers in titles, which are the quick run's own."""
+    _, result, _ = results
+    blocks = re.findall(r"^```text\n(.*?)\n```$", PAGE.read_text(), re.DOTALL | re.MULTILINE)
+    shown = [re.sub(r"[\d.,]+", "N", block) for block in blocks]
+    titles = [re.sub(r"[\d.,]+", "N", entry["title"]) for entry in result["tables"]]
+    assert [t for t in titles if not any(block.startswith(t) for block in shown)] == []
+
+
+def test_a_run_fills_the_page(results: Results) -> None:
+    printed, result, _ = results
+    [line] = [line for line in printed.split("\n") if line.startswith("capture")]
+    assert line in result["page"]
+    assert line not in PAGE.read_text()

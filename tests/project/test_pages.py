@@ -1,12 +1,12 @@
 """README and the pages of docs/: their examples run, their links lead somewhere, they are true."""
 
+import io
 import json
 import re
 import runpy
 import shlex
-import subprocess
-import sys
 import warnings
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,8 @@ from nemo_rng_dcp.record import fingerprint
 from tests.fixtures import LAYOUT_1
 from tests.project.test_package import house
 from tests.support.jobs import job
-from tests.support.scripts import run_script
+from tests.support.launch import torchrun_with
+from tests.support.scripts import agent, execute, run_script
 from tests.support.streams import warned
 
 ROOT = Path(__file__).parents[2]
@@ -58,7 +59,11 @@ def torchrun_of(text: str) -> list[str]:
     return command if (comment, command[:1]) == ("#", ["torchrun"]) else []
 
 
-@pytest.mark.parametrize("text", SNIPPETS)
+ELASTIC = [text for text in snippets(ROOT / "docs" / "elastic.md") if "from reduction" in text]
+"""Those that need the files beside the recipe."""
+
+
+@pytest.mark.parametrize("text", [s for s in SNIPPETS if s.values[0] not in ELASTIC])
 def test_examples_run_as_they_stand(text: str, tmp_path: Path) -> None:
     """With python, or on the ranks of a torchrun command."""
     command = torchrun_of(text)
@@ -67,23 +72,41 @@ def test_examples_run_as_they_stand(text: str, tmp_path: Path) -> None:
     run_script(int(command[command.index("--nproc-per-node") + 1]) if command else 0, script)
 
 
+def printed(script: Path, variables: dict[str, str]) -> str:
+    for name in ("reduction.py", "shards.py"):
+        (script.parent / name).write_text((ROOT / "scripts" / "recipes" / name).read_text())
+    with redirect_stdout(io.StringIO()) as output:
+        execute(script, (), variables)
+    return output.getvalue()
+
+
+def printed_by(ranks: int, text: str, folder: Path) -> str:
+    """Return what all ranks of an example print alike."""
+    (script := folder / str(ranks) / "example.py").parent.mkdir(parents=True)
+    script.write_text(text)
+    with agent() as variables:
+        texts = set(job(ranks, printed, script, variables, group=False))
+    assert len(texts) == 1
+    return texts.pop()
+
+
+def test_elastic_examples_print_the_same_on_other_numbers_of_processes(tmp_path: Path) -> None:
+    fsdp2, tp, by_hand = ELASTIC
+    one = printed_by(1, fsdp2, tmp_path / "fsdp2")
+    assert printed_by(2, fsdp2, tmp_path / "fsdp2") == one
+    assert "replicas, tp = 1, 2" in tp
+    hsdp = tp.replace("replicas, tp = 1, 2", "replicas, tp = 2, 1")
+    assert printed_by(4, hsdp, tmp_path / "hsdp") == one, "the same model"
+    assert printed_by(4, tp, tmp_path / "tp") == printed_by(2, tp, tmp_path / "tp")
+    one = printed_by(1, by_hand, tmp_path / "by_hand")
+    assert printed_by(2, by_hand, tmp_path / "by_hand") == one
+
+
 def test_the_first_example_runs_with_its_command(tmp_path: Path) -> None:
     text = snippets(ROOT / "README.md")[0]
     _, *options, name = torchrun_of(text)
     (tmp_path / name).write_text(text)
-    with subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", *options, name],
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    ) as process:
-        try:
-            output, _ = process.communicate(timeout=120)
-        except subprocess.TimeoutExpired:
-            process.terminate()  # torchrun then ends its ranks
-            raise
-    assert process.returncode == 0, output
+    torchrun_with(options, tmp_path / name)
 
 
 def test_examples_that_need_ranks_say_how_they_are_run() -> None:

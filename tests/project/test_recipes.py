@@ -20,7 +20,9 @@ from nemo_rng_dcp import ScopedRNG, StatefulRNG, init_all_rng
 from scripts.demo import recipes, runs
 from scripts.demo.recipes import Job, Recipe
 from scripts.recipes import train_ddp, train_fsdp2, train_grpo, train_hsdp_tp
-from tests.support.recipes import train_forked
+from tests.support.jobs import job
+from tests.support.recipes import train_forked, train_under_torchrun
+from tests.support.scripts import agent, execute
 
 FOLDER = Path(train_fsdp2.__file__).parent
 MODELS = {
@@ -34,7 +36,13 @@ MODELS = {
 SMALL = {recipe.name: replace(recipe, resumes={}) for recipe in recipes.RECIPES}
 SMALL["train_hsdp_tp"] = Recipe("train_hsdp_tp", Job(2, 2, ("--tp", "2")), {})
 SMALL["train_elastic"] = replace(
-    SMALL["train_elastic"], job=Job(2), resumes={"on 1 process": Job(1), "on 4 processes": Job(4)}
+    SMALL["train_elastic"],
+    job=Job(4, options=(four := ("--logical-ranks", "4", "--layers", "1", "--length", "16"))),
+    resumes={
+        title: job._replace(options=job.options + four)
+        for title, job in recipes.elastic(2, 1, 4).items()
+    },
+    logical_ranks=4,
 )
 SMALL["train_grpo"] = replace(SMALL["train_grpo"], resumes={"on 1 rank": Job(1)})
 
@@ -56,8 +64,8 @@ def test_a_killed_job_continues(
 ) -> None:
     if torch.cuda.device_count() < recipe.job.ranks:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # a recipe takes a GPU for each rank
-    if recipe.name != UNDER_TORCHRUN:
-        monkeypatch.setattr(recipes, "train", train_forked)
+    train = train_under_torchrun if recipe.name == UNDER_TORCHRUN else train_forked
+    monkeypatch.setattr(recipes, "train", train)
     findings = list(recipes.compare(recipe, tmp_path))
     assert {finding.compared: finding.found for finding in findings} == {
         finding.compared: finding.expected for finding in findings
@@ -76,6 +84,29 @@ def test_a_killed_job_continues(
         )
         last = rollouts[: rollouts.index(10, rollouts.index(10) + 1)][-1]
         assert rollouts.count(last) == updates.count(last) + 1, "killed before the update"
+
+
+def gradient_of_a_norm() -> torch.Tensor:
+    norm = torch.nn.LayerNorm(64)
+    with ScopedRNG(0):
+        norm(torch.rand(2000, 64)).square().sum().backward()
+    assert norm.weight.grad is not None
+    return norm.weight.grad
+
+
+def gradients_before_and_after(out: Path, variables: dict[str, str]) -> tuple[int, bool]:
+    """Return the number of threads that the elastic recipe leaves, and whether a sum is another."""
+    torch.set_num_threads(2)
+    before = gradient_of_a_norm()
+    execute(FOLDER / "train_elastic.py", ("--out", str(out), "--steps", "1"), variables)
+    return torch.get_num_threads(), torch.equal(gradient_of_a_norm(), before)
+
+
+def test_the_elastic_recipe_sets_the_number_of_threads(tmp_path: Path) -> None:
+    """torchrun does so for several processes only, and sums depend on it."""
+    with agent() as variables:
+        found = job(1, gradients_before_and_after, tmp_path, variables, group=False)
+    assert found == [(1, False)]
 
 
 @pytest.fixture
@@ -231,7 +262,7 @@ def test_a_recipe_is_one_file_to_take_home(name: str) -> None:
             imported.add(str(node.module).split(".")[0])
     others = {"numpy", "torch", "tqdm", "nemo_rng_dcp"}
     if name == "train_elastic":
-        others.add("reduction")  # beside it, to take home too
+        others |= {"reduction", "shards"}  # beside it, to take home too
     assert imported - others <= sys.stdlib_module_names
 
 

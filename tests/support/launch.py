@@ -1,6 +1,8 @@
-"""New processes: a script under torchrun, and Python by itself.
+"""Launches: torchrun on forks, and Python by itself.
 
-``jobs.py`` has the ranks that start in no time; these are for what only a real start shows.
+A launch of torchrun as a command imports torch once more for itself and for each rank. Here it runs
+in a fork, and its ranks are forks of that, by options of its own. ``python``, and ``Launch`` of
+the demo, are for what only a real start shows.
 """
 
 import os
@@ -8,16 +10,37 @@ import subprocess
 import sys
 from pathlib import Path
 
-from scripts.demo.launch import Launch
+from torch.distributed import run
+
+from tests.support.jobs import job
+
+LIMIT_SECONDS = 100
+_OF_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
 
-def torchrun(script: Path, ranks: int, *arguments: str, restarts: int = 0) -> str:
-    """Run a script under torchrun to its end; return what all ranks printed.
+def torchrun(script: Path, ranks: int, *arguments: str, restarts: int = 0) -> None:
+    """Run a script under torchrun to its end.
 
     Raises:
-        LaunchError: It failed or took too long; the message holds what was printed.
+        JobError: It failed or took too long; the message holds what was printed.
     """
-    return Launch(script, ranks, *arguments, restarts=restarts, timeout=100).output()
+    options = ["--standalone", f"--nproc-per-node={ranks}", f"--max-restarts={restarts}"]
+    torchrun_with(options, script, *arguments)
+
+
+def torchrun_with(options: list[str], script: Path, *arguments: str) -> None:
+    """Run a script under torchrun with these options, in the script's folder."""
+    words = [*options, "--run-path", "--start-method=fork", str(script), *arguments]
+    job(1, _agent, words, script.parent, group=False, limit=LIMIT_SECONDS)
+
+
+def _agent(words: list[str], folder: Path) -> None:
+    for name in _OF_RANKS:
+        del os.environ[name]
+    # As in scripts/demo/launch.py, which has the reason.
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    os.chdir(folder)
+    run.main(words)
 
 
 def python(

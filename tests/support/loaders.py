@@ -11,6 +11,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.utils.data import (
     BatchSampler,
+    ConcatDataset,
     DataLoader,
     Dataset,
     DistributedSampler,
@@ -57,6 +58,13 @@ class OwnGenerator(Drawing):
 
     def __getitem__(self, index: int) -> list[float]:
         return [index, self.noise.random()]
+
+
+class Anew(OwnGenerator):
+    """Samples that draw from a generator that each epoch begins with."""
+
+    def set_epoch(self, epoch: int) -> None:
+        self.noise = np.random.default_rng(epoch)
 
 
 class Stream(IterableDataset[list[float]]):
@@ -106,6 +114,16 @@ class PythonSampler(Sampler[int]):
         return iter(self.random.sample(range(SAMPLES), SAMPLES))
 
 
+class ListSampler(Sampler[int]):
+    """Draws its order from a generator that it keeps in a list."""
+
+    def __init__(self) -> None:
+        self.generators = [np.random.default_rng(7)]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.generators[0].permutation(SAMPLES).tolist())
+
+
 class LazySampler(Sampler[int]):
     """Draws each index when it is asked for it, from all global streams."""
 
@@ -137,10 +155,14 @@ ORDERS = (
     "weighted",
     "replacement",
     "batch sampler",
+    "list",
     "lazy",
     "none",
     "unbatched",
     "dataset's own",
+    "datasets' own",
+    "epoch's own",
+    "closure",
     "stream",
     "prefetcher",
     "iterable",
@@ -179,12 +201,21 @@ def loader_of(
     elif order == "batch sampler":
         del options["batch_size"]
         options["batch_sampler"] = BatchSampler(RandomSampler(dataset), 2, drop_last=True)
+    elif order == "list":
+        options["sampler"] = ListSampler()
     elif order == "lazy":
         options["sampler"] = LazySampler()
     elif order == "unbatched":
         options |= {"batch_size": None, "shuffle": True}
     elif order == "dataset's own":
         dataset, options["shuffle"] = OwnGenerator(), True
+    elif order == "datasets' own":
+        dataset, options["shuffle"] = ConcatDataset([OwnGenerator(), OwnGenerator()]), True
+    elif order == "epoch's own":
+        dataset, options["shuffle"] = Anew(), True
+    elif order == "closure":
+        noise, options["shuffle"] = np.random.default_rng(6), True
+        options["collate_fn"] = lambda samples: (samples, noise.random())
     elif order == "stream":
         dataset = Stream()
     loader: Any = DataLoader(dataset, **options)
@@ -198,7 +229,13 @@ class Case:
     order: str
     workers: int = 0
     places: str = "sample, collate"
+    way: str = "once"
 
+
+WAYS = ("once", "validated", "cut", "async", "chained", "live", "zipped")
+"""What happens to a run: it resumes once; validates inside of an epoch; ends its epochs early;
+saves in the background; saves right after a load, and resumes from that; goes back to a checkpoint
+while its loop is under way; has a second loader, by ``zip``."""
 
 Point = tuple[int, Any]
 """When to save: in an epoch, behind a batch, or at its ``"end"``; ``(0, 0)`` is before the loop."""
@@ -211,11 +248,10 @@ class Run:
         case: The loader.
         seed: A resumed process has another one, which must not matter.
         loader: What is wrapped instead.
-        validates: Whether the model is validated inside each epoch, which draws.
-        batches_per_epoch: As for ``ResumableLoader``.
 
     Attributes:
         steps: What was trained.
+        back_to: A checkpoint that is loaded behind the next batch, while the loop is under way.
     """
 
     def __init__(
@@ -224,10 +260,8 @@ class Run:
         seed: int = 42,
         *,
         loader: Any = None,
-        validates: bool = False,
-        batches_per_epoch: int | None = None,
     ) -> None:
-        self.case, self.validates = case, validates
+        self.case = case
         order = {"order": torch.Generator().manual_seed(1)}
         noise = {"noise": np.random.default_rng(2)}
         shared = case.order == "shared"
@@ -239,15 +273,27 @@ class Run:
         )
         self.generators: dict[str, Any] = {**noise, **order}
         inner = loader or loader_of(case.order, case.workers, case.places, self.generators)
-        self.loader = ResumableLoader(inner, self.rng, batches_per_epoch=batches_per_epoch)
+        limit = 3 if case.way == "cut" else None
+        self.loader = ResumableLoader(inner, self.rng, batches_per_epoch=limit)
+        self.other: ResumableLoader | None = None
+        if case.way == "zipped":
+            self.other = ResumableLoader(
+                loader_of(case.order, 0, case.places, self.generators), self.rng
+            )
         self.steps: list[Step] = []
+        self.back_to: Path | None = None
 
     @property
     def state(self) -> dict[str, Any]:
-        return {"rng": self.rng, "loader": self.loader}
+        others = {} if self.other is None else {"other": self.other}
+        return {"rng": self.rng, "loader": self.loader, **others}
 
     def save(self, folder: Path) -> None:
-        dcp.save(self.state, checkpoint_id=folder)
+        if self.case.way == "async":
+            response: Any = dcp.async_save(self.state, checkpoint_id=folder)
+            response.result()
+        else:
+            dcp.save(self.state, checkpoint_id=folder)
 
     def load(self, folder: Path) -> "Run":
         dcp.load(self.state, checkpoint_id=folder)
@@ -266,17 +312,26 @@ class Run:
             numbers.append(torch.rand((), generator=self.generators["order"]).item())
         return numbers
 
+    def _batches(self) -> Any:
+        return self.loader if self.other is None else zip(self.loader, self.other, strict=False)
+
+    def _go_back(self) -> None:
+        if self.back_to is not None:
+            checkpoint, self.back_to = self.back_to, None
+            self.load(checkpoint).disturb().steps.clear()
+
     def train(self, saves: Mapping[Point, Path] | None = None, until: Point | None = None) -> "Run":
         """Train to the end or until a point, and save at some points."""
         saves = {} if saves is None else saves
         for epoch in self.loader.epochs(EPOCHS):
             self.draw()
-            for batch in self.loader:
-                self.steps.append((epoch, self.loader.batches, batch, self.draw()))
-                if self.validates:
+            for batch in self._batches():
+                self.steps.append((self.loader.epoch, self.loader.batches, batch, self.draw()))
+                if self.case.way == "validated":
                     list(DataLoader(Drawing(), shuffle=True))
                 if self._reached((epoch, self.loader.batches), saves, until):
                     return self
+                self._go_back()
             if self._reached((epoch, "end"), saves, until):
                 return self
         return self
@@ -293,21 +348,29 @@ def behind(steps: list[Step], point: Point) -> list[Step]:
     return [step for step in steps if step[:2] > last]
 
 
-def check_resumes(case: Case, folder: Path, points: list[Point], **options: Any) -> None:
+def check_resumes(case: Case, folder: Path, points: list[Point]) -> None:
     """Resume a run from each of the points, and compare it with the one that was not interrupted.
 
     Compared are the batches, what the model drew for each, and where every stream is at the end.
     """
-    expected = Run(case, **options).train()
+    expected = Run(case).train()
     last = max(batch for epoch, batch, *_ in expected.steps if epoch == 0)
     points = [(epoch, last if batch == "last" else batch) for epoch, batch in points]
     saves = {point: folder / f"{point[0]}-{point[1]}" for point in points}
-    saving = Run(case, **options)
+    saving = Run(case)
     saving.save(folder / "0-0")
     saving.train(saves)
     assert saving.steps == expected.steps, "a save moved something"
     for point in points:
-        resumed = Run(case, seed=1000, **options).load(folder / f"{point[0]}-{point[1]}")
+        checkpoint = folder / f"{point[0]}-{point[1]}"
+        resumed = Run(case, seed=1000)
+        if case.way == "live":
+            resumed.back_to = checkpoint
+        else:
+            resumed.load(checkpoint)
+        if case.way == "chained":
+            resumed.save(folder / "chained")
+            resumed = Run(case, seed=1001).load(folder / "chained")
         resumed.disturb().train()
         assert resumed.steps == behind(expected.steps, point), f"resumed at {point}: {case}"
         assert resumed.rng.fingerprint() == expected.rng.fingerprint(), f"at {point}: {case}"

@@ -28,13 +28,22 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from tests.support.pages import collapse
+
 GRACE_SECONDS = 2
 """When a rank has failed, the others have this long to fail by themselves and say where."""
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 # Not nemo_rng_dcp: this server can have another path than the test, and thus another copy of it.
-# DCP's first save and load import the last two.
-_PRELOADED = ["pytest", "torch.distributed.checkpoint", "torch._dynamo", "fsspec"]
+# DCP's first save and load import all but the first two.
+_PRELOADED = [
+    "pytest",
+    "torch.distributed.checkpoint",
+    "torch._dynamo",
+    "fsspec",
+    "torch.distributed.checkpoint._fsspec_filesystem",
+    "torch.utils.serialization",
+]
 _CONTEXT.set_forkserver_preload(_PRELOADED)
 
 
@@ -110,6 +119,7 @@ def server() -> _Server:
 def _serve(requests: connection.Connection) -> None:
     # An interrupt is for pytest, which then closes the pipe.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    first = True
     with suppress(EOFError, BrokenPipeError):
         while True:
             request: Request = requests.recv()
@@ -123,6 +133,9 @@ def _serve(requests: connection.Connection) -> None:
             # A collection in a rank would copy every page that has an object of today.
             gc.collect()
             gc.freeze()
+            if first:
+                collapse()
+                first = False
             requests.send(_outcome(request, requests))
 
 

@@ -1,6 +1,10 @@
-"""Recipes on forked ranks, which start in no time."""
+"""Recipes on forked ranks, which start in no time.
+
+``recipes.py NAME FOLDER`` is the recipe of which a rank is killed, as a script for torchrun.
+"""
 
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -10,6 +14,7 @@ from scripts.demo import recipes
 from scripts.demo.launch import POLL_SECONDS, kill_if
 from scripts.demo.recipes import Job, Recipe
 from tests.support.jobs import JobError, job
+from tests.support.launch import torchrun
 from tests.support.scripts import agent, execute, run_script
 
 
@@ -23,14 +28,28 @@ def train_forked(recipe: Recipe, size: Job, out: Path, kill: bool = False) -> No
     run_script(size.ranks, script, *arguments)
 
 
+def train_under_torchrun(recipe: Recipe, size: Job, out: Path, kill: bool = False) -> None:
+    """As ``train_forked``, but torchrun restarts the ranks after the kill."""
+    if kill:
+        torchrun(Path(__file__), size.ranks, recipe.name, str(out), restarts=1)
+    else:
+        train_forked(recipe, size, out)
+
+
 def train_and_die(recipe: Recipe, size: Job, out: Path, variables: dict[str, str]) -> None:
     def now() -> bool:
         return recipes.is_the_moment(recipe, out)
 
-    rank = os.getpid()
-    if os.environ["RANK"] == str(recipe.killed_rank) and os.fork() == 0:
+    rank, restarts = os.getpid(), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    to_die = (os.environ["RANK"], restarts) == (str(recipe.killed_rank), "0")
+    if to_die and os.fork() == 0:
         while os.getppid() == rank and not (now() and kill_if(rank, now)):
             time.sleep(POLL_SECONDS)
         os._exit(0)
     script, arguments = recipes.command(recipe, size, out)
     execute(script, arguments, variables)
+
+
+if __name__ == "__main__":
+    [named] = [recipe for recipe in recipes.RECIPES if recipe.name == sys.argv[1]]
+    train_and_die(named, named.job, Path(sys.argv[2]), {})

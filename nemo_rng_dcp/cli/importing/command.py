@@ -12,11 +12,11 @@ from typing import Any
 import torch
 
 from nemo_rng_dcp import standalone
-from nemo_rng_dcp.cli.importing.rank_states import to_records, unsure_devices
+from nemo_rng_dcp.cli.importing.rank_states import to_records
 from nemo_rng_dcp.cli.importing.search import read_states
 from nemo_rng_dcp.cli.reading.folder import storage_of
 from nemo_rng_dcp.cli.streams import fingerprints
-from nemo_rng_dcp.cli.terminal import aligned, numbered, paragraph, plural, visible, within
+from nemo_rng_dcp.cli.terminal import aligned, paragraph, plural, within
 from nemo_rng_dcp.errors import RNGStateError
 from nemo_rng_dcp.record import KEY, Record
 
@@ -37,12 +37,6 @@ class Import:
             raise RNGStateError(f"found {folder!r}, expected a folder of this machine's")
         self._job, self._out = read_states(Path(folder)), out
         self._records = to_records(self._job)
-        self._notes = [f"not read: {', '.join(self._job.unread)}"] if self._job.unread else []
-        if unsure := unsure_devices(self._job):
-            self._notes.append(
-                f"cuda: {numbered('rank', unsure)}: the states of several devices do not tell "
-                "which was the rank's: taken is the one at the rank modulo their number"
-            )
         save_records(self._records, out)
 
     def to_json(self, rows: Sequence[range] | None) -> dict[str, Any]:
@@ -51,20 +45,20 @@ class Import:
             "folder": self._job.where,
             "out": self._out,
             "unread": self._job.unread,
-            "notes": self._notes,
             "rows": self._rows(rows),
         }
 
     def lines(self, rows: Sequence[range] | None) -> list[str]:
         ranks = plural(len(self._records), "rank")
-        lines = [f"{visible(self._job.where)}: {self._job.framework}, {ranks}"]
+        lines = [f"{self._job.where}: {self._job.framework}, {ranks}"]
         cells = [
-            [str(row["row"]), visible(row["file"]), *row["fingerprints"].values()]
+            [str(row["row"]), row["file"], *row["fingerprints"].values()]
             for row in self._rows(rows)
         ]
         lines += aligned(["row", "file", *self._records[0].streams], cells)
-        lines += [line for note in self._notes for line in paragraph(f"note: {note}")]
-        return [*lines, "", f"saved to {visible(self._out)}: load it with StatefulRNG.load()"]
+        if self._job.unread:
+            lines += paragraph(f"note: not read: {', '.join(self._job.unread)}")
+        return [*lines, "", f"saved to {self._out}: load it with StatefulRNG.load()"]
 
     def _rows(self, rows: Sequence[range] | None) -> list[dict[str, Any]]:
         places = {rank: states.place for rank, states in self._job.ranks.items()}

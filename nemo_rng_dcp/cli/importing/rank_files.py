@@ -14,7 +14,6 @@ from nemo_rng_dcp.cli.importing import weights_only
 from nemo_rng_dcp.cli.importing.rank_states import JobStates, RankStates, generator_of, require_all
 from nemo_rng_dcp.cli.reading.folder import Folder
 from nemo_rng_dcp.cli.reading.foreign import MEGATRON
-from nemo_rng_dcp.cli.terminal import visible
 from nemo_rng_dcp.errors import RNGStateError
 
 _NUMPY = ("np_bit_generator", "np_keys", "np_position", "np_has_gauss", "np_cached_gaussian")
@@ -29,13 +28,13 @@ class Naming(NamedTuple):
         name: The files' names; the group ``rank`` is the rank, ``ranks`` how many there are.
         within: The field whose value has the states, "" if the file itself has them. It may be a
             list, with an item for each rank.
-        global_ranks: Whether the rank is the global one.
+        refused: Why such a file is not read.
     """
 
     framework: str
     name: str
     within: str = ""
-    global_ranks: bool = True
+    refused: str = ""
 
 
 _RANK, _RANKS = r"(?P<rank>\d{1,9})", r"(?P<ranks>\d{1,9})"
@@ -43,21 +42,21 @@ COMPOSER = Naming("Composer", rf"ep\d+-ba\d+-rank{_RANK}\.pt", within="rng")
 OTHER = Naming("files by rank", rf"[\w.-]*(?:rng|random)[\w.-]*?{_RANK}\.(?:pt|pth|pkl|bin)")
 NAMINGS = (
     Naming("NeMo Automodel", rf"rng_global_rank_{_RANK}\.pt"),
-    Naming("NeMo Automodel, by dp rank", rf"rng_dp_rank_{_RANK}\.pt", global_ranks=False),
+    Naming("NeMo Automodel, by dp rank", rf"rng_dp_rank_{_RANK}\.pt"),
     Naming("Accelerate", rf"random_states_{_RANK}\.pkl"),
     Naming("Transformers", rf"rng_state_{_RANK}\.pth"),
     Naming("Transformers, one process", r"rng_state(?P<rank>)\.pth"),
     Naming("verl", rf"extra_state_world_size_{_RANKS}_rank_{_RANK}\.pt", within="rng"),
-    Naming("miles", rf"rng_rank_{_RANK}\.pt"),
     COMPOSER,
     OTHER,
+    Naming("Megatron", r"model_optim_rng\.pt(?P<rank>)", refused=MEGATRON),
+    Naming(
+        "no rank's",
+        r"[\w.-]*(?:rng|random)[\w.-]*\.(?:pt|pth|pkl|bin)(?P<rank>)",
+        refused="it names no rank: one process's state, or one for all ranks, and those of the "
+        "others are lost",
+    ),
 )
-
-_NOT_READ = {
-    r"model_optim_rng\.pt": MEGATRON,
-    r"[\w.-]*(rng|random)[\w.-]*\.(pt|pth|pkl|bin)": "it names no rank: one process's "
-    "state, or one for all ranks, and those of the others are lost",
-}
 
 
 @dataclass(frozen=True)
@@ -76,8 +75,12 @@ class Files:
     names: dict[int, str]
     expected: int = 0
 
+    @property
+    def first(self) -> Path:
+        return self.folder / self.names[min(self.names)]
+
     def __str__(self) -> str:
-        return f"{self.folder / self.names[min(self.names)]} ({self.naming.framework})"
+        return f"{self.first} ({self.naming.framework})"
 
 
 def find_files(folder: Folder) -> list[Files]:
@@ -93,16 +96,6 @@ def find_files(folder: Folder) -> list[Files]:
             files = found.setdefault(beside, Files(naming, Path(folder.where), {}, expected))
             files.names[int(match["rank"] or 0)] = name
     return list(found.values())
-
-
-def not_read(folder: Folder) -> list[str]:
-    """Return what the files in a folder are that have RNG state, and not a rank's own."""
-    return [
-        f"Found {folder.path_of(name)}: {what}."
-        for name in folder.sizes
-        for what in [next((w for p, w in _NOT_READ.items() if re.fullmatch(p, name)), "")]
-        if what
-    ]
 
 
 def read_files(files: Files) -> JobStates:
@@ -134,7 +127,7 @@ def read_files(files: Files) -> JobStates:
             states, others = _states(_fields(item, file), file)
             ranks[number] = RankStates(name, written, states)
             unread |= others
-    return JobStates(naming.framework, where, ranks, naming.global_ranks, tuple(sorted(unread)))
+    return JobStates(naming.framework, where, ranks, tuple(sorted(unread)))
 
 
 def _states(fields: dict[Any, Any], file: Path) -> tuple[dict[str, Any], set[str]]:
@@ -148,7 +141,7 @@ def _states(fields: dict[Any, Any], file: Path) -> tuple[dict[str, Any], set[str
         # Without an accelerator its list is empty.
         filled = isinstance(value, (tuple, list, dict)) and len(value) > 0
         if not name and _may_be_state(value):
-            others.add(visible(str(field)))
+            others.add(str(field))
         elif name and (filled or isinstance(value, torch.Tensor)):
             if name in states:
                 raise RNGStateError(f"{file}: {field} is not its only state of {name}")
@@ -176,4 +169,4 @@ def _fields(content: Any, file: Path) -> dict[Any, Any]:
 
 
 def _listed(names: Iterable[Any]) -> str:
-    return visible(", ".join(map(str, names))[:80])
+    return ", ".join(map(str, names))[:80]

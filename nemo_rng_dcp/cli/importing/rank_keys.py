@@ -13,9 +13,7 @@ from nemo_rng_dcp.cli.reading.checkpoint import Checkpoint, ranks_that_wrote
 from nemo_rng_dcp.cli.reading.foreign import find_keys
 from nemo_rng_dcp.errors import RNGStateError
 
-_COMPOSER = re.compile(r"rng\.\d+\.(python|numpy|torch|cuda)")
-_DEVICE = re.compile(r"cuda\w*\.(\d+)")
-_NO_GLOBAL_RANK = re.compile(r"[a-z]_rank")
+_DEVICE = re.compile(r"cuda\w*\.\d+")
 
 
 def read_keys(checkpoint: Checkpoint) -> JobStates | None:
@@ -32,26 +30,20 @@ def read_keys(checkpoint: Checkpoint) -> JobStates | None:
     require_all(where, {rank for rank, _ in found}, ranks_that_wrote(checkpoint.files))
     written = os.stat(where).st_mtime_ns  # the last file of a save is put there by renaming it
     ranks: dict[int, RankStates] = {}
-    values: dict[tuple[int, str], dict[int | None, Any]] = {}
     for rank, key in found:
         # A prefix ends with the rank's place.
-        ranks.setdefault(rank, RankStates(f"{key.prefix[:-1]}{rank}", written, {}))
-        # DCP took a list of devices' states apart.
-        match = _DEVICE.fullmatch(key.rest)
-        device = int(match[1]) if match else None
+        of_rank = ranks.setdefault(rank, RankStates(f"{key.prefix[:-1]}{rank}", written, {}))
         if not (name := generator_of(key.key)):
             unknown = "does not say whether it is python, numpy, torch or cuda"
             raise RNGStateError(f"{where}: {key.key} {unknown}")
-        states = values.setdefault((rank, name), {})
-        if device in states or (states and None in (device, *states)):
+        known, value = of_rank.states.get(name), _value(checkpoint, key.key)
+        # DCP took a list of devices' states apart.
+        if _DEVICE.fullmatch(key.rest) and (known is None or isinstance(known, list)):
+            value = [*(known or []), value]
+        elif known is not None:
             raise RNGStateError(f"{where}: {key.key} is not rank {rank}'s only state of {name}")
-        states[device] = _value(checkpoint, key.key)
-    for (rank, name), states in values.items():
-        ordered = [states[device] for device in sorted(states, key=lambda device: device or 0)]
-        ranks[rank].states[name] = ordered[0] if None in states else ordered
-    composer = all(_COMPOSER.fullmatch(key.key) for _, key in found)
-    global_ranks = not any(_NO_GLOBAL_RANK.search(key.key.lower()) for _, key in found)
-    return JobStates("Composer" if composer else "rank-named keys", where, ranks, global_ranks)
+        of_rank.states[name] = value
+    return JobStates("rank-named keys", where, ranks)
 
 
 def _value(checkpoint: Checkpoint, key: str) -> Any:

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from nemo_rng_dcp.cli.terminal import numbered
 from nemo_rng_dcp.errors import RNGStateError
 from nemo_rng_dcp.generators.mt19937 import MT19937State
 from nemo_rng_dcp.generators.torch_random import to_bytes
@@ -53,14 +52,12 @@ class JobStates:
         framework: Whose checkpoint it is.
         where: The folder or file.
         ranks: By rank.
-        global_ranks: Whether these are global ranks, and not those of one dimension of a mesh.
         unread: What looks like state of other generators.
     """
 
     framework: str
     where: str
     ranks: Mapping[int, RankStates]
-    global_ranks: bool = True
     unread: tuple[str, ...] = ()
 
     def __str__(self) -> str:
@@ -95,25 +92,24 @@ def generator_of(name: str) -> str:
 def to_records(job: JobStates) -> list[Record]:
     """Return a record for each rank; rank r becomes row r.
 
-    Of several devices' states a rank's own is the one of the only device that was drawn from, else
-    the one at its rank modulo their number, see :func:`unsure_devices`. The seed is rank 0's, if
-    torch's state tells it; the streams count as ranked if ranks differ.
+    Of several devices' states a rank's own is the one of the only device that was drawn from. The
+    seed is rank 0's, if torch's state tells it; the streams count as ranked if ranks differ.
 
     Raises:
-        RNGStateError: A state is malformed, or ranks have other states than rank 0.
+        RNGStateError: A state is malformed, ranks have other states than rank 0, or several devices
+            were drawn from.
     """
     streams = [_streams(job, rank) for rank in sorted(job.ranks)]
-    states = [{name: stream.state for name, stream in row.items()} for row in streams]
-    sizes = [{name: len(state) for name, state in row.items()} for row in states]
+    sizes = [{name: len(stream.state) for name, stream in row.items()} for row in streams]
     for rank, size in enumerate(sizes):
         if size != sizes[0]:
             raise RNGStateError(
                 f"{job.where}: rank {rank} has states of {size} bytes and rank 0 of {sizes[0]}: "
                 "they are no ranks of one job"
             )
-    ranked = any(state != states[0] for state in states)
+    first = streams[0]
     # As torch's state begins; its generator uses 32 bits of it.
-    seed = int.from_bytes(states[0]["torch"][:4], "little") if "torch" in states[0] else None
+    seed = int.from_bytes(first["torch"].state[:4], "little") if "torch" in first else None
     return [
         Record(
             row=rank,
@@ -121,7 +117,7 @@ def to_records(job: JobStates) -> list[Record]:
             world_size=len(streams),
             taken_at=job.ranks[rank].taken_at,
             seed=seed,
-            ranked=ranked,
+            ranked=any(row != first for row in streams),
             resizes=0,
             mesh=None,
             hash_seed=UNSEEDED,  # that of the job is not known, and not this command's
@@ -131,47 +127,33 @@ def to_records(job: JobStates) -> list[Record]:
     ]
 
 
-def unsure_devices(job: JobStates) -> list[int]:
-    """Return the ranks whose files do not tell which of several devices was theirs."""
-    return [rank for rank in sorted(job.ranks) if not _own_device(job, rank)[1]]
-
-
-def _own_device(job: JobStates, rank: int) -> tuple[int, bool]:
-    """Return the place of a rank's device in its list of states, and whether that is sure."""
-    saved = job.ranks[rank]
-    states = saved.states.get("cuda")
-    if not isinstance(states, list) or not states:
-        return 0, True
-    packed = [bytes(to_bytes(state)) for state in states]
-    # A state ends with how much was drawn. Devices of other ranks stand where they were seeded.
-    used = [device for device, state in enumerate(packed) if any(state[-8:])]
-    if len(used) == 1 or len(set(packed)) == 1:
-        return (used or [0])[0], True
-    own = rank % len(packed)
-    if not job.global_ranks or (used and own not in used):
-        drawn = f"drawn from were {numbered('device', used)}" if used else "none was drawn from"
-        raise RNGStateError(
-            f"{job.where}: {saved.place}: cuda: found the states of {len(packed)} devices, and "
-            f"{drawn}: which was rank {rank}'s? Keep that one alone in the list"
-        )
-    return own, False
-
-
 def _streams(job: JobStates, rank: int) -> dict[str, Stream]:
     saved, streams = job.ranks[rank], {}
     for name, (kind, pack) in _GENERATORS.items():
-        state = saved.states.get(name)
+        state, where = saved.states.get(name), f"{job.where}: {saved.place}: {name}"
         try:
             _require_small(state)
             if name == "cuda" and isinstance(state, list):
                 # One process saves one device's, or a list of all that it sees.
-                state = state[_own_device(job, rank)[0]] if state else None
+                state = _own_device(state, where) if state else None
             if state is not None:
                 streams[name] = Stream(kind, False, pack(state))
         except (ValueError, TypeError) as error:
-            where = f"{job.where}: {saved.place}: {name}"
             raise RNGStateError(f"{where}: the state is malformed: {error}") from error
     return streams
+
+
+def _own_device(states: list[Any], where: str) -> Any:
+    """Return the state of the device that a rank has drawn from, of all that its process saw."""
+    # A state ends with how much was drawn. Devices of other ranks stand where they were seeded.
+    by_bytes = {to_bytes(state): state for state in states}
+    used = [packed for packed in by_bytes if any(packed[-8:])] or [*by_bytes]
+    if len(used) > 1:
+        raise RNGStateError(
+            f"{where}: of the states of {len(states)} devices {len(used)} may be this rank's: keep "
+            "in the list the one of the device that it drew from"
+        )
+    return by_bytes[used[0]]
 
 
 def _torch_bytes(state: torch.Tensor) -> bytes:

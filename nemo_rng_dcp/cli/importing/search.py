@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
-from nemo_rng_dcp.cli.importing import rank_files
+from nemo_rng_dcp.cli.importing.rank_files import COMPOSER, OTHER, Files, find_files, read_files
 from nemo_rng_dcp.cli.importing.rank_keys import read_keys
 from nemo_rng_dcp.cli.importing.rank_states import JobStates
 from nemo_rng_dcp.cli.reading.checkpoint import ranks_that_wrote
 from nemo_rng_dcp.cli.reading.folder import Folder
 from nemo_rng_dcp.cli.reading.foreign import find_foreign
-from nemo_rng_dcp.cli.reading.opening import checkpoint_in, checkpoints_below
+from nemo_rng_dcp.cli.reading.opening import checkpoint_in, checkpoints_in
 from nemo_rng_dcp.errors import RNGStateError
 
-_Found = TypeVar("_Found", rank_files.Files, JobStates)
+_Found = TypeVar("_Found", Files, JobStates)
 
 
 def read_states(where: Path) -> JobStates:
@@ -30,32 +29,25 @@ def read_states(where: Path) -> JobStates:
         OSError: A file cannot be read.
     """
     if where.is_file():
-        alone = rank_files.Files(rank_files.COMPOSER, where.parent, {0: where.name})
-        return rank_files.read_files(alone)
+        return read_files(Files(COMPOSER, where.parent, {0: where.name}))
     folder = Folder(str(where))
-    folders = [folder]
-    for name in folder.folders:
-        with suppress(OSError):  # a folder of somebody else's
-            folders.append(Folder(folder.path_of(name)))
-    found = [files for inside in folders for files in rank_files.find_files(inside)]
-    if known := [files for files in found if files.naming is not rank_files.OTHER]:
-        return rank_files.read_files(_only_one(where, known))
-    below, error = checkpoints_below(folder)
+    folders = folder.below()
+    found = [files for inside in (folder, *folders) for files in find_files(inside)]
+    of_ranks = [files for files in found if not files.naming.refused]
+    if known := [files for files in of_ranks if files.naming is not OTHER]:
+        return read_files(_only_one(where, known))
+    below, error = checkpoints_in(folders)
     checkpoints = [*filter(None, [checkpoint_in(folder)]), *below]
-    jobs = [job for checkpoint in checkpoints if (job := read_keys(checkpoint))]
-    if jobs:
+    if jobs := [job for checkpoint in checkpoints if (job := read_keys(checkpoint))]:
         return _only_one(where, jobs)
-    if found:
-        return rank_files.read_files(_only_one(where, found))
+    if of_ranks:
+        return read_files(_only_one(where, of_ranks))
     if error is not None:
         raise error
-    notes = [note for inside in folders for note in rank_files.not_read(inside)]
-    notes += [
-        note
-        for checkpoint in checkpoints
-        for state in find_foreign(checkpoint)
-        for note in state.notes(ranks_that_wrote(checkpoint.files))
-    ]
+    notes = [f"Found {files.first}: {files.naming.refused}." for files in found]
+    for checkpoint in checkpoints:
+        writers = ranks_that_wrote(checkpoint.files)
+        notes += [note for state in find_foreign(checkpoint) for note in state.verdict(writers)[0]]
     raise RNGStateError(
         f"{where}: no RNG files of a rank in it or in a folder below, such as random_states_0.pkl "
         f"(Accelerate), and no rank-named keys of a DCP checkpoint. {' '.join(notes)}"

@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 from nemo_rng_dcp.cli.reading.folder import Folder
-from nemo_rng_dcp.cli.reading.index import Chunk, Stored, integers, malformed_if_wrong, printable
+from nemo_rng_dcp.cli.reading.index import Chunk, Stored, integers, malformed_if_wrong, short
 from nemo_rng_dcp.cli.reading.pickles import ForbiddenError, Global, Made, parse, typed
 from nemo_rng_dcp.errors import RNGStateError
 
@@ -49,17 +49,12 @@ class Metadata:
         self._given: set[int] = set()
         with malformed_if_wrong(self._name):
             self._saved = typed(_attribute(metadata, "state_dict_metadata"), dict)
-            self.keys = {printable(key): _stored(value) for key, value in self._saved.items()}
+            self.keys = {short(key): _stored(value) for key, value in self._saved.items()}
             for index, place in typed(_attribute(metadata, "storage_data"), dict).items():
-                if foreign := _foreign(place):
-                    raise RNGStateError(
-                        f"{self._name}: another storage writer than DCP's wrote it: its {foreign} "
-                        "says where the parts are, and only that writer's own reader can read it"
-                    )
                 offset = _attribute(index, "offset", None)
                 where = None if offset is None else _size(offset)
-                self._places.setdefault(printable(_attribute(index, "fqn")), {})[where] = place
-                self.files.add(printable(_attribute(place, "relative_path")))
+                self._places.setdefault(short(_attribute(index, "fqn")), {})[where] = place
+                self.files.add(short(_attribute(place, "relative_path")))
 
     def chunks(self, key: str) -> list[Chunk]:
         with malformed_if_wrong(self._name):
@@ -127,14 +122,6 @@ def _attribute(thing: Any, attribute: str, *default: Any) -> Any:
     raise ValueError(f"a {thing.name.rpartition(' ')[2]} has no {attribute}")
 
 
-def _foreign(place: Any) -> str:
-    """Return the class of what another storage writer stored, if DCP's words are not in it."""
-    name = place.name if isinstance(place, Made) else type(place).__name__
-    words = place.state if isinstance(place, Made) and isinstance(place.state, dict) else {}
-    foreign = not _is_known(name) and not {"relative_path", "offset", "length"} <= words.keys()
-    return printable(name.replace(" ", ".")) if foreign else ""
-
-
 def _stored(saved: Any) -> Stored:
     if isinstance(saved, Made) and saved.name.endswith(" BytesStorageMetadata"):
         return Stored(None, ())
@@ -149,8 +136,7 @@ def _chunk(offsets: tuple[int, ...], sizes: tuple[int, ...], place: Any) -> Chun
     if place is None:
         return Chunk(offsets, sizes)
     start, length = integers((_attribute(place, "offset"), _attribute(place, "length")))
-    form = "extension" if _attribute(place, "transform_descriptors", None) else "torch.save"
-    return Chunk(offsets, sizes, printable(_attribute(place, "relative_path")), start, length, form)
+    return Chunk(offsets, sizes, short(_attribute(place, "relative_path")), start, length)
 
 
 def _size(value: Any) -> tuple[int, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from typing import Any
 
 from fsspec.core import url_to_fs  # type: ignore[import-untyped]
@@ -55,6 +56,14 @@ class Folder:
         except Exception as error:
             raise _as_os_error(self.path_of(name), error) from error
 
+    def below(self) -> list[Folder]:
+        """Return the folders in it; one that cannot be opened is somebody else's."""
+        found = []
+        for name in self.folders:
+            with suppress(OSError):
+                found.append(Folder(self.path_of(name)))
+        return found
+
     def path_of(self, name: str) -> str:
         """Return the path or URL of what is in the folder."""
         return f"{self.where.rstrip('/')}/{name}"
@@ -69,8 +78,6 @@ class Folder:
         elif kind == "directory" or (kind != "file" and self._files.isdir(place)):
             self.folders.append(name)
         elif kind == "file" or self._files.isfile(place):  # a link to one; a pipe is none
-            if entry.get("size") is None:
-                raise OSError(f"{self.where}: the storage does not say how many bytes {name} has")
             self.sizes[name] = int(entry["size"])
 
 

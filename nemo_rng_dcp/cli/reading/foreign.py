@@ -6,11 +6,10 @@ Keys are told by name, dtype and shape together; nothing is unpickled.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from nemo_rng_dcp.cli.reading.checkpoint import Checkpoint, ranks_that_wrote
+from nemo_rng_dcp.cli.reading.checkpoint import Checkpoint
 from nemo_rng_dcp.cli.reading.index import Stored
 from nemo_rng_dcp.cli.terminal import numbered
 from nemo_rng_dcp.keys import is_name
@@ -22,8 +21,6 @@ _GENERATORS = {"python", "random", "numpy", "np", "torch", "cpu", "cuda", "xpu",
 _TORCH_CPU_BYTES, _ACCELERATOR_BYTES = 5056, (16, 816)
 _MT19937_WORDS = (624, 625)
 _RNG = re.compile(r"(?<![a-z])(rngs?|random[^a-z]+states?)(?![a-z])", re.IGNORECASE)
-_GENERATOR = re.compile(r"(?<![a-z])generators?[^a-z]+states?(?![a-z])", re.IGNORECASE)
-"""It may be one of random numbers, or a network."""
 _RANK = re.compile(r"rank[_.:/-]?(\d{1,9})(?!\d)")
 _NUMBER = re.compile(r"(?<=[_./:-])(\d{1,9})(?=[_./:-]|$)")
 MEGATRON = (
@@ -57,53 +54,46 @@ class ForeignState:
             rank-named keys.
         ranks: The ranks that the keys name; none where the keys are the same on every rank.
         contents: By key (without the prefix), what is stored.
-        writers: By key, the rank that DCP took the value from, where the file's name says it.
         each_its_own: Whether each rank reads its own value, as after ``use_collectives=False``.
     """
 
     prefix: str
     ranks: set[int] = field(default_factory=set)
     contents: dict[str, Stored] = field(default_factory=dict)
-    writers: dict[str, int] = field(default_factory=dict)
     each_its_own: bool = False
 
-    def missing(self, writers: set[int]) -> set[int]:
-        """Return the ranks that should have state of their own here, and have not."""
-        return writers - self.ranks if self.ranks else set()
+    def verdict(self, writers: set[int]) -> tuple[list[str], bool]:
+        """Return what the state is worth, and whether a resume gives ranks other streams.
 
-    def lost(self, writers: set[int]) -> bool:
-        """Return whether a resume gives ranks other streams than they had."""
-        if self.ranks or self.each_its_own:
-            return bool(self.missing(writers))
-        return len(writers) > 1 and self.prefix != MEGATRON_SHARD
-
-    def notes(self, writers: set[int]) -> Iterator[str]:
-        """Say what the state is worth; ``writers`` wrote the checkpoint's files."""
-        where = self.prefix or "the top level"
+        Args:
+            writers: The ranks that wrote the checkpoint's files.
+        """
+        where, lost = self.prefix or "the top level", False
         if self.ranks:
-            yield (
+            notes = [
                 f"{where}: one key a rank, {len(self.ranks)} ranks. On another number of ranks a "
                 "new rank finds no key of its own. `nemo-rng-dcp import` reads such keys."
-            )
-            if missing := sorted(self.missing(writers)):
-                ranks = numbered("rank", missing)
-                yield f"{where}: {ranks} wrote to this checkpoint, but no RNG state."
+            ]
+            if missing := sorted(writers - self.ranks):
+                lost, ranks = True, numbered("rank", missing)
+                notes.append(f"{where}: {ranks} wrote to this checkpoint, but no RNG state.")
         elif self.prefix == MEGATRON_SHARD:
-            yield f"found {self.prefix}{min(self.contents)}: {MEGATRON}."
+            notes = [f"found {self.prefix}{min(self.contents)}: {MEGATRON}."]
         elif self.each_its_own:
-            yield f"{where}: one state a rank, each in a .metadata of its own. New ranks find none."
-        elif len(writers) > 1:
-            kept = [f"{name or where} is rank {rank}'s" for name, rank in self.writers.items()]
-            yield (
+            text = "one state a rank, each in a .metadata of its own. New ranks find none."
+            notes = [f"{where}: {text}"]
+        elif lost := len(writers) > 1:
+            notes = [
                 f"{where}: one state for all ranks, though {len(writers)} or more wrote this "
-                "checkpoint: DCP took equal keys for copies and kept one of each "
-                f"({', '.join(kept[:6])}). The other ranks' streams are lost, and after a load all "
-                "ranks draw the same numbers."
-            )
+                "checkpoint: DCP took equal keys for copies and kept one of each. The other ranks' "
+                "streams are lost, and after a load all ranks draw the same numbers."
+            ]
         else:
-            yield f"{where}: one rank's state. Loaded by several ranks, all draw the same numbers."
+            text = "one rank's state. Loaded by several ranks, all draw the same numbers."
+            notes = [f"{where}: {text}"]
         if any(stored.dtype is None for stored in self.contents.values()):
-            yield f"{where}: stored as pickles, which were not read."
+            notes.append(f"{where}: stored as pickles, which were not read.")
+        return notes, lost
 
 
 def find_foreign(checkpoint: Checkpoint) -> list[ForeignState]:
@@ -116,49 +106,26 @@ def find_foreign(checkpoint: Checkpoint) -> list[ForeignState]:
         state.contents[rest] = checkpoint.keys[key]
         if rank is not None:
             state.ranks.add(rank)
-        elif ranks := ranks_that_wrote(chunk.file for chunk in checkpoint.chunks(key)):
-            state.writers[rest] = min(ranks)
     return list(found.values())
 
 
 def find_keys(checkpoint: Checkpoint) -> list[ForeignKey]:
     """Return the keys of RNG state that no ``StatefulRNG`` stored, in their order."""
     keys = {k: stored for k, stored in checkpoint.keys.items() if not is_name(k.rpartition(".")[2])}
-    beside = _sets_of_generators(keys)
-    return [
-        ForeignKey(key, *_split(key))
-        for key in sorted(keys)
-        if _is_rng_state(key, keys[key], key in beside)
-    ]
+    return [ForeignKey(key, *_split(key)) for key in sorted(keys) if _is_rng_state(key, keys[key])]
 
 
-def _is_rng_state(key: str, stored: Stored, beside_others: bool) -> bool:
+def _is_rng_state(key: str, stored: Stored) -> bool:
+    last, named = stored.size[-1] if stored.size else 0, bool(_RNG.search(key))
     if stored.dtype is None:
-        return beside_others or bool(_RNG.search(key))
-    last = stored.size[-1] if stored.size else 0
-    if stored.dtype == "uint8" and last == _TORCH_CPU_BYTES:
-        return True
-    named = beside_others or bool(_RNG.search(key) or _GENERATOR.search(key))
+        return named
     if stored.dtype == "uint8":
-        return named and last in _ACCELERATOR_BYTES
+        return last == _TORCH_CPU_BYTES or (named and last in _ACCELERATOR_BYTES)
     return named and "int" in stored.dtype and len(stored.size) == 1 and last in _MT19937_WORDS
 
 
 def _words(text: str) -> list[str]:
     return re.findall(r"[a-z]+", text.lower())
-
-
-def _sets_of_generators(keys: Iterable[str]) -> set[str]:
-    """Return keys such as ``state.python`` and ``state.numpy``, where two or more stand together.
-
-    One alone, ``data.numpy``, may be anything.
-    """
-    sets: dict[str, set[str]] = {}
-    for key in keys:
-        prefix, _, name = key.rpartition(".")
-        if name.lower() in _GENERATORS:
-            sets.setdefault(prefix, set()).add(key)
-    return {key for together in sets.values() if len(together) > 1 for key in together}
 
 
 def _split(key: str) -> tuple[str, int | None, str]:

@@ -11,6 +11,7 @@ import torch
 
 from nemo_rng_dcp.cli.reading.pickles import typed
 from nemo_rng_dcp.errors import RNGStateError
+from nemo_rng_dcp.keys import KEY
 from nemo_rng_dcp.table import is_record
 
 _DIMENSIONS = 64  # torch's own limit
@@ -29,9 +30,9 @@ class Stored:
     dtype: str | None
     size: tuple[int, ...]
 
-    def is_record(self, key: str) -> bool:
-        """Return whether a load takes it for records, if it is stored under ``key``."""
-        return is_record(key, getattr(torch, self.dtype or "", None), self.size)
+    def is_record(self, key: str, name: str = KEY) -> bool:
+        """Return whether a load takes it for records; see ``table.is_record``."""
+        return is_record(key, getattr(torch, self.dtype or "", None), self.size, name)
 
     def __str__(self) -> str:
         return "a pickle" if self.dtype is None else f"{self.dtype} {list(self.size)}"
@@ -47,8 +48,7 @@ class Chunk:
         file: The file's name in the checkpoint's folder; empty where the checkpoint names none.
         start: The file's byte at which the part begins.
         length: Bytes of the part.
-        form: ``"torch.save"``, ``"raw"`` for the numbers alone, or ``"extension"`` where an
-            extension of DCP's (compression, encryption) has written it.
+        is_raw: Whether these are the numbers alone, and not what ``torch.save`` writes.
     """
 
     offsets: tuple[int, ...]
@@ -56,7 +56,7 @@ class Chunk:
     file: str = ""
     start: int = 0
     length: int = 0
-    form: str = "torch.save"
+    is_raw: bool = False
 
 
 class Index(Protocol):
@@ -96,18 +96,16 @@ def malformed_if_wrong(name: str) -> Iterator[None]:
         raise RNGStateError(f"{name} is malformed: {error}") from error
 
 
-def printable(value: Any) -> str:
-    """Return a name, which will be printed.
+def short(value: Any) -> str:
+    """Return a name.
 
     Raises:
         TypeError: It is no text.
-        ValueError: It has a terminal's control codes in it, or is longer than any path.
+        ValueError: It is longer than any path.
     """
     text: str = typed(value, str)
     if len(text) > _NAME_LENGTH:
         raise ValueError(f"found a name of {len(text)} characters")
-    if not text.isprintable():
-        raise ValueError(f"found the name {text[:60]!a}, expected printable text")
     return text
 
 

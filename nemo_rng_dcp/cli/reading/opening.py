@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from nemo_rng_dcp.cli.reading.checkpoint import Checkpoint
 from nemo_rng_dcp.cli.reading.dcp_metadata import Metadata, metadata_files
 from nemo_rng_dcp.cli.reading.folder import Folder
@@ -23,7 +25,7 @@ def open_checkpoint(where: str) -> Checkpoint:
     own = checkpoint_in(folder)
     if own is not None and own.records:
         return own
-    below, error = checkpoints_below(folder)
+    below, error = checkpoints_in(folder.below())
     chosen = [checkpoint for checkpoint in below if checkpoint.records]
     if not chosen and error is not None:
         raise error
@@ -33,10 +35,8 @@ def open_checkpoint(where: str) -> Checkpoint:
     if chosen:
         names = ", ".join(checkpoint.where for checkpoint in chosen[:6])
         raise RNGStateError(f"{where}: it holds {len(chosen)} checkpoints, name one: {names}")
-    inside = [*folder.sizes, *folder.folders]
-    shown = f"only {', '.join(inside[:3])}{', ...' * (len(inside) > 3)}" if inside else "nothing"
     raise RNGStateError(
-        f"{where}: no .metadata in it, {shown}. It is no DCP checkpoint, or its save did not finish"
+        f"{where}: no .metadata in it: it is no DCP checkpoint, or its save did not finish"
     )
 
 
@@ -66,16 +66,18 @@ def checkpoint_in(folder: Folder) -> Checkpoint | None:
     return Checkpoint(folder, {None: index}) if index.files else None
 
 
-def checkpoints_below(folder: Folder) -> tuple[list[Checkpoint], RNGStateError | None]:
-    """Return the checkpoints one folder below, and why the first that is damaged cannot be read.
+def checkpoints_in(
+    folders: Iterable[Folder],
+) -> tuple[list[Checkpoint], RNGStateError | None]:
+    """Return the checkpoints in folders, and why the first that is damaged cannot be read.
 
-    It may not be the one asked for, so the caller decides whether it matters. A folder that cannot
-    be opened is somebody else's.
+    It may not be the one asked for, so the caller decides whether it matters. What cannot be opened
+    is somebody else's.
     """
     found, first_error = [], None
-    for name in folder.folders:
+    for folder in folders:
         try:
-            if checkpoint := checkpoint_in(Folder(folder.path_of(name))):
+            if checkpoint := checkpoint_in(folder):
                 found.append(checkpoint)
         except RNGStateError as error:
             first_error = first_error or error

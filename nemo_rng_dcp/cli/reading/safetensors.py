@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from nemo_rng_dcp.cli.reading.folder import Folder
-from nemo_rng_dcp.cli.reading.index import Chunk, Stored, integers, malformed_if_wrong, printable
+from nemo_rng_dcp.cli.reading.index import Chunk, Stored, integers, malformed_if_wrong, short
 from nemo_rng_dcp.cli.reading.pickles import typed
 from nemo_rng_dcp.errors import RNGStateError
 
@@ -51,14 +51,14 @@ class Safetensors:
                 offsets = integers(sharding[key]["saved_offsets"])
             begin, end = integers(entry["data_offsets"])
             if len(offsets) != len(sizes) or end < begin:
-                raise ValueError(f"{printable(key)} has no place")
+                raise ValueError(f"{short(key)} has no place")
             # DCP derives the whole from its parts.
             size = tuple(map(sum, zip(sizes, offsets, strict=True)))
             known = self.keys.get(key)
             if known is not None and len(known.size) == len(size):
                 size = tuple(map(max, known.size, size))
-            self.keys[printable(key)] = Stored(_dtype(printable(entry["dtype"])), size)
-            chunk = Chunk(offsets, sizes, file, data + begin, end - begin, "raw")
+            self.keys[short(key)] = Stored(_dtype(short(entry["dtype"])), size)
+            chunk = Chunk(offsets, sizes, file, data + begin, end - begin, is_raw=True)
             self._chunks.setdefault(key, []).append(chunk)
 
 

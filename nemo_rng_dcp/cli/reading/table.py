@@ -1,4 +1,4 @@
-"""The records of a checkpoint, read row by row."""
+"""The records of a checkpoint, read row by row, and the positions of its loaders."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from nemo_rng_dcp.cli.reading.checkpoint import Checkpoint
 from nemo_rng_dcp.cli.reading.index import Chunk
 from nemo_rng_dcp.errors import RNGStateError
 from nemo_rng_dcp.keys import path_of
+from nemo_rng_dcp.position import POSITION_KEY, Position, positions_in
 from nemo_rng_dcp.record import KEY, LENGTH, ROWS, Record
 
 
@@ -82,12 +83,29 @@ class Table:
                 f"damaged: it says that it is row {record.row} of {record.rows}, and stands in the "
                 f"place of row {row} of {self.count}"
             )
-        names = [*record.streams, *(name for name, _ in record.mesh or []), record.hash_seed]
-        if not all(name.isprintable() for name in names):
-            return "damaged: a text in it is not printable"
         return record
 
     def hidden_from(self, row: int, ranks: Collection[int]) -> list[int]:
         """Return those of some ranks that do not find a row, though it is there."""
         readers = self._readers.get(row, set())
         return [] if None in readers else [rank for rank in ranks if rank not in readers]
+
+
+def find_loaders(checkpoint: Checkpoint) -> dict[str, list[Position] | str]:
+    """Return the positions of each loader by key, or why they cannot be read."""
+    return {
+        key.rpartition(".")[0]: _positions(checkpoint, key)
+        for key, stored in sorted(checkpoint.keys.items())
+        if stored.is_record(key, POSITION_KEY)
+    }
+
+
+def _positions(checkpoint: Checkpoint, key: str) -> list[Position] | str:
+    try:
+        chunks = sorted(checkpoint.chunks(key), key=lambda chunk: chunk.offsets)
+        positions = [p for chunk in chunks for p in positions_in(checkpoint.numbers(chunk))]
+        if [position.row for position in positions] != list(range(positions[0].rows)):
+            return "rows are missing"
+        return positions
+    except (RNGStateError, ValueError, OSError, IndexError) as error:
+        return str(error)
