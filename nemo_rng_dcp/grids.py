@@ -8,9 +8,10 @@ of the other's. So the key of a grid without rank 0 has its lowest rank in it: `
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch.distributed import device_mesh
 from torch.distributed.checkpoint import ReadItem
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -47,10 +48,9 @@ class Grid(NamedTuple):
             raise ValueError(f"rank {mesh.get_rank()} is not in the mesh {mesh}, so it has no row")
         ranks = mesh.mesh
         own = int(ranks[tuple(coordinate)])
-        # Private, and nothing else tells: a part of a mesh knows its own ranks only.
-        if not hasattr(mesh, "_get_root_mesh"):
+        whole = _whole(mesh)
+        if whole is None:
             return cls(own, 0, int(ranks.max()), None, _on_cpu(mesh))
-        whole = mesh._get_root_mesh()
         grid = whole.mesh
         parts = _parts(mesh, ranks, whole, grid)
         return cls(own, int(grid.min()), int(grid.max()), parts, _on_cpu(mesh))
@@ -99,6 +99,15 @@ def refuse_one_for_two(reads: Iterable[ReadItem]) -> None:
 
 def names_of(mesh: DeviceMesh) -> tuple[str, ...]:
     return mesh.mesh_dim_names or tuple(str(number) for number in range(mesh.ndim))
+
+
+def _whole(mesh: DeviceMesh) -> DeviceMesh | None:
+    # Private, and nothing else tells: a part of a mesh knows its own ranks only.
+    if hasattr(mesh, "_get_root_mesh"):
+        return mesh._get_root_mesh()
+    of_all: Any = getattr(device_mesh, "_mesh_resources", None)  # torch 2.9
+    whole: DeviceMesh | None = of_all.get_root_mesh(mesh) if of_all else None
+    return whole
 
 
 def _on_cpu(mesh: DeviceMesh) -> DeviceMesh:

@@ -20,6 +20,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import forkserver
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
 LIMIT_SECONDS = 200
 """Tests that take longer have noticed a fault."""
 
-OTHER_ENVIRONMENTS = ("frameworks", "libraries")
-"""Folders of tests/ whose tests need packages that the default environment has not."""
+LEFT_OUT = ("frameworks", "libraries", "peers")
+"""Folders of tests/ whose tests are not in the default run."""
 
 NO_TESTS = 5
 """pytest's exit code when it ran none."""
@@ -45,6 +46,7 @@ def main() -> int:
     parser.add_argument("--count", type=int, help="how many faults; left out: all")
     parser.add_argument("--seed", type=int, default=0, help="of the sample")
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--tests", nargs="*", default=["tests"], help="only those in these folders")
     parser.add_argument("--minutes", type=float, default=57.0, help="start none after this")
     arguments = parser.parse_args()
     deadline = time.monotonic() + 60 * arguments.minutes
@@ -54,44 +56,54 @@ def main() -> int:
     print(f"{len(faults)} faults can be planted in {', '.join(arguments.only)}")
     random.Random(arguments.seed).shuffle(faults)
 
-    paths = [path.relative_to(FOLDER) for path in FOLDER.glob("tests/**/test_*.py")]
-    files = sorted(str(path) for path in paths if path.parts[1] not in OTHER_ENVIRONMENTS)
+    paths = {path for name in arguments.tests for path in (FOLDER / name).glob("**/test_*.py")}
+    files = sorted(str(path.relative_to(FOLDER)) for path in paths)
+    files = [file for file in files if Path(file).parts[1] not in LEFT_OUT]
     os.chdir(FOLDER)
     sys.path.insert(0, str(FOLDER))
     prepare(files)
     notes = Notes(FOLDER / "notes")
-    parts = [files[number :: arguments.jobs] for number in range(arguments.jobs)]
-    for pid in [fork("stats", part, notes) for part in parts]:
-        os.waitpid(pid, 0)
+    parts = [files[number :: 4 * arguments.jobs] for number in range(4 * arguments.jobs)]
+    at_work: set[int] = set()
+    while parts or at_work:
+        while parts and len(at_work) < arguments.jobs:
+            at_work.add(fork("stats", [parts.pop()], notes))
+        at_work.remove(os.wait()[0])
     good, reaching = by_function(notes.file)
     print(f"{len(reaching)} functions are reached by tests", flush=True)
 
     tried: list[Fault] = []
     missed: list[Fault] = []
     running: dict[int, tuple[Fault | None, float]] = {}
+    begun: dict[int, float] = {}
     slow: set[int] = set()
     # The first one is no fault at all: the tests must pass then, in their new order.
     todo: list[Fault | None] = [None, *faults[: arguments.count]]
     while True:
         while todo and len(running) < arguments.jobs and time.monotonic() < deadline:
             fault = todo.pop(0)
-            tests = Quickest(reaching.get(fault.function, {}) if fault else good)
-            pid = fork(fault.name if fault else "none", tests.files, tests)
+            own = fault.module.rpartition(".")[2] if fault else ""
+            tests = Quickest(reaching.get(fault.function, {}) if fault else good, own)
+            pid = fork(fault.name if fault else "none", tests.batches, tests)
             limit = LIMIT_SECONDS if fault else 60 * arguments.minutes
             running[pid] = fault, time.monotonic() + limit
+            begun[pid] = time.monotonic()
         if not running:
             break
         pid, code = wait({pid: ends for pid, (_, ends) in running.items()}, slow)
         fault, _ = running.pop(pid)
+        took = time.monotonic() - begun[pid]
         if fault is None:
             if code:
                 sys.exit(f"the tests fail without any fault, pytest ended with {code}")
-            print("the tests pass without a fault", flush=True)
+            print(f"the tests pass without a fault, in {took:.0f} s", flush=True)
             continue
         tried.append(fault)
-        if code in (0, NO_TESTS):
+        if code not in (0, NO_TESTS):
+            print(f"noticed in {took:.1f} s: {fault.name}", flush=True)
+        else:
             missed.append(fault)
-            print(f"\nNOT NOTICED {fault.name}\n{fault.diff}", flush=True)
+            print(f"\nNOT NOTICED {fault.name}\n{fault.diff()}", flush=True)
     report(tried, missed)
     print(f"{len(slow)} of them by the time limit of {LIMIT_SECONDS} s")
     return 0
@@ -106,8 +118,8 @@ def prepare(files: list[str]) -> None:
     forkserver.ensure_running()
 
 
-def fork(name: str, files: list[str], plugin: object) -> int:
-    """Start tests with one fault; return the process."""
+def fork(name: str, batches: list[list[str]], plugin: object) -> int:
+    """Start tests with one fault, batches of files until one fails; return the process."""
     sys.stdout.flush()
     pid = os.fork()
     if pid:
@@ -122,7 +134,8 @@ def fork(name: str, files: list[str], plugin: object) -> int:
     try:
         with silenced():
             options = ["-q", "-p", "no:cacheprovider"]
-            code = int(pytest.main([*options, *files], [plugin])) if files else NO_TESTS
+            codes = (int(pytest.main([*options, *files], [plugin])) for files in batches)
+            code = next((code for code in codes if code not in (0, NO_TESTS)), 0)
     finally:
         os._exit(code)
 

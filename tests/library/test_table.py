@@ -109,6 +109,7 @@ def test_the_key_has_the_lowest_rank_of_a_grid_without_rank_0(
         )
     # A torch that does not tell of which mesh another one is a part.
     monkeypatch.delattr(DeviceMesh, "_get_root_mesh", raising=False)
+    monkeypatch.delattr("torch.distributed.device_mesh._mesh_resources", raising=False)
     assert Grid.of(part).key == "rng_streams"
 
 

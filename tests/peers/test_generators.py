@@ -74,8 +74,9 @@ def test_numpy_on_resumed_streams(tmp_path: Path) -> None:
     assert len(found.failed) <= 9 < 1000 < found.passed
     kinds = ["numpy", "global", *(f"numpy.{kind}" for kind in BIT_GENERATORS)]
     assert all(found.resumed[kind] >= 400 for kind in kinds), found.resumed
-    # A RandomState over another bit generator than MT19937.
-    assert all("only MT19937, NumPy's default, can be stored" in why for why in found.left_out)
+    # A RandomState over another bit generator than MT19937; a Random that is being constructed.
+    reasons = ("only MT19937, NumPy's default, can be stored", "gauss_next")
+    assert all(any(reason in why for reason in reasons) for why in found.left_out), found.left_out
 
 
 @pytest.mark.skipif(find_spec("test.test_random") is None, reason="Python without its own tests")

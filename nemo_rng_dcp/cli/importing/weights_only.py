@@ -8,6 +8,7 @@ times and the version of torch that Composer keeps beside its states.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import zipfile
@@ -50,11 +51,12 @@ def load(source: IO[bytes], where: str) -> Any:
         source.seek(0)
         with torch.serialization.safe_globals(allowed):
             return torch.load(source, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
     except ForbiddenError as error:
         raise RNGStateError(f"{where}: refused: it holds {error}") from error
     except Exception as error:
+        # Of a damaged archive zipfile seeks to a place before the first.
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise OSError(error.errno, error.strerror, where) from error
         reason = "damaged, or not written by torch.save"
         if found := re.search(r"(?:GLOBAL|class|function) (\S+)", str(error)):
             reason = f"refused: it names {found[1]}, which is in no RNG state. It was not run"
