@@ -54,7 +54,7 @@ mutants: setup
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt mutmut
 	$(BIN)/python -m scripts.mutants
 
-# The frameworks' real packages on the CPU, in environments of their own: 15 minutes with set-up.
+# The frameworks' real packages on the CPU, in environments of their own: 10 minutes with set-up.
 test-frameworks: $(FRAMEWORKS)/ready $(AUTOMODEL)/ready
 	PYTHONPATH=. $(FRAMEWORKS)/bin/python -m pytest -m frameworks --ignore=tests/frameworks/automodel tests/frameworks
 	PYTHONPATH=. $(AUTOMODEL)/bin/python -m pytest -m frameworks tests/frameworks/automodel

@@ -248,8 +248,10 @@ def reduce_in_order(
             continue
         reduction = OrderedReduceScatter(rng, replicas)
         module.set_gradient_divide_factor(1.0)
-        # One layout of the flat gradient in all micro-batches, whichever parameters they use.
-        module.set_reduce_scatter_unused_params(True, recurse=False)
+        # One layout of the flat gradient in all micro-batches, whichever parameters they use. An
+        # older torch, such as 2.9, has it for models that use all of them each time.
+        if hasattr(module, "set_reduce_scatter_unused_params"):
+            module.set_reduce_scatter_unused_params(True, recurse=False)
         if shards > 1:
             module.set_custom_reduce_scatter(reduction)  # type: ignore[arg-type]
         else:
