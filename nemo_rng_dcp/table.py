@@ -248,20 +248,18 @@ class Wanted(NamedTuple):
 
     Attributes:
         own: The rows.
-        rows: Rows of the job's table.
         length: Numbers in a record of the job's; 0: unknown.
     """
 
     own: range
-    rows: int
     length: int
 
     @classmethod
     def of(cls, table: torch.Tensor) -> Wanted:
         """Return it for a job with this table, which is a good one."""
         words = words_of(local(table))
-        length, row, rows = (int(words[place]) for place in (LENGTH, ROW, ROWS))
-        return cls(range(row, row + len(words) // length), rows, length)
+        length, row = int(words[LENGTH]), int(words[ROW])
+        return cls(range(row, row + len(words) // length), length)
 
 
 def reads_of_rows(key: str, wanted: Wanted, saved: Any, entry: str | None = None) -> list[ReadItem]:

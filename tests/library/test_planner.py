@@ -432,7 +432,7 @@ def test_a_row_is_read_as_the_default_planner_reads_it(tmp_path: Path) -> None:
     planner = DefaultLoadPlanner()
     planner.set_up_planner({"rng.rng_streams": torch.zeros(saved.size)}, metadata)
     for row, expected in enumerate(planner.create_local_plan().items):
-        wanted = Wanted(range(row, row + 1), 3, saved.size[0] // 3)
+        wanted = Wanted(range(row, row + 1), saved.size[0] // 3)
         [read] = reads_of_rows("rng.rng_streams", wanted, saved)
         # It reads into a tensor of its own, and not into the row of a table.
         zero = MetadataIndex("rng.rng_streams", torch.Size((0,)))

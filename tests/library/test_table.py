@@ -305,7 +305,7 @@ def test_a_rows_chunk_is_looked_for_in_its_place_first(in_order: bool) -> None:
     chunks = Chunks(stored if in_order else reversed(stored))
     size = torch.Size((rows * length,))
     saved = TensorStorageMetadata(TensorProperties(dtype=torch.int64), size, chunks)
-    [read] = reads_of_rows("rng.rng_streams", Wanted(range(7, 8), rows, length), saved)
+    [read] = reads_of_rows("rng.rng_streams", Wanted(range(7, 8), length), saved)
     assert read.storage_index.offset == places[7]
     assert read.storage_index.index == (7 if in_order else rows - 8)
     assert (chunks.looked_at < 10) == in_order
