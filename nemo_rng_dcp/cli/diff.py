@@ -92,7 +92,7 @@ class Comparison:
         )
         shown = self._within([range(differing[:MANY][-1] + 1)] if rows is None else rows)
         cells = [[str(d.row), d.generator, d.a, d.b, d.distance] for d in shown]
-        lines += aligned(["row", "generator", "A", "B", "B is"], cells)
+        lines += aligned(["row", "generator", "A", "B", "B is"], cells, named_by=2)
         if rows is None and len(differing) > MANY:
             lines.append(f"... and {plural(len(differing) - MANY, 'more row')}, which --rows shows")
         return lines

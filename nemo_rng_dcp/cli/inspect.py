@@ -134,7 +134,7 @@ def _foreign_lines(state: ForeignState) -> list[str]:
     kind = f"{plural(len(state.ranks), 'rank')} in the keys" if state.ranks else "rank-less keys"
     lines = paragraph(f"{name_of(state.prefix)}: no StatefulRNG's; {kind}")
     cells = [["", n or "(the key itself)", str(stored)] for n, stored in state.contents.items()]
-    return [*lines, *aligned(["", "key", "stored as"], cells), ""]
+    return [*lines, *aligned(["", "key", "stored as"], cells, named_by=2), ""]
 
 
 def _finding_lines(finding: Finding) -> list[str]:

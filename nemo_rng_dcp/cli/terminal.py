@@ -10,14 +10,25 @@ MANY = 40
 """More rows than these are summarised."""
 
 
-def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return rows in columns below a header, a line each; the first column is a number."""
-    first, *widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    lines = []
-    for number, *cells in [header, *rows]:
-        padded = [f"{cell:<{width}}" for cell, width in zip(cells, widths, strict=True)]
-        lines.append("  ".join([f"{number:>{first}}", *padded]).rstrip())
-    return lines
+def aligned(header: Sequence[str], rows: Sequence[Sequence[str]], named_by: int = 1) -> list[str]:
+    """Return rows in columns below a header, a line each; the first column is a number.
+
+    Columns that do not fit go on below, each time beside the ``named_by`` first ones.
+    """
+    numbers, *others = zip(header, *rows, strict=True)
+    columns = [_filled(numbers, ">"), *(_filled(column, "<") for column in others)]
+    tables = [columns[:named_by]]
+    for column in columns[named_by:]:
+        width = sum(len(filled[0]) + 2 for filled in tables[-1]) + len(column[0])
+        if width > WIDTH and len(tables[-1]) > named_by:
+            tables.append(columns[:named_by])
+        tables[-1].append(column)
+    return ["  ".join(line).rstrip() for table in tables for line in zip(*table, strict=True)]
+
+
+def _filled(column: Sequence[str], side: str) -> list[str]:
+    width = max(map(len, column))
+    return [f"{cell:{side}{width}}" for cell in column]
 
 
 def paragraph(text: str, hanging: int = 2) -> list[str]:

@@ -125,6 +125,22 @@ def test_inspect_shows_when_along_which_mesh_and_what_is_shared(
     assert entry["streams"][1]["shared"] == ["shuffle"]
 
 
+def test_streams_that_do_not_fit_a_terminal_are_shown_below(
+    tmp_path: Path, capsys: Capture
+) -> None:
+    names = [f"generator-{number}" for number in range(12)]
+    streams = {name: stream("torch.cpu", 2**40 + number) for number, name in enumerate(names)}
+    path = save(records(2, lambda _: streams), tmp_path)
+    _, text = ask(capsys, "inspect", path)
+    (entry,) = ask_json(capsys, "inspect", path)["entries"]
+    for row, of_row in enumerate(entry["streams"]):
+        shown = re.findall(rf" {row}((?: \w{{12}})+)", text)
+        assert len(shown) == 3
+        assert " ".join(shown).split() == [of_row["fingerprints"][name] for name in names]
+    assert " ".join(names[:5]) in text
+    assert f"row {' '.join(names[5:10])}" in text
+
+
 def save_unranked(path: Path) -> None:
     rng = StatefulRNG(42)
     draw()

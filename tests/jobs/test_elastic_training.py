@@ -18,7 +18,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils.checkpoint import checkpoint
@@ -29,6 +29,9 @@ from tests.support.jobs import job
 sys.path.append(str(Path(__file__).parents[2] / "scripts" / "recipes"))
 from reduction import OrderedSum, WholeGradients, reduce_in_order
 from shards import clip_grad_norm_
+
+LEAVES_OUT = hasattr(FSDPModule, "set_reduce_scatter_unused_params")
+"""Whether odd ranks leave a layer out: FSDP2 of an older torch, such as 2.9, cannot."""
 
 LOGICAL_RANKS = 4
 SCHEDULE = [(4, range(2)), (1, range(2, 3)), (2, range(3, 5))]
@@ -71,7 +74,7 @@ class Net(nn.Module):
 
     def __init__(self, kind: Kind, context_fn: Any) -> None:
         super().__init__()
-        self.context_fn = context_fn
+        self.context_fn, self.leaves_out = context_fn, LEAVES_OUT or kind.layout == "whole"
         self.tokens = nn.Embedding(VOCABULARY, WIDTH)
         self.frozen = nn.Linear(WIDTH, WIDTH).requires_grad_(False)
         self.unused_by_odd = nn.Linear(WIDTH, WIDTH)
@@ -82,7 +85,7 @@ class Net(nn.Module):
 
     def forward(self, tokens: torch.Tensor, rank: int) -> torch.Tensor:
         x = self.frozen(self.tokens(tokens[:, :-1]))
-        if rank % 2 == 0:
+        if rank % 2 == 0 or not self.leaves_out:
             x = x + self.unused_by_odd(x)
         x = self.norm(x.flatten(0, 1))
         if self.context_fn is None:
@@ -132,10 +135,10 @@ class Training:
             precision = MixedPrecisionPolicy(torch.bfloat16 if kind.bf16 else None, torch.float32)
             for module in (self.model.block, self.model):
                 fully_shard(module, mesh=self.mesh, mp_policy=precision)
-            if kind.fault == "reduced by fsdp2":
-                self.model.set_reduce_scatter_unused_params(True)
-            else:
+            if kind.fault != "reduced by fsdp2":
                 reduce_in_order(self.model, self.mesh, self.rng)
+            elif LEAVES_OUT:
+                self.model.set_reduce_scatter_unused_params(True)
         self.weights = dict(self.model.named_parameters())
         foreach = kind.layout != "tp"  # it takes no weights on several meshes
         self.optimizer = torch.optim.AdamW(self.weights.values(), lr=0.05, foreach=foreach)

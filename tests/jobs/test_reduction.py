@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -23,6 +23,9 @@ RECIPES = Path(__file__).parents[2] / "scripts" / "recipes"
 sys.path.append(str(RECIPES))
 from reduction import OrderedSum, Tree, WholeGradients, reduce_in_order  # noqa: E402
 from shards import clip_grad_norm_, halved  # noqa: E402
+
+LEAVES_OUT = hasattr(FSDPModule, "set_reduce_scatter_unused_params")
+"""Whether odd ranks leave a layer out: FSDP2 of an older torch, such as 2.9, cannot."""
 
 
 class Case(NamedTuple):
@@ -72,10 +75,12 @@ def sharded(mesh: DeviceMesh) -> nn.Module:
     return model
 
 
-def backward(model: nn.Module, rng: StatefulRNG, after: Any = None) -> None:
+def backward(
+    model: nn.Module, rng: StatefulRNG, after: Any = None, leaves_out: bool = LEAVES_OUT
+) -> None:
     for rank in rng.ranks:
         with rng.as_rank(rank):
-            model(torch.randn(3, 7), all_layers=rank % 2 == 0).backward()
+            model(torch.randn(3, 7), all_layers=rank % 2 == 0 or not leaves_out).backward()
             if after is not None:
                 after()
 
@@ -92,7 +97,8 @@ def step(case: Case) -> Found:
     rng = StatefulRNG(0, ranked=True, logical_ranks=case.logical_ranks)
     model: Any = sharded(mesh)
     if case.fault == "fsdp2's own":
-        model.set_reduce_scatter_unused_params(True)
+        if LEAVES_OUT:
+            model.set_reduce_scatter_unused_params(True)
     elif case.fault == "no hook":
         for module, reduction in zip(
             (model, model.first, model.last), reduce_in_order(model, mesh, rng), strict=True
@@ -205,8 +211,9 @@ def refused() -> list[str]:
     def without_unused() -> None:
         model: Any = sharded(mesh)
         reduce_in_order(model, mesh, rng)
-        model.set_reduce_scatter_unused_params(False)
-        backward(model, rng)
+        if LEAVES_OUT:
+            model.set_reduce_scatter_unused_params(False)
+        backward(model, rng, leaves_out=True)
 
     def with_one_shard() -> None:
         replicas = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
@@ -287,6 +294,7 @@ def by_hand_and_as_a_hook() -> list[dict[str, bytes]]:
     return found
 
 
+@pytest.mark.skipif(not LEAVES_OUT, reason="FSDP2 of this torch needs every layer each time")
 def test_a_hook_of_ddp_leaves_out_what_the_last_micro_batch_does_not_use(found: Results) -> None:
     for by_hand, hooked in job(2, by_hand_and_as_a_hook):
         assert by_hand == found[2, Case(4)].gradients

@@ -24,7 +24,7 @@ from nemo_rng_dcp.generators.numpy_random import (
 from nemo_rng_dcp.record import KEY
 from tests.support.jobs import job
 from tests.support.records import record_of, with_stream
-from tests.support.streams import draw, unmoved
+from tests.support.streams import draw, needs_seed_sequences, unmoved
 
 BIT_GENERATORS = [
     np.random.MT19937,
@@ -443,6 +443,7 @@ def children(generator: np.random.Generator, count: int = 2) -> list[int]:
     return [int(child.integers(2**62)) for child in generator.spawn(count)]
 
 
+@needs_seed_sequences
 @pytest.mark.parametrize("kind", BIT_GENERATORS)
 @pytest.mark.parametrize(
     "entropy", [5, 0, 2**127 + 3, [5, 0], [2**40, 7], [], np.array([1, 2**33]), None]
@@ -467,6 +468,7 @@ def test_children_go_on_after_a_load(kind: Any, entropy: Any, nested: int) -> No
     assert resumed.state_dict()[KEY].shape == state[KEY].shape
 
 
+@needs_seed_sequences
 def test_a_sequence_that_was_taken_does_not_count_on() -> None:
     generator = np.random.default_rng(5)
     adapter = SeedSequenceAdapter(generator)
@@ -476,6 +478,7 @@ def test_a_sequence_that_was_taken_does_not_count_on() -> None:
     assert adapter.pack(state) == packed != adapter.pack(adapter.get())
 
 
+@needs_seed_sequences
 def test_an_entropy_that_is_a_number_stays_one() -> None:
     generator = np.random.default_rng(2**100 + 1)
     rng = StatefulRNG(1, generators={"noise": generator})
@@ -485,6 +488,7 @@ def test_an_entropy_that_is_a_number_stays_one() -> None:
     assert generator.bit_generator.seed_seq.entropy == 2**100 + 1  # type: ignore[attr-defined]
 
 
+@needs_seed_sequences
 def test_a_seed_sequence_for_which_there_is_no_room_is_refused() -> None:
     message = r"^noise.seed_seq: its SeedSequence has 13 words .* room for 12 .*derive_seed"
     with unmoved(), pytest.raises(ValueError, match=message):
@@ -492,6 +496,7 @@ def test_a_seed_sequence_for_which_there_is_no_room_is_refused() -> None:
     StatefulRNG(1, generators={"noise": np.random.default_rng(range(12))})
 
 
+@needs_seed_sequences
 def test_spawned_generators_of_shared_ranks_that_differ_have_other_fingerprints() -> None:
     generator = np.random.default_rng(5)
     rng = StatefulRNG(1, shared_generators={"order": generator})
@@ -502,6 +507,7 @@ def test_spawned_generators_of_shared_ranks_that_differ_have_other_fingerprints(
     assert record_of(rng.state_dict()).streams["order.seed_seq"].shared
 
 
+@needs_seed_sequences
 @given(st.dictionaries(st.integers(0, 63), st.integers(0, 255), max_size=6))
 def test_no_malformed_seed_sequence_is_half_taken(damage: dict[int, int]) -> None:
     adapter = SeedSequenceAdapter(np.random.default_rng([3, 4]))
@@ -532,6 +538,7 @@ def job_with_children(path: Path, save: bool) -> list[int]:
     return children(noise) + children(order)
 
 
+@needs_seed_sequences
 @pytest.mark.filterwarnings("ignore:RNG state")
 def test_new_rows_spawn_children_of_their_own(tmp_path: Path) -> None:
     [saved] = job(1, job_with_children, tmp_path, True)

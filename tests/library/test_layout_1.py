@@ -13,7 +13,7 @@ from torch.distributed.checkpoint import CheckpointException
 from nemo_rng_dcp import RNGLoadPlanner, StatefulRNG
 from nemo_rng_dcp.__main__ import main
 from tests.fixtures import LAYOUT_1
-from tests.support.streams import warned
+from tests.support.streams import needs_seed_sequences, warned
 
 FINGERPRINTS = json.loads((LAYOUT_1 / "fingerprints.json").read_text())
 
@@ -54,6 +54,7 @@ def test_inspect_shows_its_fingerprints(capsys: pytest.CaptureFixture[str]) -> N
             assert digits[:7] in shown
 
 
+@needs_seed_sequences
 def test_what_generators_spawn_from_is_absent_and_stays() -> None:
     rng, shuffle = job()
     shuffle.spawn(3)
