@@ -25,10 +25,15 @@ def warn(message: str) -> None:
 
     Every time: Python hides a second equal warning of one line, and a second load has to be told.
     """
+    warnings.warn_explicit(message, RNGStateWarning, *caller())
+
+
+def caller() -> tuple[str, int]:
+    """Return file and line of the call that led here from outside of this library and of torch."""
     frame = sys._getframe(1)
     while frame.f_back is not None and _package(frame.f_globals) in ("nemo_rng_dcp", "torch"):
         frame = frame.f_back
-    warnings.warn_explicit(message, RNGStateWarning, frame.f_code.co_filename, frame.f_lineno)
+    return frame.f_code.co_filename, frame.f_lineno
 
 
 def _package(module: dict[str, object]) -> str:

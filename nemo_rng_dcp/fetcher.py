@@ -63,7 +63,7 @@ class Fetcher:
         """
         self._lend()  # a dataset's set_epoch() may have made another one
         self._is_first = True
-        self._bases = {name: self._base(name, position) for name in self._generators.slots}
+        self._bases = {name: self._base(name, position) for name in self._generators.names}
         skip, loader = position.fetched, self._loader
         # Where the order comes from a sampler, the next index can be had without the batch. A
         # worker is another matter: it may keep what only its own batches have moved.
@@ -137,17 +137,16 @@ class Fetcher:
         return own
 
     def _is_of_order(self, name: str) -> bool:
-        slot = self._generators.slots[name]
-        return slot.shared or name.partition(".")[0] in self._of_samplers
+        shared = name in self._generators.shared
+        return shared or name.partition(".")[0] in self._of_samplers
 
     def _base(self, name: str, position: Position) -> int:
         """Return what the seeds of a generator are made from in the pass of a position."""
-        slot, seed = self._generators.slots[name], position.seed
-        row: tuple[int, ...] = (position.row,)
+        seed, row = position.seed, [position.row]
         if self._is_of_order(name):
-            seed, row = position.order, ()
-        elif not self._ranked and (slot.is_global or name.partition(".")[0] in self._own):
-            row = ()
+            seed, row = position.order, []
+        elif not self._ranked and name not in self._generators.of_rank:
+            row = []
         return derive_seed(seed, position.epoch, position.begun_again, name, *row, bits=64)
 
     def _start(self, number: int) -> None:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import functools
 import inspect
-import sys
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
 
-from nemo_rng_dcp.errors import warn
+from nemo_rng_dcp.errors import caller, warn
 from nemo_rng_dcp.generators import GeneratorSet, Parked, device_in_use
 from nemo_rng_dcp.ranks import seed_rank
 from nemo_rng_dcp.seeding import check_ranked, check_seed
@@ -82,8 +81,8 @@ class ScopedRNG:
         generators = GeneratorSet(device_in_use())
         place = "compiled code"
         if not torch.compiler.is_compiling():  # its tracer knows no frames, and warns
-            caller = sys._getframe(1)
-            place = f"{caller.f_code.co_filename}:{caller.f_lineno}"
+            file, line = caller()
+            place = f"{file}:{line}"
         self._entered = generators, generators.enter(place, seed)
         return self
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from nemo_rng_dcp.generators.generator_set import GeneratorSet, Slot, States
+from nemo_rng_dcp.generators.generator_set import GeneratorSet, States
 from nemo_rng_dcp.generators.registry import generators_of_process, registered_generators
 
 
@@ -21,21 +21,21 @@ class LentGenerators:
         own: Those that the loader has beside them, by other names.
 
     Attributes:
-        slots: By name.
+        names: Of them all.
+        shared: The names of those that are alike on all ranks.
+        of_rank: The names of those of which each row of the job has its own, whatever ``ranked=``.
 
     Raises:
         ValueError, TypeError: As for :func:`registered_generators`.
     """
 
     def __init__(self, job: GeneratorSet, own: Mapping[str, Any]) -> None:
-        of_process = generators_of_process(None)
+        registered = job.registered
         of_loader = registered_generators(own, {}, None)
-        self._adapters = {**of_process, **job.registered, **of_loader}
-        self.slots = {
-            **{name: Slot(of_process[name].kind, False, True) for name in of_process},
-            **{name: job.slots[name] for name in job.registered},
-            **{name: Slot(of_loader[name].kind, False, False) for name in of_loader},
-        }
+        self._adapters = {**generators_of_process(None), **registered, **of_loader}
+        self.names = list(self._adapters)
+        self.shared = {name for name in registered if job.slots[name].shared}
+        self.of_rank = registered.keys() - self.shared
 
     def take(self) -> States:
         """Return every generator's state by name; moves no stream.

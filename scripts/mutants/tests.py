@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib
 import json
 import os
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-TESTS_SECONDS = 100
-"""How long the tests of one fault may take, by what they took without it."""
 
 OWN = 5
 """A module's own tests notice a fault so much more often than others."""
@@ -23,7 +22,7 @@ OWN = 5
 class Notes:
     """A plugin for the run without a fault; ``trampoline.py`` writes to the same file.
 
-    The file has lines of JSON: ``["took", test, seconds]``, ``["failed", test, null]`` and
+    The file has lines of JSON: ``["took", test, seconds]``, ``["failed", test, why]`` and
     ``["reached", test, function]``. A file instead of a test is what its tests share: a fixture.
     """
 
@@ -39,7 +38,7 @@ class Notes:
         if report.passed:
             self.note("took", report.nodeid, report.duration)
         elif report.failed:
-            self.note("failed", report.nodeid, None)
+            self.note("failed", report.nodeid, report.longreprtext)
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self, item: Any) -> Iterator[None]:
@@ -93,12 +92,36 @@ def _naming(node: Any) -> Iterator[None]:
         del os.environ["MUTANTS_TEST"]
 
 
-def by_function(file: Path) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
-    """Return all good tests with their seconds; and by function the quickest that reach it."""
-    notes = [json.loads(line) for line in file.read_text().splitlines()]
-    failed = {test for kind, test, _ in notes if kind == "failed"}
-    if failed:
-        print(f"left out, since they fail without a fault: {', '.join(sorted(failed))}")
+def kept_notes(file: str) -> Path:
+    """Return where the notes on a file of tests are kept, until it or what it imports changes."""
+    sources = [path for path in Path().rglob("*.py") if not path.name.startswith("test_")]
+    digest = hashlib.sha256()
+    for path in [*sorted(sources), Path(file)]:
+        digest.update(path.read_bytes())
+    folder = Path().resolve().with_name("mutants-notes")
+    folder.mkdir(exist_ok=True)
+    return folder / f"{Path(file).stem}-{digest.hexdigest()[:16]}.jsonl"
+
+
+def by_length(files: list[str]) -> list[str]:
+    """Return the files with those first that take longest."""
+    longest: list[Path] = importlib.import_module("tests.conftest").LONGEST
+    return sorted(files, key=lambda file: Path(file).resolve() not in longest)
+
+
+def by_function(
+    files: Iterable[Path], left: float
+) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+    """Return all good tests with their seconds; and by function the quickest that reach it.
+
+    Args:
+        files: The notes.
+        left: The seconds for the tests of one function, by what they took without a fault.
+    """
+    notes = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    failed = {test: why for kind, test, why in notes if kind == "failed"}
+    for test, why in sorted(failed.items()):
+        print(f"left out, since it fails without a fault: {test}\n{why}")
     seconds: dict[str, float] = defaultdict(float)
     fixtures: dict[str, float] = defaultdict(float)
     for kind, test, noted in notes:
@@ -113,15 +136,17 @@ def by_function(file: Path) -> tuple[dict[str, float], dict[str, dict[str, float
         if kind == "reached":
             reaching[function] |= tests[test]
     return seconds, {
-        function: _quickest({test: seconds[test] for test in its_tests}, fixtures)
+        function: _quickest({test: seconds[test] for test in its_tests}, fixtures, left)
         for function, its_tests in reaching.items()
     }
 
 
-def _quickest(seconds: dict[str, float], fixtures: dict[str, float]) -> dict[str, float]:
+def _quickest(
+    seconds: dict[str, float], fixtures: dict[str, float], left: float
+) -> dict[str, float]:
     """Return as many as there is time for; the first of a file waits for what its tests share."""
     chosen: dict[str, float] = {}
-    left, waited_for = float(TESTS_SECONDS), set()
+    waited_for: set[str] = set()
     for test in sorted(seconds, key=lambda test: seconds[test]):
         file = _file(test)
         cost = seconds[test] + (0 if file in waited_for else fixtures.get(file, 0))

@@ -268,7 +268,9 @@ def test_inside_a_scope_a_save_holds_the_streams_that_come_back_and_says_so() ->
         [message] = warned(lambda: state.update(rng.state_dict()))
         assert rng.fingerprint() == at_save
         inside = draw()
-    assert message.startswith(f"inside the ScopedRNG entered at {__file__}:")
+    [of_decorated] = warned(lambda: ScopedRNG(seed=8)(rng.state_dict)())
+    for text in (message, of_decorated):
+        assert text.startswith(f"inside the ScopedRNG entered at {__file__}:")
     assert "the record holds the streams that come back" in message
     with ScopedRNG(seed=8):
         assert draw() == inside
