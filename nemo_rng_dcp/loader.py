@@ -139,6 +139,12 @@ class ResumableLoader:
         self._said_left = False
         self._thread = threading.current_thread()
 
+    def __del__(self) -> None:
+        # The iterators refer to their fetchers. The garbage collector breaks such a circle in an
+        # order in which a DataLoader no longer reaches its workers, and waits 5 s for each.
+        for fetcher in getattr(self, "_fetchers", ()):
+            fetcher.end()
+
     @property
     def epoch(self) -> int:
         """Completed passes, and so the number of the one that is next or under way, from 0."""

@@ -1,6 +1,8 @@
 """ResumableLoader in one process: every resume is the uninterrupted run."""
 
+import gc
 import itertools
+import multiprocessing
 import os
 import random
 import threading
@@ -686,6 +688,20 @@ def test_a_pass_goes_on_after_an_interrupt(workers: int, monkeypatch: Any) -> No
     assert position.indices != UNKNOWN, "a save in a fetch has a check, too"
     seen += [batch.tolist() for batch in batches]
     assert seen == [[0, 1], [2, 3], [4, 5]]
+
+
+def test_the_workers_of_a_loader_that_is_let_go_of_end() -> None:
+    """Not when the garbage collector comes, which waits 5 s for each of them."""
+    gc.disable()
+    try:
+        others = set(multiprocessing.active_children())
+        loader = ResumableLoader(DataLoader(range(4), num_workers=1), StatefulRNG(1))
+        next(iter(loader))
+        [worker] = set(multiprocessing.active_children()) - others
+        del loader
+        assert not worker.is_alive()
+    finally:
+        gc.enable()
 
 
 def test_batches_that_another_thread_fetches_are_said() -> None:
