@@ -229,7 +229,7 @@ class Record:
 def out_of_range(head: Mapping[str, int]) -> list[str]:
     """Return what is wrong with the numbers of a head, such as "seed -7, expected ..."."""
     ranges = {field: _HEAD_RANGES.get(field, _OTHER_RANGE) for field in head}
-    if "row" in head and head.get("rows", 0) > 0:
+    if head["rows"] > 0:
         ranges["row"] = 0, head["rows"] - 1
     return [
         f"{field} {head[field]}, expected {low} to {high}"

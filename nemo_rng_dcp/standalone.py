@@ -275,7 +275,7 @@ class _LoadPlanner(DefaultLoadPlanner):
 
 def _first_record(reader: StorageReader) -> Record:
     """Return the record of row 0 that ``rng.save`` wrote; does not communicate."""
-    wanted = KEY, Wanted(range(1), length=0)
+    wanted = KEY, Wanted(range(1))
     planner = _LoadPlanner(lambda: wanted, (), KEY, Source(reader, record_keys))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")

@@ -252,7 +252,7 @@ class Wanted(NamedTuple):
     """
 
     own: range
-    length: int
+    length: int = 0
 
     @classmethod
     def of(cls, table: torch.Tensor) -> Wanted:
