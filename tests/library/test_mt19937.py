@@ -85,6 +85,7 @@ def test_states_of_live_generators_are_understood(draws: int) -> None:
     from_torch = MT19937State.from_torch(torch_generator.get_state())
     from_numpy = MT19937State.from_numpy(numpy.get_state())
     assert words_of_numpy(from_torch) == words_of_numpy(from_numpy)
+    assert from_numpy.to_numpy()[2:] == numpy.get_state()[2:]
 
 
 def test_both_forms_of_a_numpy_state_are_one_state() -> None:
