@@ -458,6 +458,7 @@ def test_the_other_planner_is_told_of_all_that_was_read_but_records(tmp_path: Pa
     state = {"rng": rng, "weight": torch.zeros(2)}
     dcp.load(state, checkpoint_id=tmp_path, planner=RNGLoadPlanner(planner))
     assert planner.noted == [("weight", [1, 1])]
+    assert planner.is_coordinator
 
 
 class Refusing(DefaultLoadPlanner):
