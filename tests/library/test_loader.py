@@ -282,6 +282,19 @@ def test_two_loaders_of_one_job_draw_other_numbers() -> None:
     assert list(first) != list(second)
 
 
+class Beginning:
+    """Draws where a pass begins, and for each batch."""
+
+    def __iter__(self) -> Iterator[list[list[float]]]:
+        begun = draw()
+        return ([begun, draw()] for _ in range(2))
+
+
+def test_the_begin_of_a_pass_draws_other_numbers_than_its_batches() -> None:
+    [(begun, first), (_, second)] = ResumableLoader(Beginning(), StatefulRNG(1))
+    assert len({*begun, *first, *second}) == 3 * len(draw())
+
+
 def orders_of_ranks(generators: list[torch.Generator]) -> list[list[Any]]:
     """The orders on two ranks whose samplers have these generators."""
     return [
