@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+
+import torch
 
 KEY = "rng_streams"
 """The key under which records are stored, and by which they are found."""
@@ -12,6 +14,18 @@ def is_name(name: str, expected: str = KEY) -> bool:
     """Return whether the last part of a key is a record's, of whichever grid."""
     base, at, lowest = name.partition("@")
     return base == expected and (lowest.isdecimal() or not at)
+
+
+def is_record(key: str, dtype: object, size: Sequence[int], name: str = KEY) -> bool:
+    """Return whether a load takes what a checkpoint has under a key for records.
+
+    Args:
+        key: The key in the checkpoint.
+        dtype: The tensor's data type; ``None``, for example, where no tensor is stored.
+        size: The tensor's shape.
+        name: The last part of their keys, without a grid.
+    """
+    return is_name(key.rpartition(".")[2], name) and dtype == torch.int64 and len(size) == 1
 
 
 def base_of(key: str) -> str:

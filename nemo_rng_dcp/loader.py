@@ -12,17 +12,16 @@ import torch
 
 from nemo_rng_dcp.errors import RNGStateError, warn
 from nemo_rng_dcp.fetcher import Fetcher
-from nemo_rng_dcp.parts import check_that_it_can_be_repeated
-from nemo_rng_dcp.position import (
-    POSITION_KEY,
-    POSITION_LAYOUT,
-    UNKNOWN,
-    Position,
+from nemo_rng_dcp.loader_entry import (
     check_that_it_goes_on,
     figures_of,
+    is_unread,
     loaded_positions,
+    marked_position,
     position_key,
 )
+from nemo_rng_dcp.parts import check_that_it_can_be_repeated
+from nemo_rng_dcp.position import POSITION_KEY, POSITION_LAYOUT, UNKNOWN, Position
 from nemo_rng_dcp.seeding import derive_seed, is_integer
 from nemo_rng_dcp.stateful import StatefulRNG
 from nemo_rng_dcp.unread import load_is_asking
@@ -233,7 +232,7 @@ class ResumableLoader:
         positions = self._positions()
         if load_is_asking():
             # If the load finds none, this is what it gives back.
-            positions = [position.marked() for position in positions]
+            positions = [marked_position(position) for position in positions]
         rows = self._rng._rows()
         return {position_key(rows): rows.table([position.to_tensor() for position in positions])}
 
@@ -261,7 +260,7 @@ class ResumableLoader:
             raise RNGStateError(f"{key}: the state is none of a ResumableLoader")
         own = self._positions()
         saved = loaded_positions(table, [position.row for position in own])
-        unread = [position for position in saved if position.is_unread]  # each is asked
+        unread = [position for position in saved if is_unread(position)]  # each is asked
         if unread:
             self._is_loaded = True
             warn(

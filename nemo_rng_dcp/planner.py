@@ -21,6 +21,7 @@ from nemo_rng_dcp import row_0
 from nemo_rng_dcp.errors import RNGStateError, warn
 from nemo_rng_dcp.grids import refuse_one_for_two, warn_if_moved
 from nemo_rng_dcp.keys import base_of, beside, is_name, own_key
+from nemo_rng_dcp.loader_entry import marked_position
 from nemo_rng_dcp.position import POSITION_KEY, positions_in
 from nemo_rng_dcp.ranks import world_size
 from nemo_rng_dcp.record import Record
@@ -301,7 +302,7 @@ def _entry(path: _Path) -> _Entry | None:
     value = container[key]
     try:
         if base_of(key) == POSITION_KEY:
-            positions = [position.marked() for position in positions_in(local(value))]
+            positions = [marked_position(position) for position in positions_in(local(value))]
             unread, generators = [position.to_tensor() for position in positions], []
         else:
             records = [Record.from_tensor(tensor) for tensor in records_in(local(value))]

@@ -194,7 +194,7 @@ class RankStreams:
             with self._steady:
                 self._refuse_others(own)
                 outside = self._moment.outside
-                here = None if outside is None else self._look(known=outside)
+                here = None if outside is None else self._look()
                 self._entered[entry] = own
                 try:
                     self._settle(here)
@@ -243,17 +243,16 @@ class RankStreams:
         elif self._logical and not inside and moment.outside is None:
             self._moment = _Moment(rank, moment.parked, None, here or generators.take())
 
-    def _look(self, is_for_a_load: bool = False, known: States | None = None) -> States:
+    def _look(self, is_for_a_load: bool = False) -> States:
         """Return the current rank's states, after a look at what moved outside of as_rank().
 
         Args:
             is_for_a_load: As for :meth:`take`.
-            known: As for ``GeneratorSet.take``; not for what is stored.
         """
         moment, generators = self._moment, self._generators
         if moment.here is not None:
             return moment.here  # a signal handler asks in the middle of a switch
-        now = generators.take(known)
+        now = generators.take()
         if self.lent:
             # What a scope has parked is not what was lent.
             in_scope = generators.parked_at is not None

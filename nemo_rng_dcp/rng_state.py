@@ -80,7 +80,7 @@ def _get_rng_state() -> RNGState:
     states = GeneratorSet(own_device()).take()
     return RNGState(
         random_rng_state=states.pop("python"),
-        np_rng_state=MT19937State.from_numpy(states.pop("numpy")).to_numpy(),
+        np_rng_state=MT19937State.from_bytes(states.pop("numpy")).to_numpy(),
         torch_rng_state=states.pop("torch"),
         cuda_rng_state=list(states.values()),
     )

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from nemo_rng_dcp.errors import RNGStateError
 from nemo_rng_dcp.grids import Grid, names_of
-from nemo_rng_dcp.keys import base_of, is_name
+from nemo_rng_dcp.keys import base_of, is_record
 from nemo_rng_dcp.ranks import world_size
 from nemo_rng_dcp.record import KEY, LENGTH, ROW, ROWS, Mesh, Record, mesh_text, words_of
 
@@ -219,18 +219,6 @@ def records_in(tensor: torch.Tensor) -> list[torch.Tensor]:
     if ROWS < length < len(words) and len(words) % length == 0:
         return list(torch.split(tensor, length))
     return [tensor]
-
-
-def is_record(key: str, dtype: object, size: Sequence[int], name: str = KEY) -> bool:
-    """Return whether a load takes what a checkpoint has under a key for records.
-
-    Args:
-        key: The key in the checkpoint.
-        dtype: The tensor's data type; ``None``, for example, where no tensor is stored.
-        size: The tensor's shape.
-        name: The last part of their keys, without a grid.
-    """
-    return is_name(key.rpartition(".")[2], name) and dtype == torch.int64 and len(size) == 1
 
 
 def record_keys(saved: Mapping[str, Any], name: str = KEY) -> list[str]:

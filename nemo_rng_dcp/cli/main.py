@@ -76,15 +76,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _report(options: argparse.Namespace) -> Report:
-    # torch takes a second to import, and --help does not need it.
-    from nemo_rng_dcp.cli.diff import Diff
-    from nemo_rng_dcp.cli.explain import Explanation
-    from nemo_rng_dcp.cli.importing.command import Import
-    from nemo_rng_dcp.cli.inspect import Inspection
-
-    reports: dict[str, Callable[[argparse.Namespace], Report]]
-    reports = {"inspect": Inspection, "diff": Diff, "explain": Explanation, "import": Import}
-    return reports[options.command](options)
+    # torch takes a second to import, and --help does not need it; DCP takes another one.
+    report: Callable[[argparse.Namespace], Report]
+    match options.command:
+        case "inspect":
+            from nemo_rng_dcp.cli.inspect import Inspection as report
+        case "diff":
+            from nemo_rng_dcp.cli.diff import Diff as report
+        case "explain":
+            from nemo_rng_dcp.cli.explain import Explanation as report
+        case _:
+            from nemo_rng_dcp.cli.importing.command import Import as report
+    return report(options)
 
 
 def _write(text: str, stream: TextIO) -> None:

@@ -38,7 +38,7 @@ _TRIALS = {adapter.kind: adapter for adapter in _ADAPTERS}
 """A generator of each kind that every machine has."""
 _MT19937: dict[str, Callable[[Any], MT19937State]] = {
     "python": MT19937State.from_python,
-    "numpy": MT19937State.from_numpy,
+    "numpy": MT19937State.from_bytes,
     "numpy.MT19937": MT19937State.from_numpy,
     "torch.cpu": MT19937State.from_torch,
 }

@@ -14,7 +14,6 @@ import torch
 from nemo_rng_dcp.errors import RNGStateError, warn
 from nemo_rng_dcp.generators.adapter import GeneratorAdapter
 from nemo_rng_dcp.generators.held import Held
-from nemo_rng_dcp.generators.numpy_random import NumPyAdapter
 from nemo_rng_dcp.generators.parked import (
     Parked,
     first_inside,
@@ -145,17 +144,14 @@ class GeneratorSet:
         other._scopes = open_scopes()
         return other
 
-    def take(self, known: States | None = None) -> States:
+    def take(self) -> States:
         """Return every generator's state by name; moves no stream.
-
-        Args:
-            known: What it gave before. A generator that has not moved since may be told so faster.
 
         Raises:
             RNGStateError: A generator is in a state that cannot be stored.
         """
         with _LOCK:
-            return self._take(self._waiting(), known)
+            return self._take(self._waiting())
 
     def pack(self, states: Mapping[str, Any]) -> dict[str, bytes]:
         """Return states that :meth:`take` or :meth:`unpack` gave as bytes.
@@ -274,7 +270,7 @@ class GeneratorSet:
 
     def _same(self, name: str, before: Any, after: Any) -> bool:
         adapter = self._adapters[name]
-        if isinstance(adapter, (PythonAdapter, NumPyAdapter)):
+        if isinstance(adapter, PythonAdapter):
             return before is after or adapter.glance(before) == adapter.glance(after)
         return adapter.pack(before) == adapter.pack(after)
 
@@ -296,7 +292,7 @@ class GeneratorSet:
             if slot.is_global and name in names
         }
 
-    def _take(self, waiting: States, known: States | None = None) -> States:
+    def _take(self, waiting: States) -> States:
         interrupted = {} if _under_way is None else _under_way.live
 
         def state(name: str) -> Any:
@@ -304,14 +300,7 @@ class GeneratorSet:
                 return waiting[name]
             if interrupted and (key := self._key(name)) in interrupted:
                 return interrupted[key]
-            adapter = self._adapters[name]
-            if (
-                known is not None
-                and isinstance(adapter, NumPyAdapter)
-                and adapter.is_at(known[name])
-            ):
-                return known[name]
-            return adapter.get()
+            return self._adapters[name].get()
 
         return _by_name(self._adapters, state)
 

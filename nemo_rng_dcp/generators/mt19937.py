@@ -100,7 +100,7 @@ class MT19937State:
             ValueError: Another length, or a value out of range.
         """
         check_length(packed, PACKED.size)
-        numbers = np.frombuffer(packed, dtype=np.uint32)
+        numbers = np.frombuffer(bytearray(packed), dtype=np.uint32)  # the words may be written
         has_gauss, gauss = int(numbers[WORDS + 1]), packed[-8:]
         if has_gauss > 1 or (not has_gauss and any(gauss)):
             raise ValueError(f"the has-gauss flag is {has_gauss} and the gaussian {gauss.hex()}")

@@ -6,25 +6,16 @@ is read or written without it may be on no point of any stream.
 
 from __future__ import annotations
 
-import ctypes
 import struct
-import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from operator import methodcaller
-from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
-from nemo_rng_dcp.generators.mt19937 import (
-    SEED_LIMIT,
-    WORDS,
-    MT19937State,
-    check_length,
-)
-
-_Result = TypeVar("_Result")
+from nemo_rng_dcp.generators.legacy_memory import LegacyMemory, contents, packed
+from nemo_rng_dcp.generators.mt19937 import SEED_LIMIT, WORDS, MT19937State, check_length
 
 _INTEGER_BYTES = 16  # PCG64's are the longest
 # NumPy takes more, and then reads beyond its buffers.
@@ -37,83 +28,60 @@ _POOL_SIZES = range(4, 1025)  # NumPy takes none below, and allocates what it is
 
 
 class NumPyAdapter:
-    """The module ``numpy.random``, whose functions are the global generator's, or a RandomState.
+    """The global generator of ``numpy.random``, or another RandomState.
 
-    Packed: 2,512 bytes, see :meth:`MT19937State.to_bytes`. The global generator may run on another
-    algorithm since NumPy 1.24 (``numpy.random.set_bit_generator``), which is refused.
+    Packed: 2,512 bytes, see :meth:`MT19937State.to_bytes`. A state of :meth:`get` is the same. The
+    global generator may run on another algorithm since NumPy 1.24
+    (``numpy.random.set_bit_generator``), which is refused.
     """
 
     kind = "numpy"
 
-    def __init__(self, generator: ModuleType | np.random.RandomState) -> None:
+    def __init__(self, generator: np.random.RandomState) -> None:
         self._generator: Any = generator
 
-    def get(self) -> dict[str, Any]:
-        state: dict[str, Any] = self._locked(self._generator.get_state, False)
+    def get(self) -> bytes:
+        generator, bits = self._generator, self._generator._bit_generator
+        memory = LegacyMemory.of(generator, bits)
+        if memory is not None:
+            return packed(*_locked(bits, memory.block.tobytes, memory.normal.tobytes))
+        (state,) = _locked(bits, partial(generator.get_state, False))
         if state["bit_generator"] != "MT19937":
             default = "np.random.set_bit_generator(np.random.MT19937())"
             remedy = f"Give the default back at the start of the job: {default}"
-            if isinstance(self._generator, np.random.RandomState):
+            if generator is not np.random.mtrand._rand:
                 remedy = "Register a numpy.random.Generator over it instead"
             raise ValueError(
                 f"the generator runs {state['bit_generator']}, and only MT19937, NumPy's default, "
                 f"can be stored. {remedy}"
             )
+        return MT19937State.from_numpy(state).to_bytes()
+
+    def set(self, state: bytes) -> None:
+        generator, bits = self._generator, self._generator._bit_generator
+        memory = LegacyMemory.of(generator, bits)
+        if memory is None:
+            as_numpy = MT19937State.from_bytes(state).to_numpy()
+            _locked(bits, partial(generator.set_state, as_numpy))
+            return
+        writes = (
+            partial(view.__setitem__, slice(None), content)
+            for view, content in zip(memory, contents(state), strict=True)
+        )
+        _locked(bits, *writes)
+
+    def pack(self, state: bytes) -> bytes:
         return state
 
-    def set(self, state: dict[str, Any] | tuple[Any, ...]) -> None:
-        if isinstance(state, dict):
-            # NumPy takes the words one by one, from a list three times as fast as from an array.
-            words, position = state["state"]["key"].tolist(), state["state"]["pos"]
-            state = "MT19937", words, position, state["has_gauss"], state["gauss"]
-        self._locked(self._generator.set_state, state)
-
-    def pack(self, state: dict[str, Any]) -> bytes:
-        inner = state["state"]
-        words = np.asarray(inner["key"], dtype=np.uint32)
-        numbers = np.array([inner["pos"], state["has_gauss"]], dtype=np.uint32)
-        gauss = np.float64(state["gauss"] if state["has_gauss"] else 0)
-        return bytes(words.tobytes() + numbers.tobytes() + gauss.tobytes())
-
-    def unpack(self, packed: bytes) -> dict[str, Any]:
-        name, words, position, has_gauss, gauss = MT19937State.from_bytes(packed).to_numpy()
-        inner = {"key": words, "pos": position}
-        return {"bit_generator": name, "state": inner, "has_gauss": has_gauss, "gauss": gauss}
-
-    def is_at(self, state: dict[str, Any]) -> bool:
-        """Return whether the stream has not moved since :meth:`get`; no is "look", and costs that.
-
-        NumPy gives a state word by word, in 30 us; this takes one. It does not see where somebody
-        set the state back by a cached normal, which moves no word.
-        """
-        bits = self._bit_generator()
-        # A cached normal can be drawn without a word.
-        if state["has_gauss"] or type(bits) is not np.random.MT19937:
-            return False
-        words, position = state["state"]["key"], state["state"]["pos"]
-        with bits.lock:
-            memory = ctypes.string_at(bits.ctypes.state_address, 4 * WORDS + 4)
-        return bool(memory == words.tobytes() + int(position).to_bytes(4, sys.byteorder))
-
-    def glance(self, state: dict[str, Any]) -> tuple[object, ...]:
-        """Return what differs wherever two states differ, but for one case in 2**96."""
-        inner = state["state"]
-        # The first word is the same after every seed.
-        return inner["key"][1:4].tobytes(), inner["pos"], state["has_gauss"], state["gauss"]
+    def unpack(self, packed: bytes) -> bytes:
+        MT19937State.from_bytes(packed)
+        return packed
 
     def seed(self, value: int) -> None:
         if value < SEED_LIMIT:
             self._generator.seed(value)  # it takes the lock by itself
         else:
-            self.set(MT19937State.from_seed(value).to_numpy())
-
-    def _locked(self, function: Callable[..., _Result], argument: Any) -> _Result:
-        return _locked(self._bit_generator(), function, argument)
-
-    def _bit_generator(self) -> Any:
-        # The module's is asked for each time: it may be exchanged.
-        get_bit_generator = getattr(self._generator, "get_bit_generator", None)
-        return get_bit_generator() if get_bit_generator else self._generator._bit_generator
+            self.set(MT19937State.from_seed(value).to_bytes())
 
 
 class NumPyGeneratorAdapter:
@@ -131,7 +99,7 @@ class NumPyGeneratorAdapter:
         return _state_of(self._bit_generator)
 
     def set(self, state: dict[str, Any]) -> None:
-        _locked(self._bit_generator, setattr, self._bit_generator, "state", state)
+        _locked(self._bit_generator, partial(setattr, self._bit_generator, "state", state))
 
     def pack(self, state: dict[str, Any]) -> bytes:
         return b"".join(_to_bytes(values[name]) for values, name in _leaves(state))
@@ -193,7 +161,7 @@ class SeedSequenceAdapter:
         return _copy(_sequence_of(self._bit_generator))
 
     def set(self, state: np.random.SeedSequence) -> None:
-        _locked(self._bit_generator, _exchange, self._bit_generator, _copy(state))
+        _locked(self._bit_generator, partial(_exchange, self._bit_generator, _copy(state)))
 
     def pack(self, state: np.random.SeedSequence) -> bytes:
         entropy, key = _words(state.entropy), _words(state.spawn_key)
@@ -233,26 +201,26 @@ class SeedSequenceAdapter:
         self.set(np.random.SeedSequence(value))
 
 
-def _locked(bit_generator: Any, function: Callable[..., _Result], *arguments: Any) -> _Result:
-    """Call a function while no thread draws from a bit generator.
+def _locked(bit_generator: Any, *steps: Callable[[], Any]) -> list[Any]:
+    """Return what functions return while no thread draws from a bit generator.
 
-    All three calls are made from C. A signal handler, which Python runs between two steps of Python
-    code, thus never finds the lock held by its own thread: older NumPy's is not re-entrant.
+    All calls are made from C. A signal handler, which Python runs between two steps of Python code,
+    thus never finds the lock held by its own thread: older NumPy's is not re-entrant.
     """
     lock, results = bit_generator.lock, list[Any]()
-    steps = lock.acquire, partial(function, *arguments), lock.release
     try:
-        results.extend(map(methodcaller("__call__"), steps))
+        results.extend(map(methodcaller("__call__"), (lock.acquire, *steps, lock.release)))
     except BaseException:
-        if len(results) == 1:  # it was acquired, and the function raised
+        if results:  # it was acquired, and a function raised
             lock.release()
         raise
-    result: _Result = results[1]
-    return result
+    return results[1:-1]
 
 
 def _state_of(bit_generator: Any) -> dict[str, Any]:
-    return _locked(bit_generator, getattr, bit_generator, "state")
+    state: dict[str, Any]
+    (state,) = _locked(bit_generator, partial(getattr, bit_generator, "state"))
+    return state
 
 
 def _exchange(bit_generator: Any, sequence: np.random.SeedSequence) -> None:

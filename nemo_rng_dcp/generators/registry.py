@@ -31,7 +31,7 @@ def generators_of_process(device: torch.device | None) -> dict[str, GeneratorAda
     """
     generators: dict[str, GeneratorAdapter] = {
         "python": PythonAdapter(random),
-        "numpy": NumPyAdapter(np.random),
+        "numpy": NumPyAdapter(np.random.mtrand._rand),
         "torch": TorchAdapter(torch.default_generator),
     }
     if device is not None:

@@ -99,7 +99,7 @@ class TrackerAdapter:
     def __init__(self, tracker: Tracker, name: str, known: set[str]) -> None:
         self._tracker, self._name, self._known = tracker, name, known
         # Its generator never draws: it takes states, checks them and gives them back.
-        self._adapter, self._own_form = _holder(name, self._state())
+        self._adapter, self._own_form, self._take = _holder(name, self._state())
         self.kind = self._adapter.kind
 
     def get(self) -> Any:
@@ -114,7 +114,7 @@ class TrackerAdapter:
         if isinstance(state, torch.Generator):
             return state.get_state()
         try:
-            self._adapter.set(state)
+            self._take(state)
         except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"the tracker's {self._name} is no such state: {error}") from error
         return self._adapter.get()
@@ -149,17 +149,19 @@ def _identifier(name: str) -> str:
     return "".join(c if c.isidentifier() or c.isdigit() else "_" for c in name)
 
 
-def _holder(name: str, state: Any) -> tuple[GeneratorAdapter, Callable[[], Any]]:
-    """Return a generator that takes such a state, and what gives the state in the same form."""
+def _holder(
+    name: str, state: Any
+) -> tuple[GeneratorAdapter, Callable[[], Any], Callable[[Any], object]]:
+    """Return a generator for such a state, and what gives and takes the state in the same form."""
     if isinstance(state, (torch.Generator, torch.Tensor)):
         generator = torch.Generator(_device_of(state))
-        return TorchAdapter(generator), generator.get_state
+        return TorchAdapter(generator), generator.get_state, generator.set_state
     if isinstance(state, tuple) and state[:1] == ("MT19937",):
         numpy = np.random.RandomState()
-        return NumPyAdapter(numpy), numpy.get_state
+        return NumPyAdapter(numpy), numpy.get_state, numpy.set_state
     if isinstance(state, tuple) and state[:1] == (3,):
         python = random.Random()
-        return PythonAdapter(python), python.getstate
+        return PythonAdapter(python), python.getstate, python.setstate
     raise TypeError(
         f"the tracker's {name} is a {type(state).__name__}, expected a state as torch, Python's "
         "random or NumPy's legacy generator gives it, or a torch.Generator"

@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from nemo_rng_dcp import RNGLoadPlanner, RNGStateError, StatefulRNG
 from nemo_rng_dcp.generators import GeneratorSet
 from nemo_rng_dcp.generators.numpy_random import (
-    NumPyAdapter,
     NumPyGeneratorAdapter,
     SeedSequenceAdapter,
 )
@@ -367,31 +366,6 @@ def test_numbers_that_numpy_would_take_and_stumble_over_are_refused(
     packed[place] = 255
     with pytest.raises(ValueError, match=message):
         adapter.unpack(bytes(packed))
-
-
-def test_a_numpy_stream_that_has_not_moved_is_told_without_a_look_at_all_of_it() -> None:
-    np.random.seed(1)
-    for adapter in (NumPyAdapter(np.random), NumPyAdapter(np.random.RandomState(1))):
-        draw = adapter._generator
-        state = adapter.get()
-        assert adapter.is_at(state)
-        assert adapter.is_at(adapter.unpack(adapter.pack(state)))
-        draw.random_sample(312)  # the position is where it was, in other words
-        assert adapter.get()["state"]["pos"] == state["state"]["pos"]
-        assert not adapter.is_at(state)
-        state = adapter.get()
-        draw.standard_normal()
-        assert not adapter.is_at(state)
-        state = adapter.get()
-        draw.standard_normal()  # the one that was cached: no word is drawn
-        assert not adapter.is_at(state)
-        assert not adapter.is_at(adapter.get() | {"has_gauss": 1})
-    before = np.random.get_bit_generator()
-    np.random.set_bit_generator(np.random.PCG64(1))
-    try:
-        assert not NumPyAdapter(np.random).is_at(state)
-    finally:
-        np.random.set_bit_generator(before)
 
 
 def test_an_adapter_whose_kind_is_no_string_is_refused() -> None:

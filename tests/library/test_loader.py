@@ -267,6 +267,44 @@ def test_a_batch_that_fails_moves_nothing() -> None:
         next(iter(loader))
 
 
+class Meddling(Drawing):
+    """Samples that do with NumPy's global generator all that one can."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bits = np.random.get_bit_generator()  # type: ignore[attr-defined]
+        self.other = np.random.RandomState(5)
+        self.other.standard_normal()
+
+    def __getitem__(self, index: int) -> list[float]:
+        if index % 4 == 0:
+            np.random.seed(index)
+        if index % 4 == 1:
+            np.random.set_state(self.other.get_state())
+        if index % 4 == 2:
+            np.random.mtrand._rand.standard_normal()
+        return [*super().__getitem__(index), np.random.Generator(self.bits).random()]
+
+
+def test_batches_leave_numpys_cached_normals_where_they_were() -> None:
+    """Also one that was set back by hand, with which no word has moved."""
+    np.random.seed(1)
+    np.random.standard_normal()
+    for cached in (True, False, True):
+        with_one = np.random.get_state(legacy=False)
+        assert with_one["has_gauss"] == 1
+        if not cached:
+            np.random.standard_normal()
+        expected: Any = np.random.get_state()
+        for _ in ResumableLoader(DataLoader(Meddling(), batch_size=1), StatefulRNG(None)):
+            found: Any = np.random.get_state()
+            assert (found[1].tolist(), found[2:]) == (expected[1].tolist(), expected[2:])
+            if not cached:
+                np.random.set_state(with_one)
+                expected, cached = np.random.get_state(), True
+        np.random.set_state(with_one)
+
+
 def test_the_default_device_does_not_matter(tmp_path: Path) -> None:
     run = Run(Case("shuffle")).train(until=(0, 2))
     with torch.device("meta"):

@@ -28,6 +28,7 @@ from nemo_rng_dcp import (
     init_all_rng,
 )
 from nemo_rng_dcp.automodel import _get_rng_state
+from nemo_rng_dcp.generators.numpy_random import NumPyAdapter
 from nemo_rng_dcp.record import KEY
 from nemo_rng_dcp.versions import version_text
 from tests.support.records import State, altered, record_of, with_number, with_stream
@@ -409,16 +410,16 @@ def test_a_write_that_fails_halfway_puts_the_others_back(monkeypatch: pytest.Mon
     rng = StatefulRNG(1)
     state = rng.state_dict()
     draw()
-    real, calls = np.random.set_state, 0
+    real, calls = NumPyAdapter.set, 0
 
-    def failing(*args: object) -> None:
+    def failing(adapter: NumPyAdapter, to: bytes) -> None:
         nonlocal calls
         calls += 1
         if calls == 1:
             raise OSError("halfway")
-        real(*args)
+        real(adapter, to)
 
-    monkeypatch.setattr(np.random, "set_state", failing)
+    monkeypatch.setattr(NumPyAdapter, "set", failing)
     with unmoved(), pytest.raises(RNGStateError, match=r"^numpy: .*OSError: halfway"):
         rng.load_state_dict(state)
     assert calls > 1

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from nemo_rng_dcp import ScopedRNG, StatefulRNG
+from nemo_rng_dcp.generators.numpy_random import NumPyAdapter
 from tests.support.streams import draw, states, unmoved
 
 
@@ -100,17 +101,17 @@ def test_the_default_device_does_not_matter(
 def test_an_interrupt_while_a_scope_is_entered_leaves_no_trace(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    real, interrupts = np.random.seed, iter([KeyboardInterrupt])
+    real, interrupts = NumPyAdapter.seed, iter([KeyboardInterrupt])
 
-    def interrupted(seed: int) -> None:
+    def interrupted(adapter: NumPyAdapter, value: int) -> None:
         for interrupt in interrupts:
             raise interrupt
-        real(seed)
+        real(adapter, value)
 
     scope = ScopedRNG(5)
     with monkeypatch.context() as patch:
         # Python's generator has been seeded by then.
-        patch.setattr(np.random, "seed", interrupted)
+        patch.setattr(NumPyAdapter, "seed", interrupted)
         with unmoved(), pytest.raises(KeyboardInterrupt):
             scope.__enter__()
     with unmoved(), scope:  # it can be entered again

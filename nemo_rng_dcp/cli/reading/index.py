@@ -11,8 +11,7 @@ import torch
 
 from nemo_rng_dcp.cli.reading.pickles import typed
 from nemo_rng_dcp.errors import RNGStateError
-from nemo_rng_dcp.keys import KEY
-from nemo_rng_dcp.table import is_record
+from nemo_rng_dcp.keys import KEY, is_record
 
 _DIMENSIONS = 64  # torch's own limit
 _NAME_LENGTH = 4096
@@ -31,7 +30,7 @@ class Stored:
     size: tuple[int, ...]
 
     def is_record(self, key: str, name: str = KEY) -> bool:
-        """Return whether a load takes it for records; see ``table.is_record``."""
+        """Return whether a load takes it for records; see ``keys.is_record``."""
         return is_record(key, getattr(torch, self.dtype or "", None), self.size, name)
 
     def __str__(self) -> str:
