@@ -21,19 +21,30 @@ from scripts.demo import runs
 from scripts.demo.launch import ROOT, Launch
 
 OUT = Path("runs", "recipes")
-STEPS = 20
-SAVE_EVERY = 5
-RESUMED_STEP = 10
-KILLED_STEPS = range(10, 14)  # any of these; the newest checkpoint is then that of step 10
+
+
+class Schedule(NamedTuple):
+    """How many steps a recipe trains, when it saves, and from which save it is resumed."""
+
+    steps: int = 20
+    save_every: int = 5
+    resumed_step: int = 10
+
+    @property
+    def killed_steps(self) -> range:
+        """After any of these the newest checkpoint is the one to resume from."""
+        return range(self.resumed_step, self.resumed_step + self.save_every - 1)
+
+
+FULL = Schedule()
 
 
 class Job(NamedTuple):
-    """How a recipe is launched, from which step on; ``tp`` ranks share their streams."""
+    """How a recipe is launched; ``tp`` ranks share their streams."""
 
     ranks: int
     tp: int = 1
     options: tuple[str, ...] = ()
-    since: int = RESUMED_STEP
 
 
 @dataclass(frozen=True)
@@ -45,7 +56,9 @@ class Recipe:
         notes: The files with a line for each step, in the order in which a step writes them.
         generators: The streams from which a step draws as often in each of the jobs.
         logical_ranks: How many there are, where a resume on any number of processes is exact. Each
-            of the resumes then goes on from a checkpoint of the one before.
+            of the resumes then goes on two steps behind the start of the one before.
+        schedule: When it saves and resumes.
+        options: The recipe's, in every job.
     """
 
     name: str
@@ -54,6 +67,8 @@ class Recipe:
     notes: tuple[str, ...] = ("losses",)
     generators: tuple[str, ...] = ("python", "numpy", "torch")
     logical_ranks: int = 0
+    schedule: Schedule = FULL
+    options: tuple[str, ...] = ()
 
     @property
     def killed_rank(self) -> int:
@@ -70,12 +85,8 @@ class Finding(NamedTuple):
 
 
 def elastic(*processes: int) -> dict[str, Job]:
-    """Return jobs of which each goes on two steps after the start of the one before."""
-    options, steps = ("--save-every", "2"), range(RESUMED_STEP, STEPS, 2)
-    return {
-        f"on {count}": Job(count, options=options, since=step)
-        for count, step in zip(processes, steps, strict=False)
-    }
+    """Return jobs of which each leaves a checkpoint where the next one goes on."""
+    return {f"on {count}": Job(count, options=("--save-every", "2")) for count in processes}
 
 
 ON_1_AND_3 = {"on 1 rank": Job(1), "on 3 ranks": Job(3)}
@@ -111,22 +122,25 @@ def train(recipe: Recipe, job: Job, out: Path, kill: bool = False) -> None:
 
 def command(recipe: Recipe, job: Job, out: Path) -> tuple[Path, list[str]]:
     """Return the recipe's file and its arguments."""
-    options = {"--out": out, "--steps": STEPS, "--save-every": SAVE_EVERY, "--keep": STEPS}
+    steps, save_every, _ = recipe.schedule
+    options = {"--out": out, "--steps": steps, "--save-every": save_every, "--keep": steps}
     arguments = [str(word) for option in options.items() for word in option]
     arguments += ["--hash-every", "1"] if recipe.logical_ranks else []
-    return ROOT / "scripts" / "recipes" / f"{recipe.name}.py", [*arguments, *job.options]
+    arguments += [*recipe.options, *job.options]
+    return ROOT / "scripts" / "recipes" / f"{recipe.name}.py", arguments
 
 
 def is_the_moment(recipe: Recipe, out: Path) -> bool:
     """Return whether the rank to kill has noted a step since the checkpoint to resume from."""
     done = [runs.last_step(out, recipe.killed_rank, note) for note in recipe.notes]
     # Of a recipe that notes its rollout before the update: between the two.
-    return done[-1] in KILLED_STEPS and (len(done) == 1 or done[0] == done[-1] + 1)
+    return done[-1] in recipe.schedule.killed_steps and (len(done) == 1 or done[0] == done[-1] + 1)
 
 
 def compare(recipe: Recipe, out: Path) -> Iterator[Finding]:
     """Train, kill and resume a recipe; yield what is to be seen."""
     whole, killed = out / "uninterrupted", out / "killed"
+    steps, save_every, resumed_step = recipe.schedule
     # On logical ranks one process trains the same as several.
     train(recipe, recipe.job._replace(ranks=1) if recipe.logical_ranks else recipe.job, whole)
     train(recipe, recipe.job, killed, kill=True)
@@ -138,19 +152,20 @@ def compare(recipe: Recipe, out: Path) -> Iterator[Finding]:
     if recipe.logical_ranks:
         yield from compare_logical_ranks(recipe, out, whole, killed)
         return
-    saved = runs.read_streams(runs.checkpoint(whole, STEPS), generators=recipe.generators)
+    saved = runs.read_streams(runs.checkpoint(whole, steps), generators=recipe.generators)
     for title, job in recipe.resumes.items():
-        resumed = runs.copy_checkpoint(killed, RESUMED_STEP, out / title.replace(" ", "-"))
+        resumed = runs.copy_checkpoint(killed, resumed_step, out / title.replace(" ", "-"))
         train(recipe, job, resumed)
-        last = runs.checkpoint(resumed, STEPS)
+        last = runs.checkpoint(resumed, steps)
         rows = runs.fates(runs.read_streams(last, generators=recipe.generators), saved)
         expected = runs.expected_fates(job.ranks // job.tp, len(saved))
         by_rank = [[fate for fate in fates for _ in range(job.tp)] for fates in (rows, expected)]
         yield Finding(recipe.name, f"{title}: streams", *by_rank)
         if "rollouts" in recipe.notes:
-            found = rollout_taken_over(whole, recipe.job.ranks, resumed, job.ranks)
+            ranks_of = whole, recipe.job.ranks, resumed, job.ranks
+            found = rollout_taken_over(*ranks_of, resumed_step)
             yield Finding(recipe.name, f"{title}: rollout", found, ["equal"] * job.ranks)
-            equal = runs.equal_tensors(last, runs.checkpoint(whole, SAVE_EVERY), "app.reference.")
+            equal = runs.equal_tensors(last, runs.checkpoint(whole, save_every), "app.reference.")
             yield Finding(
                 recipe.name, f"{title}: reference", ["equal" if equal else "NOT"], ["equal"]
             )
@@ -167,14 +182,16 @@ def compare_logical_ranks(
 
     yield states(killed, "killed")
     run = killed
+    steps, _, since = recipe.schedule
     for title, job in recipe.resumes.items():
-        run = runs.copy_checkpoint(run, job.since, out / title.replace(" ", "-"))
+        run = runs.copy_checkpoint(run, since, out / title.replace(" ", "-"))
         train(recipe, job, run)
         ranks = range(recipe.logical_ranks)
-        found = [runs.equal_or_not(run, whole, rank, since=job.since) for rank in ranks]
+        found = [runs.equal_or_not(run, whole, rank, since=since) for rank in ranks]
         yield Finding(recipe.name, f"{title}: losses", found, ["equal" for _ in ranks])
-        yield states(run, title, job.since)
-    last, expected = (runs.read_streams(runs.checkpoint(path, STEPS)) for path in (run, whole))
+        yield states(run, title, since)
+        since += 2
+    last, expected = (runs.read_streams(runs.checkpoint(path, steps)) for path in (run, whole))
     found = ["equal" if last.get(r, {}) == streams else "NOT" for r, streams in expected.items()]
     yield Finding(recipe.name, "at the end: streams", found, ["equal"] * recipe.logical_ranks)
 
@@ -190,11 +207,13 @@ def with_fsdp2s_own_sums(recipe: Recipe, out: Path) -> Finding:
     return Finding(recipe.name, "FSDP2's own sums: weights", [found], [expected])
 
 
-def rollout_taken_over(whole: Path, ranks: int, resumed: Path, other_ranks: int) -> list[str]:
+def rollout_taken_over(
+    whole: Path, ranks: int, resumed: Path, other_ranks: int, step: int
+) -> list[str]:
     """Return on which ranks the resumed job trained its part of the rollout in the checkpoint."""
 
     def numbers(out: Path, rank: int) -> list[str]:
-        return dict(runs.read_steps(out, rank, "rollouts"))[RESUMED_STEP].strip("[]").split(", ")
+        return dict(runs.read_steps(out, rank, "rollouts"))[step].strip("[]").split(", ")
 
     saved = [number for rank in range(ranks) for number in numbers(whole, rank)]
     part = len(saved) // other_ranks
@@ -219,8 +238,9 @@ def report(findings: list[Finding]) -> bool:
 
 def main() -> int:
     shutil.rmtree(OUT, ignore_errors=True)
-    print(f"{STEPS} steps, a checkpoint every {SAVE_EVERY}; the last rank is killed after step")
-    print(f"{RESUMED_STEP} and torchrun restarts all ranks. Other jobs resume from there.\n")
+    steps, save_every, resumed_step = FULL
+    print(f"{steps} steps, a checkpoint every {save_every}; the last rank is killed after step")
+    print(f"{resumed_step} and torchrun restarts all ranks. Other jobs resume from there.\n")
     findings: list[Finding] = []
     for recipe in RECIPES:
         findings += compare(recipe, OUT / recipe.name)

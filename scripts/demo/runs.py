@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
-import subprocess
-import sys
 import warnings
 from collections.abc import Collection, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from nemo_rng_dcp.cli.main import main
 
 GENERATORS = ("python", "numpy", "torch")
 
@@ -68,9 +70,9 @@ def read_streams(folder: Path, generators: Collection[str] = GENERATORS) -> Stre
     Raises:
         LookupError: The checkpoint has no such entry.
     """
-    command = [sys.executable, "-m", "nemo_rng_dcp", "inspect", "--json", str(folder)]
-    shown = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False).stdout
-    for found in json.loads(shown)["entries"]:
+    with redirect_stdout(io.StringIO()) as shown:
+        main(["inspect", "--json", str(folder)])
+    for found in json.loads(shown.getvalue())["entries"]:
         if found["key"] == "rng":
             return {
                 row["row"]: {name: row["fingerprints"][name] for name in generators}

@@ -71,7 +71,7 @@ def test_a_killed_recipe_continues(
     for finding in recipes.compare(recipe, tmp_path):
         assert finding.found == finding.expected, finding.compared
     streams = [
-        runs.read_streams(runs.checkpoint(tmp_path / run, recipes.STEPS), generators=names)
+        runs.read_streams(runs.checkpoint(tmp_path / run, recipe.schedule.steps), generators=names)
         for run in ("killed", "uninterrupted")
     ]
     assert streams[0] == streams[1]

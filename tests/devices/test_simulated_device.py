@@ -15,44 +15,23 @@ import torch.distributed.checkpoint as dcp
 
 from nemo_rng_dcp import RNGLoadPlanner, RNGStateWarning, StatefulRNG
 from tests.devices import test_accelerator, test_accelerator_jobs
+from tests.devices.simulated import on_the_device, run_pytest
 from tests.support.launch import python
 from tests.support.streams import draw
-
-FOLDER = Path(__file__).with_name("simulated_device")
-LIMIT_SECONDS = 600
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="g++ compiles the simulated device"),
 ]
 
 
-def run(*arguments: str) -> str:
-    """Run Python in a process that has the device, and return what it printed."""
-    done = python(
-        *arguments,
-        seconds=LIMIT_SECONDS,
-        PYTHONPATH=os.pathsep.join([str(FOLDER), os.environ["PYTHONPATH"]]),
-        TORCH_CPP_LOG_LEVEL="ERROR",  # torch warns that the device has collectives of its own
-    )
-    return done.stderr + done.stdout
-
-
 @pytest.fixture(scope="module")
-def device() -> None:
-    """Compile the device if that was not done yet."""
-    printed = run("-c", "import torch; print(torch.accelerator.current_accelerator())")
-    assert printed.endswith("simacc\n"), f"the simulated device does not load:\n{printed}"
-
-
-@pytest.fixture(scope="module")
-def outcomes(
-    device: None, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, list[ElementTree.Element]]:
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[ElementTree.Element]]:
     """The tests' outcomes by name, once for each set of parameters."""
-    report = tmp_path_factory.mktemp("simulated") / "report.xml"
+    folder = tmp_path_factory.mktemp("simulated")
+    report, output = folder / "report.xml", folder / "output"
     files = [str(module.__file__) for module in (test_accelerator, test_accelerator_jobs)]
-    printed = run("-m", "pytest", "-p", "no:cacheprovider", f"--junitxml={report}", *files)
-    assert report.exists(), printed
+    run_pytest(["-p", "no:cacheprovider", f"--junitxml={report}", *files], output)
+    assert report.exists(), output.read_text()
     cases: dict[str, list[ElementTree.Element]] = {}
     for case in ElementTree.parse(report).iter("testcase"):
         cases.setdefault(case.attrib["name"].partition("[")[0], []).append(case)
@@ -97,12 +76,13 @@ print(json.dumps([drawn, messages, draw()]))
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="needs a machine without accelerator")
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-@pytest.mark.usefixtures("device")
 def test_checkpoints_go_from_a_cpu_machine_to_an_accelerator_and_back(tmp_path: Path) -> None:
     dcp.save({"rng": StatefulRNG(42)}, checkpoint_id=tmp_path / "cpu")
     expected = draw()
-    printed = run("-c", LOADS_AND_SAVES, str(tmp_path / "cpu"), str(tmp_path / "simacc"))
-    drawn, messages, expected_next = json.loads(printed.splitlines()[-1])
+    folders = tmp_path / "cpu", tmp_path / "simacc"
+    done = python("-c", LOADS_AND_SAVES, *folders, **on_the_device(dict(os.environ)))
+    assert done.returncode == 0, done.stderr
+    drawn, messages, expected_next = json.loads(done.stdout.splitlines()[-1])
     assert drawn == expected
     assert any(
         "the checkpoint has no simacc: the stream stays as it is" in message for message in messages

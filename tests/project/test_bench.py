@@ -4,6 +4,7 @@ import json
 import math
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,10 +12,11 @@ import pytest
 import torch
 
 from scripts.bench import __main__ as bench
-from scripts.bench import checkpoint, planning, ranks
+from scripts.bench import checkpoint, planning, processes, ranks
 from scripts.bench.table import Row, Section, filled, text
-from scripts.bench.timing import Target, growth
+from scripts.bench.timing import Target, cpu_seconds, growth
 from scripts.bench.ways import Way, plain_capture, plain_restore
+from tests.support.ranks import server
 
 Results = tuple[str, dict[str, Any], Path]
 PAGE = Path(bench.__file__).parents[2] / "docs" / "cost.md"
@@ -35,15 +37,28 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     file = tmp_path_factory.mktemp("bench") / "bench.json"
     folder = tmp_path_factory.mktemp("checkpoints")
     threads = torch.get_num_threads()
+    server()  # begins the fork server, of which the ranks of the other tests are forks, too
     with pytest.MonkeyPatch.context() as patch:
         printed: list[str] = []
         patch.setattr(checkpoint, "memory_folder", lambda: folder)
+        patch.setattr(processes, "import_seconds", import_seconds)
         patch.setattr("builtins.print", lambda line="", **_: printed.append(str(line)))
         (page := file.with_name("cost.md")).write_text(PAGE.read_text())
         bench.main(["--quick", "--json", str(file), "--page", str(page)])
     torch.set_num_threads(threads)
     result = json.loads(file.read_text()) | {"page": page.read_text()}
     return "\n".join(printed), result, folder
+
+
+def import_seconds(statement: str) -> float:
+    """Import ours in a fresh process, as the benchmark does, and torch in this one."""
+    if statement == processes.OURS:
+        return _in_a_fresh_process(statement)
+    spent, _ = cpu_seconds(partial(exec, statement, {}))
+    return spent
+
+
+_in_a_fresh_process = processes.import_seconds
 
 
 def numbers(value: Any) -> list[float]:

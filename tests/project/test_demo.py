@@ -90,7 +90,7 @@ def test_a_rollout_is_taken_over_in_parts(tmp_path: Path) -> None:
         (tmp_path / run).mkdir()
         for rank, part in enumerate([*parts, "[5, 7]"]):
             (tmp_path / run / f"rollouts-rank{rank}.txt").write_text(f"10 {part}\n")
-    found = recipes.rollout_taken_over(tmp_path / "whole", 2, tmp_path / "other", 3)
+    found = recipes.rollout_taken_over(tmp_path / "whole", 2, tmp_path / "other", 3, 10)
     assert found == ["equal", "equal", "DIFFERENT"]
 
 

@@ -6,7 +6,6 @@ import importlib
 import random
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,10 @@ import torch.distributed.checkpoint as dcp
 
 from nemo_rng_dcp import ScopedRNG, StatefulRNG, init_all_rng
 from scripts.demo import recipes, runs
-from scripts.demo.recipes import Job, Recipe
+from scripts.demo.recipes import Recipe
 from scripts.recipes import train_ddp, train_fsdp2, train_grpo, train_hsdp_tp
 from tests.support.jobs import job
-from tests.support.recipes import train_forked, train_under_torchrun
+from tests.support.recipes import SHORT, SMALL, train_forked, train_under_torchrun
 from tests.support.scripts import agent, execute
 
 FOLDER = Path(train_fsdp2.__file__).parent
@@ -32,19 +31,6 @@ MODELS = {
     "train_grpo": train_grpo.Policy,
     "train_elastic": train_fsdp2.GPT,  # the same model
 }
-# `make recipes` does more: it resumes each of them on fewer and on more ranks.
-SMALL = {recipe.name: replace(recipe, resumes={}) for recipe in recipes.RECIPES}
-SMALL["train_hsdp_tp"] = Recipe("train_hsdp_tp", Job(2, 2, ("--tp", "2")), {})
-SMALL["train_elastic"] = replace(
-    SMALL["train_elastic"],
-    job=Job(4, options=(four := ("--logical-ranks", "4", "--layers", "1", "--length", "16"))),
-    resumes={
-        title: job._replace(options=job.options + four)
-        for title, job in recipes.elastic(2, 1, 4).items()
-    },
-    logical_ranks=4,
-)
-SMALL["train_grpo"] = replace(SMALL["train_grpo"], resumes={"on 1 rank": Job(1)})
 
 
 UNDER_TORCHRUN = "train_fsdp2"
@@ -71,7 +57,7 @@ def test_a_killed_job_continues(
         finding.compared: finding.expected for finding in findings
     }
     retrained = [step for step, _ in runs.read_steps(tmp_path / "killed", 0)]
-    assert retrained.count(recipes.RESUMED_STEP) == 2, "the kill came after the checkpoint"
+    assert retrained.count(SHORT.resumed_step) == 2, "the kill came after the checkpoint"
     assert (tmp_path / "killed" / "run.json").exists()
     if recipe.name == "train_hsdp_tp":
         # Dropout on the copies of an activation hit the same elements, or the losses would differ.
@@ -82,7 +68,8 @@ def test_a_killed_job_continues(
             [step for step, _ in runs.read_steps(tmp_path / "killed", 1, note)]
             for note in recipe.notes
         )
-        last = rollouts[: rollouts.index(10, rollouts.index(10) + 1)][-1]
+        step = SHORT.resumed_step
+        last = rollouts[: rollouts.index(step, rollouts.index(step) + 1)][-1]
         assert rollouts.count(last) == updates.count(last) + 1, "killed before the update"
 
 

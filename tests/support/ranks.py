@@ -15,8 +15,8 @@ import pickle
 import signal
 import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import cache, partial
 from multiprocessing import connection
@@ -33,7 +33,7 @@ from tests.support.pages import collapse
 GRACE_SECONDS = 2
 """When a rank has failed, the others have this long to fail by themselves and say where."""
 
-_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT: Any = multiprocessing.get_context("forkserver")
 # Not nemo_rng_dcp: this server can have another path than the test, and thus another copy of it.
 # DCP's first save and load import all but the first two.
 _PRELOADED = [
@@ -87,8 +87,7 @@ class _Server:
 
     def __init__(self) -> None:
         self.requests, requests = _CONTEXT.Pipe()
-        self.process = _CONTEXT.Process(target=_serve, args=(requests,))
-        self.process.start()
+        self.process = fork(_serve, requests, self.requests)
         requests.close()
         # multiprocessing would wait for it for ever.
         atexit.register(self.close)
@@ -116,7 +115,33 @@ def server() -> _Server:
     return _Server()
 
 
-def _serve(requests: connection.Connection) -> None:
+def fork(function: Callable[..., None], *arguments: object) -> BaseProcess:
+    """Start a fork of the fork server, which has imported torch and nothing of ours."""
+    process: BaseProcess = _CONTEXT.Process(target=_call, args=(function, arguments))
+    process.start()
+    return process
+
+
+@contextmanager
+def forks_of_this_process() -> Iterator[None]:
+    """Have ranks that are forks of this process as it is now, and not of the fork server."""
+    global _CONTEXT
+    _CONTEXT = multiprocessing.get_context("fork")
+    try:
+        server()
+        yield
+    finally:
+        server().close()
+
+
+def _call(function: Callable[..., None], arguments: tuple[object, ...]) -> None:
+    # A process of a fork server starts its own processes with another one: that imports torch anew.
+    multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
+    function(*arguments)
+
+
+def _serve(requests: connection.Connection, other_end: connection.Connection) -> None:
+    other_end.close()  # a fork has it, too, and would wait for itself
     # An interrupt is for pytest, which then closes the pipe.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     first = True
@@ -189,12 +214,17 @@ def _end(ranks: list[BaseProcess]) -> None:
         process.join()
 
 
-def _run(rank: int, request: Request) -> None:
-    """What the process of a rank does; multiprocessing then ends it without Python's shutdown."""
-    with output(request.folder, rank).open("wb") as file:
+def print_to(path: Path) -> None:
+    """Have this process print to a file from now on."""
+    with path.open("wb") as file:
         os.dup2(file.fileno(), sys.stdout.fileno())
         os.dup2(file.fileno(), sys.stderr.fileno())
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+
+
+def _run(rank: int, request: Request) -> None:
+    """What the process of a rank does; multiprocessing then ends it without Python's shutdown."""
+    print_to(output(request.folder, rank))
     # A shell ignores interrupts in what it starts in the background, and so would this rank.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     # Whatever ends this rank, its last words are where it was.
@@ -202,8 +232,6 @@ def _run(rank: int, request: Request) -> None:
     faulthandler.register(signal.SIGTERM, chain=True)
     faulthandler.dump_traceback_later(request.limit, exit=True)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
-    # A process of a fork server starts its own processes with another one: that imports torch anew.
-    multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
     # Before Python 3.12 a fork hangs if a thread of gloo asks for the interpreter in that moment
     # (cpython issue 112275), as one may right after a collective.
     os.register_at_fork(before=partial(time.sleep, 0.02))
