@@ -3,7 +3,11 @@
 import json
 import os
 import re
+import signal
 import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -11,8 +15,8 @@ import pytest
 import nemo_rng_dcp
 from nemo_rng_dcp.cli.main import main
 from tests.support.command import INSTALLED, Capture, ask, ask_json, run
-from tests.support.launch import python
-from tests.support.records import drawn_streams, records, save
+from tests.support.launch import environment, python
+from tests.support.records import at_their_seed, drawn_streams, records, save
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -22,11 +26,35 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save(records(2), tmp_path_factory.mktemp("command") / "checkpoint")
 
 
-def test_the_command_is_installed(checkpoint: Path, tmp_path: Path) -> None:
-    done = run("inspect", checkpoint, cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.endswith("no findings\n")
-    assert not list(tmp_path.iterdir())
+def test_the_command_is_installed_and_its_findings_have_one_order(
+    tmp_path: Path, capsys: Capture
+) -> None:
+    """The order was the one of a set, which PYTHONHASHSEED changes."""
+    path = save(records(6, at_their_seed), tmp_path / "checkpoint")
+    words = ["inspect", str(path), "--json"]
+    here = tmp_path / "here"
+    here.mkdir()
+
+    def start(seed: str, *command: str) -> tuple[int, str, str]:
+        done = subprocess.run(
+            [*command, *words],
+            cwd=here,
+            env=environment(PYTHONHASHSEED=seed),
+            capture_output=True,
+            text=True,
+            timeout=100,
+            check=False,
+        )
+        return done.returncode, done.stdout, done.stderr
+
+    with ThreadPoolExecutor() as pool:
+        installed = pool.submit(start, "1", INSTALLED)
+        as_a_module = pool.submit(start, "2", sys.executable, "-m", "nemo_rng_dcp")
+    assert main(words) == 0
+    expected = capsys.readouterr().out
+    assert len(json.loads(expected)["findings"]) == 3
+    assert installed.result() == as_a_module.result() == (0, expected, "")
+    assert not list(here.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -47,12 +75,6 @@ def test_help_and_version_import_neither_torch_nor_numpy(words: list[str]) -> No
     elif len(words) == 2:
         examples = re.findall(r"^  nemo-rng-dcp .*", done.stdout, re.MULTILINE)
         assert len(examples) == 2
-
-
-def test_the_command_runs_as_a_module(checkpoint: Path) -> None:
-    done = python("-m", "nemo_rng_dcp", "inspect", checkpoint, "--json")
-    (entry,) = json.loads(done.stdout)["entries"]
-    assert (entry["key"], entry["rows"], len(entry["streams"])) == ("rng", 2, 2)
 
 
 def test_a_reason_is_one_line_on_stderr(tmp_path: Path) -> None:
@@ -104,20 +126,31 @@ def test_a_closed_stdout_is_one_line_and_exit_code_2(checkpoint: Path) -> None:
     assert done.stderr == ("nemo-rng-dcp: stdout is closed, so there is nowhere to print to\n")
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+needs_full = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+
+
+def onto_a_full_disk(words: Sequence[str]) -> int:
+    os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
+    return main(words)
+
+
+@needs_full
 def test_a_full_disk_is_one_line_and_exit_code_2(checkpoint: Path) -> None:
-    with open("/dev/full", "w") as full:
-        done = run("inspect", checkpoint, stdout=full)
+    done = run("inspect", checkpoint, program=onto_a_full_disk)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "No space left" in done.stderr
 
 
-def test_a_reader_that_leaves_early_is_no_error(checkpoint: Path) -> None:
+def to_nobody(words: Sequence[str]) -> int:
     read, write = os.pipe()
+    os.dup2(write, 1)
     os.close(read)
-    done = run("inspect", checkpoint, stdout=write)
-    os.close(write)
+    return main(words)
+
+
+def test_a_reader_that_leaves_early_is_no_error(checkpoint: Path) -> None:
+    done = run("inspect", checkpoint, program=to_nobody)
     assert (done.returncode, done.stderr) == (2, "")
 
 
@@ -224,33 +257,42 @@ def test_an_error_that_nobody_foresaw_is_no_finding(
     assert ask(capsys, "inspect", "anywhere") == (2, f"nemo-rng-dcp: {reason}")
 
 
+class Interrupting(str):
+    def __contains__(self, text: str) -> bool:
+        os.kill(os.getpid(), signal.SIGINT)
+        return False
+
+
+def interrupted(words: Sequence[str]) -> int:
+    command, path = words
+    return main([command, Interrupting(path)])
+
+
 def test_ctrl_c_ends_with_130(checkpoint: Path) -> None:
-    program = (
-        "import os, signal, sys, threading\n"
-        "from nemo_rng_dcp.cli.main import main\n"
-        # A shell's background jobs begin with the signal ignored.
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "class Path(str):\n"
-        "    def __contains__(self, text): os.kill(os.getpid(), signal.SIGINT); return False\n"
-        "sys.argv[1] = Path(sys.argv[1])\n"
-        "sys.exit(main(['inspect', sys.argv[1]]))"
-    )
-    done = python("-c", program, checkpoint)
+    done = run("inspect", checkpoint, program=interrupted)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-@pytest.mark.parametrize("stderr", ["2>&-", "2>/dev/full"])
+def without_stderr(words: Sequence[str]) -> int:
+    os.close(2)
+    sys.stderr = None  # type: ignore[assignment]  # as Python has it then
+    return main(words)
+
+
+def with_a_full_stderr(words: Sequence[str]) -> int:
+    os.dup2(os.open("/dev/full", os.O_WRONLY), 2)
+    return main(words)
+
+
+@needs_full
+@pytest.mark.parametrize("program", [without_stderr, with_a_full_stderr])
 def test_a_stderr_that_cannot_be_written_changes_nothing(
-    stderr: str, checkpoint: Path, tmp_path: Path
+    program: Callable[[Sequence[str]], int], checkpoint: Path, tmp_path: Path
 ) -> None:
     """The reason went to stdout, where --json prints, or the exit code became 1."""
     damaged = save(records(2), tmp_path)
     (damaged / "__0_0.distcp").write_bytes(b"")
     for words, answers in (([damaged, damaged, "--json"], True), ([checkpoint, "/nowhere"], False)):
-        line = " ".join([INSTALLED, "diff", *map(str, words), stderr])
-        done = subprocess.run(
-            ["/bin/sh", "-c", line], stdout=subprocess.PIPE, text=True, timeout=100, check=False
-        )
+        done = run("diff", *words, program=program)
         assert done.returncode == 2
         assert json.loads(done.stdout)["entries"] if answers else done.stdout == ""

@@ -30,13 +30,9 @@ from nemo_rng_dcp.cli.importing.command import save_records
 from nemo_rng_dcp.cli.importing.rank_states import to_records
 from nemo_rng_dcp.cli.importing.search import read_states
 from nemo_rng_dcp.cli.main import main
-from nemo_rng_dcp.cli.reading.opening import open_checkpoint
-from nemo_rng_dcp.cli.reading.table import find_tables
 from nemo_rng_dcp.record import Record
-from nemo_rng_dcp.versions import UNSEEDED
 from tests.support.command import Capture
 from tests.support.jobs import job
-from tests.support.launch import python
 from tests.support.streams import draw, unmoved, warned
 
 Numbers = list[float]
@@ -364,16 +360,6 @@ def test_a_url_is_written_to(tmp_path: Path) -> None:
     url = f"file://{tmp_path}/out"
     assert main(["import", str(tmp_path), url]) == 0
     assert [numbers for numbers, _ in job(2, loaded, tmp_path / "out")] == expected
-
-
-def test_the_commands_own_hash_seed_is_not_the_jobs(tmp_path: Path) -> None:
-    saved(tmp_path, "random_states_RANK.pkl", accelerate)
-    words = ["-m", "nemo_rng_dcp", "import", tmp_path, tmp_path / "out"]
-    assert python(*words, PYTHONHASHSEED="3").returncode == 0
-    [table] = find_tables(open_checkpoint(str(tmp_path / "out")))
-    record = table.read(0)
-    assert isinstance(record, Record)
-    assert record.hash_seed == UNSEEDED
 
 
 def test_letters_that_stdout_has_not_are_escaped(

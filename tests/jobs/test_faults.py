@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan, SavePlanner
 
 from nemo_rng_dcp import RNGLoadPlanner, RNGStateError, StatefulRNG
-from tests.support.jobs import JobError, begin_group, job
+from tests.support.jobs import JobError, begin_group, gather, job
 from tests.support.streams import draw, unmoved
 
 Numbers = list[float]
@@ -160,17 +160,18 @@ class HungWriter(dcp.FileSystemWriter):
 
 def save_beside_a_hung_peer(folder: Path, before: bool) -> None:
     begin_group(limit=3)
+    _, hung = gather(os.getpid())
     rng = StatefulRNG(1000, ranked=True)
-    if before:
-        if dist.get_rank() == 1:
-            os.kill(os.getpid(), signal.SIGSTOP)
-        dist.monitored_barrier(timeout=timedelta(seconds=3))
-    with unmoved():
-        try:
+    try:
+        if before:
+            if dist.get_rank() == 1:
+                os.kill(hung, signal.SIGSTOP)
+            dist.monitored_barrier(timeout=timedelta(milliseconds=100))
+        with unmoved(), pytest.raises(RuntimeError) as caught:
             dcp.save({"rng": rng}, storage_writer=HungWriter(folder / "2"))
-        except RuntimeError as error:
-            text = str(error)
-    raise TimeoutError(text)
+        raise TimeoutError(str(caught.value))
+    finally:
+        os.kill(hung, signal.SIGKILL)  # nothing less ends it, and the job would try
 
 
 def test_a_hung_peer_ends_the_save_by_the_time_out_of_the_group(in_charge: Path) -> None:
@@ -180,7 +181,7 @@ def test_a_hung_peer_ends_the_save_by_the_time_out_of_the_group(in_charge: Path)
 
 def test_a_monitored_barrier_before_the_save_names_the_hung_peer(in_charge: Path) -> None:
     """gloo's own time-out names no rank, and the save itself is DCP's."""
-    with pytest.raises(JobError, match=r"Rank 1 failed to pass monitoredBarrier in 3000 ms"):
+    with pytest.raises(JobError, match=r"Rank 1 failed to pass monitoredBarrier in 100 ms"):
         job(2, save_beside_a_hung_peer, in_charge, True, group=False)
 
 

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from nemo_rng_dcp import ScopedRNG, StatefulRNG, derive_seed, init_all_rng, seed_worker
 from nemo_rng_dcp.seeding import SeedPaths
+from tests.support import jobs
 from tests.support.streams import draw, states, unmoved
 
 
@@ -268,8 +269,11 @@ class Streams(Dataset[Any]):
         return draw(), torch.initial_seed()
 
 
-@pytest.mark.parametrize("start_method", ["fork", "spawn"])
+# A worker of the fork server has, as a spawned one, no stream of this process, and starts at once.
+@pytest.mark.parametrize("start_method", ["fork", "forkserver"])
 def test_workers_are_seeded_from_torchs_worker_seed(start_method: str) -> None:
+    jobs.preload()
+
     def items() -> list[Any]:
         return list(
             DataLoader(

@@ -2,48 +2,84 @@
 
 import json
 import os
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+from nemo_rng_dcp.cli.reading.opening import open_checkpoint
+from nemo_rng_dcp.cli.reading.table import find_tables
 from nemo_rng_dcp.record import Mesh, Record
 from nemo_rng_dcp.table import records_in
 from nemo_rng_dcp.versions import HASH_SEED, UNSEEDED, version_number, version_text
 from tests.fixtures import LAYOUT_1
 from tests.library import hash_seed
 from tests.support.command import Capture, ask, ask_json
-from tests.support.launch import python
+from tests.support.launch import environment
 from tests.support.records import RECORD, records, save
 
 LONGEST = str(2**32 - 1)
 
 
-def start(seed: str | None, *arguments: object) -> Any:
-    """Run the script under a hash seed and return what it printed."""
-    done = python(hash_seed.__file__, *arguments, PYTHONHASHSEED=seed)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+class Started:
+    """A process under a hash seed; its start takes seconds, so the tests share it."""
+
+    def __init__(self, seed: str | None) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, hash_seed.__file__],
+            env=environment(PYTHONHASHSEED=seed),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def ask(self, *words: object) -> Any:
+        stdin, stdout = self.process.stdin, self.process.stdout
+        assert stdin
+        assert stdout
+        print(json.dumps([*map(str, words)]), file=stdin, flush=True)
+        return json.loads(stdout.readline())
 
 
-def test_a_resume_under_another_hash_seed_warns(tmp_path: Path) -> None:
-    """In processes of their own; a set of strings tells that it matters."""
+@pytest.fixture(scope="module")
+def started() -> Iterator[dict[str | None, Started]]:
+    processes = {seed: Started(seed) for seed in ("0", None)}
+    yield processes
+    for started in processes.values():
+        with started.process:
+            started.process.kill()
+
+
+def test_a_resume_under_another_hash_seed_warns(
+    started: dict[str | None, Started], tmp_path: Path
+) -> None:
+    """A set of strings tells that it matters."""
     set_, unset = tmp_path / "set", tmp_path / "unset"
-    order, _ = start("0", "save", set_)
-    start(None, "save", unset)
-    orders, warnings = {}, {}
-    for seed in ("0", None):
-        orders[seed], warnings[seed] = start(seed, "load", set_, unset)
-    assert orders["0"] == order != orders[None]
+    assert started["0"].ask("save", set_) != started[None].ask("save", unset)
     remedy = "iterated in another order. Start the job with PYTHONHASHSEED=0"
-    text = "RNG state: saved with PYTHONHASHSEED 0, now {}: a set of strings is " + remedy
-    assert warnings == {
-        "0": [[], []],
-        None: [[text.format("random")], []],
-    }
+    text = f"RNG state: saved with PYTHONHASHSEED 0, now random: a set of strings is {remedy}"
+    assert started["0"].ask("load", set_, unset) == [[], []]
+    assert started[None].ask("load", set_, unset) == [[text], []]
+
+
+def test_the_commands_own_hash_seed_is_not_the_jobs(
+    started: dict[str | None, Started], tmp_path: Path
+) -> None:
+    states = {"python": random.getstate(), "numpy": np.random.get_state()}
+    torch.save({**states, "cpu": torch.get_rng_state()}, tmp_path / "rng_state.pth")
+    assert started["0"].ask("import", tmp_path, tmp_path / "out") == 0
+    [table] = find_tables(open_checkpoint(str(tmp_path / "out")))
+    record = table.read(0)
+    assert isinstance(record, Record)
+    assert record.hash_seed == UNSEEDED
 
 
 MESHES: list[Mesh | None] = [None, (("dp", 4), ("pp", 2)), (("a" * 94, 2),), (("a" * 95, 2),)]

@@ -53,13 +53,18 @@ def python(
         seconds: How long it may take.
         variables: Of its environment, beside those of this process; ``None``: it has none.
     """
-    changed: dict[str, str | None] = {"RANK": None, "WORLD_SIZE": None, **variables}
-    kept = {name: value for name, value in os.environ.items() if name not in changed}
     return subprocess.run(
         [sys.executable, *map(str, arguments)],
-        env={**kept, **{name: value for name, value in changed.items() if value is not None}},
+        env=environment(**variables),
         capture_output=True,
         text=True,
         timeout=seconds,
         check=False,
     )
+
+
+def environment(**variables: str | None) -> dict[str, str]:
+    """Return this process's environment, of no rank, and with these variables; see ``python``."""
+    changed: dict[str, str | None] = {"RANK": None, "WORLD_SIZE": None, **variables}
+    kept = {name: value for name, value in os.environ.items() if name not in changed}
+    return {**kept, **{name: value for name, value in changed.items() if value is not None}}

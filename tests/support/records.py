@@ -55,6 +55,12 @@ def drawn_streams(row: int) -> dict[str, Stream]:
     return {name: stream(kind, 2**40 + row) for name, kind in GENERATORS.items()}
 
 
+def at_their_seed(row: int) -> Mapping[str, Stream]:
+    """Return streams of a job of seed 42: row 0 has not drawn, the others drew not from Python."""
+    seeded = {name: stream(drawn.kind, 42 + row) for name, drawn in drawn_streams(row).items()}
+    return {**drawn_streams(row), "python": seeded["python"]} if row else seeded
+
+
 def records(
     count: int, streams: Callable[[int], Mapping[str, Stream]] = drawn_streams, **fields: Any
 ) -> list[Record]:
