@@ -26,7 +26,7 @@ Loader = Callable[[int, int], DataLoader[torch.Tensor]]
 """Makes the loader of an epoch with a number of workers."""
 
 
-sizes = pytest.mark.parametrize("size", [1, 2, 4])
+sizes = pytest.mark.parametrize("size", [1, 3])
 
 
 class Drawing(Dataset[torch.Tensor]):
@@ -114,12 +114,11 @@ def augmented_samples(workers: int) -> dict[tuple[int, int], list[float]]:
 
 def test_a_sample_is_augmented_alike_for_any_ranks_and_workers() -> None:
     found = []
-    for size in (1, 2, 4):
-        for workers in (0, 2):
-            ranks = job(size, augmented_samples, workers)
-            assert sum(map(len, ranks)) == EPOCHS * SAMPLES, "two ranks have the same sample"
-            found.append({sample: n for rank in ranks for sample, n in rank.items()})
-    assert found == [found[0]] * 6
+    for size, workers in ((1, 0), (1, 2), (2, 0), (4, 2)):
+        ranks = job(size, augmented_samples, workers)
+        assert sum(map(len, ranks)) == EPOCHS * SAMPLES, "two ranks have the same sample"
+        found.append({sample: n for rank in ranks for sample, n in rank.items()})
+    assert found == [found[0]] * 4
     distinct = {tuple(numbers) for numbers in found[0].values()}
     assert len(distinct) == len(found[0]) == EPOCHS * SAMPLES
 

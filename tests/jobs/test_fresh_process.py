@@ -6,28 +6,22 @@ import pytest
 
 from scripts.demo.launch import Launch
 from tests.jobs import fresh_process
-from tests.support.launch import python, torchrun
+from tests.support.launch import torchrun
 from tests.support.scripts import run_script
 
 SCRIPT = Path(fresh_process.__file__)
 
 
-@pytest.mark.parametrize("ranks", [0, 2], ids=["no-group", "torchrun-2"])
-def test_a_fresh_process_continues(ranks: int, tmp_path: Path) -> None:
+def test_fresh_processes_continue(tmp_path: Path) -> None:
     """Saved by forks, which start in no time; loaded by processes that import everything."""
-    if ranks:
-        torchrun(SCRIPT, ranks, "save", str(tmp_path))
-        Launch(SCRIPT, ranks, "load", str(tmp_path), timeout=100).output()
-    else:
-        run_script(0, SCRIPT, "save", str(tmp_path))
-        done = python(SCRIPT, "load", tmp_path)
-        assert done.returncode == 0, done.stderr
+    torchrun(SCRIPT, 2, "save", str(tmp_path))
+    Launch(SCRIPT, 2, "load", str(tmp_path), timeout=100).output()
     continued = sorted(path.name for path in tmp_path.glob("continued-*"))
-    assert continued == [f"continued-{rank}" for rank in range(max(1, ranks))]
+    assert continued == ["continued-0", "continued-1"]
 
 
-@pytest.mark.parametrize(("saved_by", "loaded_by"), [(0, 1), (1, 0)])
-def test_one_rank_goes_on_without_a_group_and_the_reverse(
+@pytest.mark.parametrize(("saved_by", "loaded_by"), [(0, 0), (0, 1), (1, 0)])
+def test_one_rank_goes_on_with_or_without_a_group(
     saved_by: int, loaded_by: int, tmp_path: Path
 ) -> None:
     run_script(saved_by, SCRIPT, "save", str(tmp_path))

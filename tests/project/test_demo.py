@@ -1,5 +1,6 @@
 """What the demo says of a run is what the run's files say."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -101,15 +102,24 @@ def test_a_launch_that_fails_is_an_error(tmp_path: Path) -> None:
         Launch(script, 2).output()
 
 
-def test_a_launch_that_ends_before_the_moment_to_kill_is_an_error(tmp_path: Path) -> None:
-    script = tmp_path / "script.py"
-    script.write_text("print('nothing happened')")
+@pytest.fixture
+def runs_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A shell's script in the place of Python, which would import torch for torchrun."""
+    command = tmp_path / "python"
+    command.touch(0o755)
+    monkeypatch.setattr(sys, "executable", str(command))
+    return command
+
+
+def test_a_launch_that_ends_before_the_moment_to_kill_is_an_error(runs_alone: Path) -> None:
+    runs_alone.write_text("#!/bin/sh\necho nothing happened")
     with pytest.raises(LaunchError, match=r"no moment to kill rank 0:\n(.*\n)*nothing happened"):
-        Launch(script, 1).kill(0, lambda: False)
+        Launch(Path("script.py"), 1).kill(0, lambda: False)
 
 
-def test_a_launch_that_takes_too_long_is_ended(tmp_path: Path) -> None:
-    script = tmp_path / "script.py"
-    script.write_text("import time\ntime.sleep(100)")
+def test_a_launch_that_takes_too_long_is_ended(runs_alone: Path) -> None:
+    runs_alone.write_text("#!/bin/sh\nexec sleep 100")
+    launch = Launch(Path("script.py"), 1, timeout=1)
     with pytest.raises(LaunchError, match=r"script\.py on 1 ranks took over 1 s"):
-        Launch(script, 1, timeout=1).output()
+        launch.output()
+    assert launch.process.poll() is not None

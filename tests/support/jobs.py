@@ -68,7 +68,8 @@ def job(
             "GLOO_SOCKET_IFNAME": "lo",
         }
         call = (_in_a_group, (limit, function, args)) if group else (function, args)
-        told = (environment, os.getcwd(), sys.path, limit, pickle.dumps(call))
+        seconds = (limit, ranks.GRACE_SECONDS)
+        told = (environment, os.getcwd(), sys.path, *seconds, pickle.dumps(call))
         outcome = ranks.server().run(ranks.Request(folder, size, *told))
         if outcome.failed is None:
             files = [ranks.result(folder, rank) for rank in range(size)]

@@ -56,6 +56,7 @@ class Request(NamedTuple):
     place: str
     path: list[str]
     limit: float
+    grace: float
     call: bytes
     """The function and its arguments, pickled: each rank has its own."""
 
@@ -173,14 +174,14 @@ def _outcome(request: Request, requests: connection.Connection) -> Outcome:
             process = context.Process(target=_run, args=(rank, request))
             process.start()
             ranks.append(process)
-        failed = _first_to_fail(ranks, request.folder, requests)
+        failed = _first_to_fail(ranks, request, requests)
     finally:
-        _end(ranks)
+        _end(ranks, request.grace)
     return Outcome(failed, [int(rank.exitcode or 0) for rank in ranks])
 
 
 def _first_to_fail(
-    ranks: list[BaseProcess], folder: Path, requests: connection.Connection
+    ranks: list[BaseProcess], request: Request, requests: connection.Connection
 ) -> int | None:
     """Wait until all ranks have ended, but not for long once one of them has failed."""
     # Not the sentinels: processes that a rank has started would hold them open.
@@ -196,20 +197,20 @@ def _first_to_fail(
             os.close(ready)
             ranks[rank].join()
             # A function can end its process with 0 and never return.
-            passed = ranks[rank].exitcode == 0 and result(folder, rank).exists()
+            passed = ranks[rank].exitcode == 0 and result(request.folder, rank).exists()
             if failed is None and not passed:
-                failed, deadline = rank, time.monotonic() + GRACE_SECONDS
+                failed, deadline = rank, time.monotonic() + request.grace
     for left_over in running:
         os.close(left_over)
     return failed
 
 
-def _end(ranks: list[BaseProcess]) -> None:
+def _end(ranks: list[BaseProcess], grace: float) -> None:
     """End what is still running."""
     for process in ranks:
         process.terminate()
     for process in ranks:
-        process.join(GRACE_SECONDS)
+        process.join(grace)
         process.kill()
         process.join()
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests.support import ranks
 from tests.support.jobs import JobError, begin_group, gather, job
 
 IMPORTED_BY = os.getpid()
@@ -201,6 +202,7 @@ def ignore_the_end() -> None:
     hang()
 
 
-def test_ranks_that_ignore_sigterm_are_killed() -> None:
+def test_ranks_that_ignore_sigterm_are_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks, "GRACE_SECONDS", 0.2)
     with pytest.raises(JobError, match="rank 0 ended with SIGKILL"):
         job(2, ignore_the_end)
