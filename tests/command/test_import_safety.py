@@ -158,6 +158,9 @@ def test_an_empty_folder_is_written_to(scheme: str, folder: Path, tmp_path: Path
 # Time and memory grow with the bytes that are there.
 
 
+LITTLE_MEMORY = 2**26
+
+
 def reason(folder: Path) -> str:
     """Return why ``import`` stops, in a process with little memory."""
     [text] = job(1, import_in_little_memory, folder, group=False, limit=30)
@@ -166,7 +169,7 @@ def reason(folder: Path) -> str:
 
 def import_in_little_memory(folder: Path) -> str:
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + 2**28, resource.RLIM_INFINITY))
+    resource.setrlimit(resource.RLIMIT_AS, (used + LITTLE_MEMORY, resource.RLIM_INFINITY))
     printed = io.StringIO()
     with contextlib.redirect_stderr(printed):
         assert main(["import", str(folder), str(folder / "out")]) == 2
@@ -227,24 +230,26 @@ def test_nested_tuples_as_a_key_cost_nothing(depth: int, folder: Path) -> None:
 
 def test_a_compressed_file_is_refused(folder: Path) -> None:
     """torch inflates it: 500 kB took 764 MB."""
+    zeros = torch.zeros(2 * LITTLE_MEMORY, dtype=torch.uint8)
     file, plain = folder / "rng_state_0.pth", io.BytesIO()
-    torch.save({**states(), "zeros": torch.zeros(2**29, dtype=torch.uint8)}, plain)
+    torch.save({**states(), "zeros": zeros}, plain)
     with zipfile.ZipFile(plain) as old, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as new:
         for name in old.namelist():
             new.writestr(name, old.read(name))
-    assert file.stat().st_size < 2**20
+    assert file.stat().st_size < 2**18
     assert "rng_state_0.pth: refused: it holds something compressed" in reason(folder)
 
 
 def test_entries_that_lie_over_each_other_are_refused(folder: Path) -> None:
-    """The same megabyte under a thousand names."""
+    """The same bytes under a thousand names."""
     file, plain = folder / "rng_state_0.pth", io.BytesIO()
-    zeros = {str(number): torch.zeros(2**20, dtype=torch.uint8) for number in range(1000)}
+    size = LITTLE_MEMORY // 500
+    zeros = {str(number): torch.zeros(size, dtype=torch.uint8) for number in range(1000)}
     torch.save({**states(), **zeros}, plain)
     with zipfile.ZipFile(plain) as old, zipfile.ZipFile(file, "w") as new:
         once = None
         for entry in old.infolist():
-            if entry.file_size < 2**20:
+            if entry.file_size < size:
                 new.writestr(entry.filename, old.read(entry))
             elif once is None:
                 new.writestr(entry.filename, old.read(entry))
@@ -252,7 +257,7 @@ def test_entries_that_lie_over_each_other_are_refused(folder: Path) -> None:
             else:
                 new.filelist.append(copy.copy(once))
                 new.filelist[-1].filename = new.filelist[-1].orig_filename = entry.filename
-    assert file.stat().st_size < 2**22
+    assert file.stat().st_size < 2**20
     assert "rng_state_0.pth: refused: it holds more bytes than the file has" in reason(folder)
 
 

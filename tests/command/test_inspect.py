@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from nemo_rng_dcp import ResumableLoader, StatefulRNG, init_all_rng
 from nemo_rng_dcp.position import Position
-from nemo_rng_dcp.record import Record, Stream
+from nemo_rng_dcp.record import Stream
 from scripts.demo.rankless import RanklessRNG
 from tests.support.command import Capture, ask, ask_json
 from tests.support.jobs import job
@@ -482,35 +482,32 @@ def test_a_large_number_in_a_foreign_key_costs_nothing(tmp_path: Path, capsys: C
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of 600 rows of which row 500 is damaged and row 501 has row 17's Python."""
-    rows: list[Record | torch.Tensor] = [*records(600, alike_late)]
-    bad = records(600)[500].to_tensor().clone()
+    """A checkpoint of 120 rows of which row 100 is damaged and row 101 has row 17's Python."""
+    good = records(120)
+    alike = replace(good[101], streams={**good[101].streams, "python": good[17].streams["python"]})
+    bad = good[100].to_tensor().clone()
     bad[100] ^= 1
-    rows[500] = bad
+    rows = [*good[:100], bad, alike, *good[102:]]
     return save(rows, tmp_path_factory.mktemp("many") / "checkpoint")
-
-
-def alike_late(row: int) -> Mapping[str, Stream]:
-    return {**drawn_streams(row), "python": drawn_streams(17 if row == 501 else row)["python"]}
 
 
 def test_many_rows_are_summarised(many: Path, capsys: Capture) -> None:
     code, text = ask(capsys, "inspect", many)
     assert code == 1
-    assert "python 599 good rows, 598 different" in text
-    assert "torch 599 good rows, 599 different" in text
-    assert "suspicious: rng, python, rows 17, 501: these rows have one stream" in text
-    assert "damage: rng, row 500: damaged" in text
+    assert "python 119 good rows, 118 different" in text
+    assert "torch 119 good rows, 119 different" in text
+    assert "suspicious: rng, python, rows 17, 101: these rows have one stream" in text
+    assert "damage: rng, row 100: damaged" in text
     _, text = ask(capsys, "inspect", many, "--rows", "12,40-44")
     shown = re.findall(r" (\d+) [0-9a-f]{12} [0-9a-f]{12} [0-9a-f]{12}", text)
     assert list(map(int, shown)) == [12, 40, 41, 42, 43, 44]
 
 
 def test_rows_narrows_what_every_command_lists(many: Path, capsys: Capture) -> None:
-    (found,) = ask_json(capsys, "inspect", many, "--rows", "499-500")["entries"]
-    assert [row["row"] for row in found["streams"]] == [499]
-    (found,) = ask_json(capsys, "explain", many, "--world-size", 700, "--rows", "699")["entries"]
-    assert [fate["row"] for fate in found["fates"]] == [699]
+    (found,) = ask_json(capsys, "inspect", many, "--rows", "99-100")["entries"]
+    assert [row["row"] for row in found["streams"]] == [99]
+    (found,) = ask_json(capsys, "explain", many, "--world-size", 140, "--rows", "139")["entries"]
+    assert [fate["row"] for fate in found["fates"]] == [139]
 
 
 def test_json_has_a_version(many: Path, capsys: Capture) -> None:

@@ -191,6 +191,15 @@ def answer(words: list[str]) -> tuple[int, str]:
     return code, out.getvalue()
 
 
+def limit_time(seconds: float) -> None:
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+
+
+def limit_memory() -> None:
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + CASE_BYTES, resource.RLIM_INFINITY))
+
+
 def run_cases(folder: Path, write: Callable[..., None], first: int, count: int) -> None:
     """Run cases in a process of its own, which ends if one takes too long."""
     faulthandler.register(signal.SIGPROF, chain=True)  # says where it was
@@ -199,8 +208,7 @@ def run_cases(folder: Path, write: Callable[..., None], first: int, count: int) 
     good = {file: file.read_bytes() for file in files}
     assert answer(["inspect", str(files[0].parent)])[0] == 0
     assert answer(["explain", str(files[0].parent), "--world-size", "5"])[0] == 0
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + CASE_BYTES, resource.RLIM_INFINITY))
+    limit_memory()
     for case in range(first, first + count):
         dice = random.Random(case)
         file = dice.choice(files)
@@ -209,9 +217,9 @@ def run_cases(folder: Path, write: Callable[..., None], first: int, count: int) 
         words = [["inspect", where], ["diff", where, where]]
         words.append(["explain", where, "--world-size", "5"])
         print("case", case)
-        signal.setitimer(signal.ITIMER_PROF, CASE_SECONDS)
+        limit_time(CASE_SECONDS)
         code, printed = answer(dice.choice(words))
-        signal.setitimer(signal.ITIMER_PROF, 0)
+        limit_time(0)
         assert code in (0, 1, 2)
         assert len(printed) < 20000 + 20 * file.parent.joinpath("__0_0.distcp").stat().st_size
 
@@ -229,13 +237,12 @@ def test_the_command_always_answers(write: Callable[..., None], batch: int, tmp_
 
 
 def hang_while_answering(folder: Path) -> None:
-    signal.setitimer(signal.ITIMER_PROF, CASE_SECONDS)
+    limit_time(0.1)
     hash(nested(60))
 
 
 def allocate(folder: Path) -> None:
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + CASE_BYTES, resource.RLIM_INFINITY))
+    limit_memory()
     pickle.loads(b"\x80\x02Nr\xff\xff\xff\x7f.")
 
 
