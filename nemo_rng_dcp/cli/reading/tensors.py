@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import io
+import struct
 import zipfile
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from functools import lru_cache
-from struct import unpack_from
 
 import torch
 
@@ -58,7 +59,8 @@ def from_archive(content: bytes, count: int) -> torch.Tensor:
                 folder, pickled = pickle_in(archive, len(content))
                 _check_tensor(pickled, count)
                 numbers = archive.read(f"{folder}/data/0")
-                _like_the_last = _reader_like(archive, folder, content)
+                with suppress(struct.error):  # what is damaged may be what nobody has read
+                    _like_the_last = _reader_like(archive, folder, content)
     except ForbiddenError as error:
         raise ValueError(f"refused: it holds {error}, expected a tensor") from error
     except Exception as error:  # zipfile runs into many in damaged bytes
@@ -78,14 +80,14 @@ def _reader_like(archive: zipfile.ZipFile, folder: str, content: bytes) -> _Read
     data, other_data = f"{folder}/data/0", f"{folder}/.data/serialization_id"
     entries, place, edges, listed = archive.infolist(), archive.start_dir, [0], list[int]()
     for part, end in zip(entries, [*(e.header_offset for e in entries[1:]), place], strict=True):
-        start = part.header_offset + 30 + sum(unpack_from("<2H", content, part.header_offset + 26))
+        start = (at := part.header_offset) + 30 + sum(struct.unpack_from("<2H", content, at + 26))
         if start + part.file_size > end:
             return None  # parts overlap
         if part.filename in (data, other_data):
             edges, listed = [*edges, start, end], [*listed, place + 16, place + 20]
         if part.filename == data:
             numbers, checksum = slice(start, start + part.file_size), slice(*listed[-2:])
-        place += 46 + sum(unpack_from("<3H", content, place + 28))
+        place += 46 + sum(struct.unpack_from("<3H", content, place + 28))
     edges = [*edges, *listed, len(content)]
     pieces = [slice(*ends) for ends in zip(edges[::2], edges[1::2], strict=True)]
 
