@@ -67,8 +67,7 @@ class Entry:
         for name, stream in record.streams.items():
             self.fingerprints.setdefault(name, {})[row] = fingerprint(stream.state)
             # Not every generator takes other seeds than these.
-            told = is_reserved(name) and 0 <= seed < 2**32
-            if told and is_at_seed(stream, seed):
+            if is_reserved(name) and 0 <= seed < 2**32 and is_at_seed(stream, seed):
                 self.at_seed.setdefault(name, []).append(row)
 
 

@@ -6,8 +6,9 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
+from importlib import import_module
 from typing import Any, Protocol, TextIO
 
 from nemo_rng_dcp.cli.arguments import parser
@@ -18,6 +19,10 @@ INTERRUPTED = 130
 """What a shell expects of a command that Ctrl-C ended."""
 SCHEMA = 1
 """The version of what ``--json`` prints, see docs/command.md."""
+
+
+_REPORTS = {"inspect": "Inspection", "diff": "Diff", "explain": "Explanation", "import": "Import"}
+"""The class of each command."""
 
 
 class Report(Protocol):
@@ -77,17 +82,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _report(options: argparse.Namespace) -> Report:
     # torch takes a second to import, and --help does not need it; DCP takes another one.
-    report: Callable[[argparse.Namespace], Report]
-    match options.command:
-        case "inspect":
-            from nemo_rng_dcp.cli.inspect import Inspection as report
-        case "diff":
-            from nemo_rng_dcp.cli.diff import Diff as report
-        case "explain":
-            from nemo_rng_dcp.cli.explain import Explanation as report
-        case _:
-            from nemo_rng_dcp.cli.importing.command import Import as report
-    return report(options)
+    name = options.command.replace("import", "importing.command")
+    report = getattr(import_module(f"nemo_rng_dcp.cli.{name}"), _REPORTS[options.command])
+    return report(options)  # type: ignore[no-any-return]
 
 
 def _write(text: str, stream: TextIO) -> None:

@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 
 from nemo_rng_dcp import RNGStateError
 from nemo_rng_dcp.cli.main import main
+from nemo_rng_dcp.cli.reading import tensors
 from nemo_rng_dcp.cli.reading.checkpoint import Checkpoint
 from nemo_rng_dcp.cli.reading.index import Stored
 from nemo_rng_dcp.cli.reading.opening import open_checkpoint
@@ -483,6 +484,43 @@ def test_a_chunk_in_two_places_is_refused(path: Path) -> None:
     change_metadata(path, share)
     with pytest.raises(RNGStateError, match="one chunk is in two places"):
         find_tables(open_checkpoint(str(path)))
+
+
+def archive_of(numbers: torch.Tensor) -> bytes:
+    saved = io.BytesIO()
+    torch.save(numbers.clone(), saved)
+    return saved.getvalue()
+
+
+def test_every_archive_is_read_as_if_it_were_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is like the last one is not taken apart again."""
+
+    def read(content: bytes, count: int) -> list[int] | str:
+        try:
+            return [int(number) for number in from_archive(content, count)]
+        except ValueError as error:
+            return str(error)
+
+    generator = torch.Generator().manual_seed(1)
+    first, second = (torch.randint(2**62, (LENGTH,), generator=generator) for _ in range(2))
+    good = archive_of(second)
+    damaged = [good, good[:-1], good + b"x", archive_of(second[:-1])]
+    end = len(good)
+    for place in (*range(0, 800, 7), *range(800, end, 97), *range(end - 1200, end, 5)):
+        content = bytearray(good)
+        content[place] ^= 1 + place % 255
+        damaged.append(bytes(content))
+    monkeypatch.setattr(tensors, "_like_the_last", None)
+    assert read(archive_of(first), LENGTH) == first.tolist()
+    like_the_first = tensors._like_the_last
+    assert like_the_first is not None
+    assert like_the_first(good) == second.numpy().tobytes()
+    for content in damaged:
+        for count in (LENGTH, LENGTH - 1):
+            monkeypatch.setattr(tensors, "_like_the_last", None)
+            expected = read(content, count)
+            monkeypatch.setattr(tensors, "_like_the_last", like_the_first)
+            assert read(content, count) == expected
 
 
 def test_a_compressed_archive_is_refused(path: Path) -> None:

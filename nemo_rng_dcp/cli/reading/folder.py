@@ -52,6 +52,10 @@ class Folder:
         """
         place = f"{self._path.rstrip('/')}/{name}"
         try:
+            if isinstance(self._files, LocalFileSystem):  # twice as fast as by it
+                with open(place, "rb") as file:
+                    file.seek(start)
+                    return file.read(length)
             return bytes(self._files.cat_file(place, start=start, end=start + length))
         except Exception as error:
             raise _as_os_error(self.path_of(name), error) from error

@@ -53,8 +53,7 @@ class Safetensors:
                 raise ValueError(f"{short(key)} has no place")
             # DCP derives the whole from its parts.
             size = tuple(map(sum, zip(sizes, offsets, strict=True)))
-            known = self.keys.get(key)
-            if known is not None and len(known.size) == len(size):
+            if (known := self.keys.get(key)) and len(known.size) == len(size):
                 size = tuple(map(max, known.size, size))
             self.keys[short(key)] = Stored(_dtype(short(entry["dtype"])), size)
             chunk = Chunk(offsets, sizes, file, data + begin, end - begin, is_raw=True)

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import io
+import struct
 import zipfile
+import zlib
+from collections.abc import Callable
+from contextlib import suppress
 from functools import lru_cache
 
 import torch
@@ -13,6 +17,8 @@ from nemo_rng_dcp.cli.reading.pickles import ForbiddenError, Global, Made, parse
 ARCHIVE_BYTES = 2**16
 """More than ``torch.save`` adds to a tensor's numbers."""
 
+_Reader = Callable[[bytes], bytes | None]
+_like_the_last: _Reader | None = None
 _KNOWN = {"torch._utils _rebuild_tensor_v2", "torch LongStorage", "collections OrderedDict"}
 
 
@@ -45,11 +51,16 @@ def from_archive(content: bytes, count: int) -> torch.Tensor:
     Raises:
         ValueError: The bytes are damaged, or are no such tensor.
     """
+    global _like_the_last
+    numbers = _like_the_last(content) if _like_the_last else None
     try:
-        with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            folder, pickled = pickle_in(archive, len(content))
-            _check_tensor(pickled, count)
-            numbers = archive.read(f"{folder}/data/0")
+        if numbers is None or len(numbers) != 8 * count:
+            with zipfile.ZipFile(io.BytesIO(content)) as archive:
+                folder, pickled = pickle_in(archive, len(content))
+                _check_tensor(pickled, count)
+                numbers = archive.read(f"{folder}/data/0")
+                with suppress(struct.error):  # what is damaged may be what nobody has read
+                    _like_the_last = _reader_like(archive, folder, content)
     except ForbiddenError as error:
         raise ValueError(f"refused: it holds {error}, expected a tensor") from error
     except Exception as error:  # zipfile runs into many in damaged bytes
@@ -57,6 +68,35 @@ def from_archive(content: bytes, count: int) -> torch.Tensor:
     if len(numbers) != 8 * count:
         raise ValueError(f"{len(numbers)} bytes for {count} numbers")
     return from_raw(numbers)
+
+
+def _reader_like(archive: zipfile.ZipFile, folder: str, content: bytes) -> _Reader | None:
+    """Return what reads archives that differ from a good one in numbers and checksums alone.
+
+    It returns their numbers; ``None`` where more differs or the numbers do not fit their checksum.
+    To take each apart takes 0.2 ms, more than all else that is done with a record.
+    """
+    # Of the second one, a hash of all, nobody reads more than where it is.
+    data, other_data = f"{folder}/data/0", f"{folder}/.data/serialization_id"
+    entries, place, edges, listed = archive.infolist(), archive.start_dir, [0], list[int]()
+    for part, end in zip(entries, [*(e.header_offset for e in entries[1:]), place], strict=True):
+        start = (at := part.header_offset) + 30 + sum(struct.unpack_from("<2H", content, at + 26))
+        if start + part.file_size > end:
+            return None  # parts overlap
+        if part.filename in (data, other_data):
+            edges, listed = [*edges, start, end], [*listed, place + 16, place + 20]
+        if part.filename == data:
+            numbers, checksum = slice(start, start + part.file_size), slice(*listed[-2:])
+        place += 46 + sum(struct.unpack_from("<3H", content, place + 28))
+    edges = [*edges, *listed, len(content)]
+    pieces = [slice(*ends) for ends in zip(edges[::2], edges[1::2], strict=True)]
+
+    def read(other: bytes) -> bytes | None:
+        alike = len(other) == len(content) and all(other[p] == content[p] for p in pieces)
+        fits = zlib.crc32(other[numbers]) == int.from_bytes(other[checksum], "little")
+        return other[numbers] if alike and fits else None
+
+    return read
 
 
 @lru_cache(maxsize=8)
