@@ -32,6 +32,7 @@ from nemo_rng_dcp import (
     unread,
 )
 from nemo_rng_dcp.fetcher import Fetcher
+from nemo_rng_dcp.parts import parts_of
 from nemo_rng_dcp.position import UNKNOWN, positions_in
 from tests.support import jobs
 from tests.support.loaders import (
@@ -301,6 +302,13 @@ def orders_of_ranks(generators: list[torch.Generator]) -> list[list[Any]]:
         list(ResumableLoader(DataLoader(range(40), 40, True, generator=generator), rng))
         for rng, generator in zip([StatefulRNG(1), StatefulRNG(2)], generators, strict=True)
     ]
+
+
+def test_a_list_of_more_than_100_is_not_looked_into() -> None:
+    generator = random.Random(1)
+    for count, inside in ((100, [generator]), (101, [])):
+        _, *found = (part.value for part in parts_of([generator] * count))
+        assert found == inside
 
 
 def test_samplers_whose_generators_are_alike_draw_one_order() -> None:
