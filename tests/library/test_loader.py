@@ -410,15 +410,17 @@ def test_a_pass_that_was_left_is_said_once() -> None:
 
 
 def test_a_loop_over_epochs_says_once_that_passes_are_left() -> None:
-    loader = ResumableLoader(DataLoader(range(4)), StatefulRNG(1))
+    for batches, messages in ((4, 1), (1, 0)):
+        loader = ResumableLoader(DataLoader(range(batches)), StatefulRNG(1))
 
-    def leave() -> None:
-        for _ in loader.epochs(3):
-            next(iter(loader))
+        def leave(loader: Any = loader) -> None:
+            for _ in loader.epochs(3):
+                next(iter(loader))
 
-    (message,) = warned(leave)
-    assert "left behind batch 1, and the next epoch begins" in message
-    assert (loader.epoch, loader.batches) == (3, 0)
+        found = warned(leave)
+        assert len(found) == messages
+        assert all("left behind batch 1, and the next epoch begins" in text for text in found)
+        assert (loader.epoch, loader.batches) == (3, 0)
 
 
 def test_an_epoch_without_a_pass_is_counted_and_nothing_is_said() -> None:
