@@ -320,8 +320,8 @@ def _places(wanted: Wanted, total: int, size: int) -> Iterator[tuple[int, int, i
     """
     chunks = max(total // size, 1)
     count, rest = divmod(total, wanted.length) if wanted.length else (0, 0)
-    if count and not rest and not count % chunks:
-        per = count // chunks
+    per, uneven = divmod(count, chunks)
+    if count and not rest and not uneven:
         row, sources = wanted.own[0], [source_row(row, count) for row in wanted.own]
         # Rows that stand together in a chunk are one read: each read opens the chunk.
         starts = [

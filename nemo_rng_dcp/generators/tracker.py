@@ -168,8 +168,7 @@ def _holder(
     )
 
 
-def _device_of(state: torch.Generator | torch.Tensor) -> torch.device:
+def _device_of(state: torch.Generator | torch.Tensor) -> torch.device | None:
     if isinstance(state, torch.Generator):
         return state.device
-    accelerator = None if state.numel() == TORCH_LENGTH else own_device()
-    return torch.device("cpu") if accelerator is None else accelerator
+    return None if state.numel() == TORCH_LENGTH else own_device()

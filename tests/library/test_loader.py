@@ -32,6 +32,7 @@ from nemo_rng_dcp import (
     unread,
 )
 from nemo_rng_dcp.fetcher import Fetcher
+from nemo_rng_dcp.parts import parts_of
 from nemo_rng_dcp.position import UNKNOWN, positions_in
 from tests.support import jobs
 from tests.support.loaders import (
@@ -338,6 +339,13 @@ def orders_of_ranks(generators: list[torch.Generator]) -> list[list[Any]]:
     ]
 
 
+def test_a_list_of_more_than_100_is_not_looked_into() -> None:
+    generator = random.Random(1)
+    for count, inside in ((100, [generator]), (101, [])):
+        _, *found = (part.value for part in parts_of([generator] * count))
+        assert found == inside
+
+
 def test_samplers_whose_generators_are_alike_draw_one_order() -> None:
     first, second = orders_of_ranks([torch.Generator().manual_seed(3) for _ in range(2)])
     assert torch.equal(first[0], second[0])
@@ -437,15 +445,17 @@ def test_a_pass_that_was_left_is_said_once() -> None:
 
 
 def test_a_loop_over_epochs_says_once_that_passes_are_left() -> None:
-    loader = ResumableLoader(DataLoader(range(4)), StatefulRNG(1))
+    for batches, messages in ((4, 1), (1, 0)):
+        loader = ResumableLoader(DataLoader(range(batches)), StatefulRNG(1))
 
-    def leave() -> None:
-        for _ in loader.epochs(3):
-            next(iter(loader))
+        def leave(loader: Any = loader) -> None:
+            for _ in loader.epochs(3):
+                next(iter(loader))
 
-    (message,) = warned(leave)
-    assert "left behind batch 1, and the next epoch begins" in message
-    assert (loader.epoch, loader.batches) == (3, 0)
+        found = warned(leave)
+        assert len(found) == messages
+        assert all("left behind batch 1, and the next epoch begins" in text for text in found)
+        assert (loader.epoch, loader.batches) == (3, 0)
 
 
 def test_an_epoch_without_a_pass_is_counted_and_nothing_is_said() -> None:

@@ -138,6 +138,18 @@ def test_rewind_goes_back_to_the_last_load_as_often_as_asked() -> None:
         assert draw() == expected
 
 
+def test_rewind_goes_back_to_a_load_before_the_process_group(
+    fake_group: Callable[[int, int], None],
+) -> None:
+    rng = StatefulRNG(1)
+    rng.load_state_dict(rng.state_dict())
+    expected = draw()
+    fake_group(1, 2)
+    rng.state_dict()
+    rng.rewind()
+    assert draw() == expected
+
+
 @pytest.mark.parametrize(("rank", "world_size"), [(0, 2), (3, 4), (4095, 4096)])
 def test_in_a_group_a_table_is_one_record_per_rank(
     rank: int, world_size: int, fake_group: Callable[[int, int], None]
