@@ -14,8 +14,7 @@ from tests.support.jobs import job
 from tests.support.loaders import ORDERS, Case, check_resumes, loader_of
 from tests.support.streams import draw, warned
 
-POINTS: list[Any] = [(0, 2), (1, 1)]
-"""Of the others, with each order in one process: tests/library/test_loader.py."""
+POINTS: list[Any] = [(0, 0), (0, 2), (0, "last"), (0, "end"), (1, 1)]
 
 
 def resume(cases: list[Case], points: list[Any], folder: Path) -> None:
