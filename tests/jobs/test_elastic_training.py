@@ -141,7 +141,8 @@ class Training:
                 self.model.set_reduce_scatter_unused_params(True)
         self.weights = dict(self.model.named_parameters())
         foreach = kind.layout != "tp"  # it takes no weights on several meshes
-        # The recipe has AdamW: DTensor looks at three times as many operations in each process.
+        # Of AdamW, which the recipe has, DTensor looks at three times as many operations anew in
+        # each process.
         options = {"lr": 0.5, "momentum": 0.9, "foreach": foreach}
         self.optimizer = torch.optim.SGD(self.weights.values(), **options)
         for weight in self.weights.values():
