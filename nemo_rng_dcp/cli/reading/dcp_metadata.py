@@ -27,6 +27,7 @@ _KNOWN = {
     "pathlib._local": "PosixPath WindowsPath",
 }
 """What a ``.metadata`` may name, by module."""
+_NAMES = {f"{module} {name}" for module, names in _KNOWN.items() for name in names.split()}
 
 
 class Metadata:
@@ -87,8 +88,7 @@ def metadata_files(folder: Folder) -> dict[int | None, str]:
 
 
 def _is_known(name: str) -> bool:
-    module, _, attribute = name.partition(" ")
-    return attribute in _KNOWN.get(module, "").split() or bool(_DTYPE.fullmatch(name))
+    return name in _NAMES or bool(_DTYPE.fullmatch(name))
 
 
 def _may_be_stored(name: str) -> bool:
