@@ -17,7 +17,7 @@ from nemo_rng_dcp.parts import parts_of
 from nemo_rng_dcp.position import UNKNOWN, Position
 from nemo_rng_dcp.rank_streams import RankStreams
 from nemo_rng_dcp.record import fingerprint
-from nemo_rng_dcp.seeding import SeedPaths, derive_seed
+from nemo_rng_dcp.seeding import derive_seed
 
 _Result = TypeVar("_Result")
 
@@ -63,9 +63,7 @@ class Fetcher:
         """
         self._lend()  # a dataset's set_epoch() may have made another one
         self._is_first = True
-        self._seeds = SeedPaths(
-            {name: self._base(name, position) for name in self._generators.names}
-        )
+        self._bases = {name: self._base(name, position) for name in self._generators.names}
         skip, loader = position.fetched, self._loader
         # Where the order comes from a sampler, the next index can be had without the batch. A
         # worker is another matter: it may keep what only its own batches have moved.
@@ -155,7 +153,9 @@ class Fetcher:
         # 32 bits are what NumPy and torch seed from in 2 us, and not in 150. The seed of a pass's
         # workers is drawn from all 64.
         bits = 32 if number else 64
-        self._generators.start(self._seeds.derive(number, bits=bits))
+        self._generators.start(
+            {name: derive_seed(base, number, bits=bits) for name, base in self._bases.items()}
+        )
 
     def _apart(self, function: Callable[[], _Result], number: int | None) -> _Result:
         """Call a function on the streams of a batch, and put back those of the job."""

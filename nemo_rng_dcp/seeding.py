@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -159,27 +158,9 @@ def derive_seed(seed: int, *path: int | str, bits: int = 32) -> int:
         raise TypeError(f"bits is {bits!r} ({type(bits).__name__}), expected an integer")
     if not 1 <= bits <= MAX_BITS:
         raise ValueError(f"bits is {bits}, expected 1 to {MAX_BITS}")
-    return _low_bits(_hash(b"".join(map(_encode, (seed, *path)))), int(bits))
-
-
-class SeedPaths:
-    """:func:`derive_seed` of several seeds and one path, which is read once.
-
-    Args:
-        seeds: By name.
-    """
-
-    def __init__(self, seeds: Mapping[str, int]) -> None:
-        self._starts = {name: _hash(_encode(seed)) for name, seed in seeds.items()}
-
-    def derive(self, *path: int | str, bits: int) -> dict[str, int]:
-        """Return what :func:`derive_seed` gives of each, by name."""
-        encoded, derived = b"".join(map(_encode, path)), {}
-        for name, start in self._starts.items():
-            whole = start.copy()
-            whole.update(encoded)
-            derived[name] = _low_bits(whole, bits)
-        return derived
+    encoded = b"".join(_encode(element) for element in (seed, *path))
+    digest = hashlib.blake2b(encoded, digest_size=MAX_BITS // 8, person=b"nemo_rng_dcp")
+    return int.from_bytes(digest.digest(), "little") & ((1 << int(bits)) - 1)
 
 
 def seed_worker(worker_id: int) -> None:
@@ -214,14 +195,6 @@ def seed_worker(worker_id: int) -> None:
     # the worker's seed to whoever seeds another library from it.
     state[:8] = torch.get_rng_state()[:8]
     torch.set_rng_state(state)
-
-
-def _hash(encoded: bytes) -> hashlib.blake2b:
-    return hashlib.blake2b(encoded, digest_size=MAX_BITS // 8, person=b"nemo_rng_dcp")
-
-
-def _low_bits(whole: hashlib.blake2b, bits: int) -> int:
-    return int.from_bytes(whole.digest(), "little") & ((1 << bits) - 1)
 
 
 def _encode(element: int | str) -> bytes:

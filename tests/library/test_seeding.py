@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset
 
 from nemo_rng_dcp import ScopedRNG, StatefulRNG, derive_seed, init_all_rng, seed_worker
-from nemo_rng_dcp.seeding import SeedPaths
 from tests.support import jobs
 from tests.support.streams import draw, states, unmoved
 
@@ -295,11 +294,3 @@ def test_workers_are_seeded_from_torchs_worker_seed(start_method: str) -> None:
     assert draw() == found[0][0]
     if start_method == "fork":
         assert items() == found
-
-
-def test_seeds_of_one_path_are_those_of_each() -> None:
-    seeds = {"a": 0, "b": 2**63 + 5}
-    paths = SeedPaths(seeds)
-    for path, bits in (((), 64), ((3,), 32), (("augment", -1, 2**70), 7)):
-        expected = {name: derive_seed(seed, *path, bits=bits) for name, seed in seeds.items()}
-        assert paths.derive(*path, bits=bits) == expected
