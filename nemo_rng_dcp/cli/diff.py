@@ -30,8 +30,7 @@ class Diff:
         self.trouble = f"{' and '.join(reasons)} {why}" if reasons else ""
 
     def to_json(self, rows: Sequence[range] | None) -> dict[str, Any]:
-        entries = [comparison.to_json(rows) for comparison in self.comparisons]
-        return {**self._names, "entries": entries}
+        return {**self._names, "entries": [found.to_json(rows) for found in self.comparisons]}
 
     def lines(self, rows: Sequence[range] | None) -> list[str]:
         return [line for found in self.comparisons for line in found.lines(rows)]

@@ -48,8 +48,7 @@ class Explanation:
         self.trouble = ""
 
     def to_json(self, rows: Sequence[range] | None) -> dict[str, Any]:
-        entries = [entry.to_json(rows) for entry in self.entries]
-        return {"checkpoint": self._where, "entries": entries}
+        return {"checkpoint": self._where, "entries": [e.to_json(rows) for e in self.entries]}
 
     def lines(self, rows: Sequence[range] | None) -> list[str]:
         return [line for entry in self.entries for line in entry.lines(rows)]
@@ -171,17 +170,15 @@ class Resumed:
             names = list(dict.fromkeys(name for fate in fates for name in fate.fingerprints))
             cells = []
             for fate in fates:
-                fingerprints = [fate.fingerprints.get(name, "-") for name in names]
+                digits = [fate.fingerprints.get(name, "-") for name in names]
                 source = f", from {fate.source}" * (fate.fate in (FORKED, COPIED))
-                streams = [f"{fate.fate}{source}", *fingerprints]
-                cells.append([str(fate.row), spans(fate.ranks) or "-", *streams])
+                cells.append([str(fate.row), spans(fate.ranks) or "-", fate.fate + source, *digits])
             lines += aligned(["row", "ranks", "streams", *names], cells)
         for remark in self.remarks:
             lines += paragraph(f"note: {remark}")
         for reason in dict.fromkeys(self.refusals.values()):
-            refused = sorted(row for row, found in self.refusals.items() if found == reason)
-            rows_refused = numbered("row", refused)
-            lines += paragraph(f"refused: a load raises, for saved {rows_refused}: {reason}")
+            refused = numbered("row", [r for r, why in self.refusals.items() if why == reason])
+            lines += paragraph(f"refused: a load raises, for saved {refused}: {reason}")
         return lines
 
 

@@ -53,17 +53,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         report = _report(options)
         trouble, failed = report.trouble, report.failed
         if options.json:
-            content = {"schema": SCHEMA, **report.to_json(options.rows)}
-            lines = [json.dumps(content, indent=1)]
+            lines = [json.dumps({"schema": SCHEMA, **report.to_json(options.rows)}, indent=1)]
         else:
             # What a checkpoint says is shown and not obeyed.
             lines = [visible(line) for line in report.lines(options.rows)]
     except KeyboardInterrupt:
         return INTERRUPTED
     except Exception as error:  # 1 would say that there are findings
-        expected = isinstance(error, (RuntimeError, OSError, ValueError))
-        trouble, failed = str(error) if expected else "", True
-        trouble = trouble or f"{type(error).__name__}: {error}".removesuffix(": ")
+        text = str(error) if isinstance(error, (RuntimeError, OSError, ValueError)) else ""
+        trouble, failed = text or f"{type(error).__name__}: {error}".removesuffix(": "), True
     code = TROUBLE if trouble else FINDINGS if failed else CLEAN
     try:
         if lines:

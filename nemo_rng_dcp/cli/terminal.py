@@ -15,8 +15,10 @@ def aligned(header: Sequence[str], rows: Sequence[Sequence[str]], named_by: int 
 
     Columns that do not fit go on below, each time beside the ``named_by`` first ones.
     """
-    numbers, *others = zip(header, *rows, strict=True)
-    columns = [_filled(numbers, ">"), *(_filled(column, "<") for column in others)]
+    columns: list[list[str]] = []
+    for cells in zip(header, *rows, strict=True):
+        width = max(map(len, cells))
+        columns.append([c.ljust(width) if columns else c.rjust(width) for c in cells])
     tables = [columns[:named_by]]
     for column in columns[named_by:]:
         width = sum(len(filled[0]) + 2 for filled in tables[-1]) + len(column[0])
@@ -24,11 +26,6 @@ def aligned(header: Sequence[str], rows: Sequence[Sequence[str]], named_by: int 
             tables.append(columns[:named_by])
         tables[-1].append(column)
     return ["  ".join(line).rstrip() for table in tables for line in zip(*table, strict=True)]
-
-
-def _filled(column: Sequence[str], side: str) -> list[str]:
-    width = max(map(len, column))
-    return [f"{cell:{side}{width}}" for cell in column]
 
 
 def paragraph(text: str, hanging: int = 2) -> list[str]:
