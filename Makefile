@@ -7,6 +7,7 @@ AUTOMODEL := $(VENV)-automodel
 LIBRARIES := $(VENV)-libraries
 VERSIONS := $(VENV)-versions
 OLDEST_PYTHON ?= python3.10
+MIDDLE_PYTHON ?= python3.12
 NEWEST_PYTHON ?= python3.13
 # Several ranks share few cores here: more threads than one each only fight over them.
 export OMP_NUM_THREADS ?= 1
@@ -73,16 +74,19 @@ $(VENV)-%/ready: %.txt
 	$(@D)/bin/python -m pip install --quiet --no-deps --requirement $<
 	touch $@
 
-# The suite on the oldest and the newest versions, in environments of their own: 5 GB each.
-test-versions: $(VERSIONS)/oldest/$(STAMP) $(VERSIONS)/newest/$(STAMP)
-	$(PYTHON) scripts/versions.py $(VERSIONS)/oldest/bin/python $(VERSIONS)/newest/bin/python
+# The suite on the oldest, the project's own and the newest versions, in environments of their own:
+# 5 GB each.
+OF_VERSIONS := oldest middle newest
+test-versions: $(OF_VERSIONS:%=$(VERSIONS)/%/$(STAMP))
+	$(PYTHON) scripts/versions.py $(OF_VERSIONS:%=$(VERSIONS)/%/bin/python)
 
 $(VERSIONS)/oldest/$(STAMP): BASE = $(OLDEST_PYTHON)
+$(VERSIONS)/middle/$(STAMP): BASE = $(MIDDLE_PYTHON)
 $(VERSIONS)/newest/$(STAMP): BASE = $(NEWEST_PYTHON)
 
 $(VERSIONS)/%/$(STAMP): tests/versions/%.txt
 	@$(BASE) --version || { echo "$(BASE) does not run: put it on PATH, or name another one" \
-		"with OLDEST_PYTHON= or NEWEST_PYTHON=" >&2; exit 1; }
+		"with OLDEST_PYTHON=, MIDDLE_PYTHON= or NEWEST_PYTHON=" >&2; exit 1; }
 	rm -rf $(@D)
 	$(BASE) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet --no-deps --requirement $<

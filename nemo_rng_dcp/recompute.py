@@ -25,7 +25,7 @@ def recompute_of(generators: GeneratorSet) -> ContextFn:
     """
 
     def recompute(context_fn: Callable[[], Contexts] | None = None) -> Contexts:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or _is_traced():
             # The draws become part of the graph, and torch insists on dispatch modes.
             return _recompute_all() if context_fn is None else context_fn()
         inner = (nullcontext(), nullcontext()) if context_fn is None else context_fn()
@@ -91,6 +91,12 @@ class _Recomputation:
         finally:
             generators, outside = self._outside.pop()
             generators.restore(outside)
+
+
+def _is_traced() -> bool:
+    """Return what torch 2.9 asks before it insists; ``is_compiling()`` is false there by then."""
+    asks: Any = getattr(torch.utils.checkpoint, "_is_compiling", None)
+    return asks is not None and bool(asks(None, (), {}))
 
 
 def _recompute_all() -> Contexts:

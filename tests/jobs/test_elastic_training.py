@@ -38,7 +38,11 @@ SCHEDULE = [(4, range(2)), (1, range(2, 3)), (2, range(3, 4))]
 """How many processes train which steps."""
 
 STEPS = range(4)
-VOCABULARY, WIDTH, MAX_NORM = 11, 6, 0.05
+UNEVEN = torch.__version__ >= "2.10"
+"""Whether shards differ in size."""
+
+VOCABULARY, WIDTH, HIDDEN = (11, 6, 14) if UNEVEN else (12, 8, 16)
+MAX_NORM = 0.05
 
 Trace = dict[tuple[int, str], str]
 """By step, and logical rank, "norm" or "states": what was found, as hexadecimal digits."""
@@ -79,7 +83,7 @@ class Net(nn.Module):
         self.frozen = nn.Linear(WIDTH, WIDTH).requires_grad_(False)
         self.unused_by_odd = nn.Linear(WIDTH, WIDTH)
         self.norm = nn.BatchNorm1d(WIDTH) if kind.layout == "whole" else nn.Identity()
-        self.block = Block(14)
+        self.block = Block(HIDDEN)
         self.head = nn.Linear(WIDTH, VOCABULARY, bias=False)
         self.head.weight = self.tokens.weight
 

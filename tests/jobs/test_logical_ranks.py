@@ -1,6 +1,7 @@
 """Checkpoints of logical ranks on other numbers of processes, and of plain ranks."""
 
 import random
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -263,7 +264,8 @@ def register_on_the_first_process_only(path: Path) -> list[str]:
 def test_a_generator_on_some_processes_only_is_refused(tmp_path: Path) -> None:
     for with_dcp, with_rng, verified in job(2, register_on_the_first_process_only, tmp_path):
         for text in (with_dcp, with_rng):
-            assert "rng_streams has overlapping chunks" in text
+            # torch 2.9 logs which key it is.
+            assert re.search("rng_streams has overlapping chunks|validate global plan", text)
         assert verified.startswith("noise: rank 0 has this generator and rank 1 has not: register")
     assert not list(tmp_path.glob("*/.metadata"))
 

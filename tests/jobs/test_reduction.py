@@ -27,6 +27,9 @@ from shards import clip_grad_norm_, halved  # noqa: E402
 LEAVES_OUT = hasattr(FSDPModule, "set_reduce_scatter_unused_params")
 """Whether odd ranks leave a layer out: FSDP2 of an older torch, such as 2.9, cannot."""
 
+REDUCES_EACH_USE = torch.__version__ >= "2.10"
+"""Whether a layer that is used twice is reduced twice: torch 2.9 does so once, after both."""
+
 
 class Case(NamedTuple):
     logical_ranks: int
@@ -173,6 +176,7 @@ def test_torchs_own_norm_depends_on_the_number_of_processes(found: Results) -> N
     assert len({one.torchs_norm for one in equal}) > 1
 
 
+@pytest.mark.skipif(torch.__version__ < "2.10", reason="FSDP2 of torch 2.9 calls it")
 def test_one_process_calls_no_reduce_scatter(found: Results) -> None:
     """Without the other hook its gradients are summed one after the other."""
     assert found[1, NO_HOOK].gradients != found[1, Case(8)].gradients
@@ -238,7 +242,7 @@ def refused() -> list[str]:
 
     for use in (
         in_another_order,
-        twice,
+        *[twice] * REDUCES_EACH_USE,
         without_unused,
         with_one_shard,
         ignored,
@@ -255,7 +259,7 @@ def test_what_would_be_wrong_is_refused() -> None:
         first = 2 * number
         expected = [
             f"a gradient of logical rank {first + 1}, expected {first}: run one backward for each",
-            f"a gradient of logical rank {first}, expected {first + 1}",
+            *[f"a gradient of logical rank {first}, expected {first + 1}"] * REDUCES_EACH_USE,
             "The size of tensor a",
             "with one shard, FSDP2 sums over the replicas before",
             "unmoved is in no FSDP module",

@@ -709,10 +709,10 @@ def test_a_long_list_is_searched_in_no_time_and_a_ring_ends() -> None:
     order = list(range(1_000_000))
     ring: dict[str, Any] = {}
     ring["a"] = [ring]
-    start = time.perf_counter()
+    start = time.process_time()
     planner = RNGLoadPlanner(Recording())
     planner.set_up_planner({"order": order, "ring": ring}, Metadata({"w": BytesStorageMetadata()}))
-    assert time.perf_counter() - start < 0.3
+    assert time.process_time() - start < 0.3
 
 
 # Metadata that does not place the record.

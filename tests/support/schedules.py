@@ -126,7 +126,7 @@ def expected(steps: int, fault: str = "") -> Drawn:
 def play(path: Path, schedules: list[list[Segment]], number: int, fault: str) -> list[Drawn]:
     """Play one segment of each schedule, as a process of a job; warnings are errors."""
     warnings.simplefilter("error")
-    warnings.filterwarnings("ignore", "TypedStorage is deprecated")  # torch 2.9's own, in a load
+    warnings.filterwarnings("ignore", "TypedStorage is deprecated")  # torch 2.9's own, in a save
     return [_play(path / str(i), schedule, number, fault) for i, schedule in enumerate(schedules)]
 
 
