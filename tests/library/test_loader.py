@@ -339,6 +339,21 @@ def orders_of_ranks(generators: list[torch.Generator]) -> list[list[Any]]:
     ]
 
 
+class Collating:
+    def __init__(self) -> None:
+        self.noise = random.Random(1)
+
+    def collate(self, samples: list[int]) -> list[int]:
+        return samples
+
+
+def test_a_generator_of_what_collates_is_found_and_not_taken_for_a_samplers() -> None:
+    collating = Collating()
+    loader = DataLoader(range(3), collate_fn=collating.collate)  # type: ignore[arg-type]
+    [part] = (part for part in parts_of(loader) if part.value is collating.noise)
+    assert part == ("_loader_collate_fn_self_noise", collating.noise, True, False)
+
+
 def test_a_list_of_more_than_100_is_not_looked_into() -> None:
     generator = random.Random(1)
     for count, inside in ((100, [generator]), (101, [])):
