@@ -3,12 +3,9 @@
 import os
 import runpy
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
-from unittest import mock
 
 import torch.distributed as dist
 
@@ -49,12 +46,4 @@ def execute(script: Path, arguments: tuple[str, ...], variables: dict[str, str] 
     os.chdir(script.parent)
     sys.argv = [str(script), *arguments]
     sys.path.insert(0, str(script.parent))  # as Python does
-    with mock.patch("time.sleep", partial(_sleep, time.sleep)):
-        runpy.run_path(str(script), run_name="__main__")
-
-
-def _sleep(sleep: Callable[[float], None], seconds: float) -> None:
-    # A script that has left its group waits for gloo's threads, lest they abort an interpreter that
-    # shuts down. A fork ends without that.
-    if dist.is_initialized():
-        sleep(seconds)
+    runpy.run_path(str(script), run_name="__main__")
