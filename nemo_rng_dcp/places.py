@@ -153,13 +153,15 @@ class Source:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._reader, name)
 
-    def read_metadata(self, **options: Any) -> Metadata:
+    def read_metadata(self, **kwargs: Any) -> Metadata:
         read: Callable[..., Metadata] = self._reader.read_metadata
         if type(self._reader).read_metadata is not dcp.FileSystemReader.read_metadata:
             return read()
         names = _names(self._reader)
-        if "__0.metadata" in names:  # of a save with use_collectives=False: DCP asks for it next
-            return read(**options)
+        # Of a save with use_collectives=False. DCP asks for it next, if `kwargs` is so named. Each
+        # rank's own names another save.
+        if "__0.metadata" in names:
+            return dataclasses.replace(read(**kwargs), storage_meta=None)
         try:
             return self._found(names, read)
         except RNGStateError as error:

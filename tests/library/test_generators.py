@@ -295,6 +295,15 @@ def test_a_setter_that_raises_halfway_leaves_every_stream_where_it_was() -> None
     assert stuck.draw() == 7
 
 
+def test_a_generator_that_does_not_take_back_its_own_state_is_named() -> None:
+    stuck = Stuck(7)
+    rng = StatefulRNG(1, generators={"stuck": stuck})
+    stuck.refusals = 9
+    message = r"^stuck: .* its own earlier state \(OSError: stuck\)\. Its stream may have moved"
+    with unmoved(), pytest.raises(RNGStateError, match=message):
+        rng.load_state_dict(rng.state_dict())
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_seeding_uses_all_64_bits_and_agrees_with_the_library_below_32(kind: str) -> None:
     generator = KINDS[kind](0)

@@ -222,6 +222,23 @@ def test_a_context_that_fails_leaves_the_streams_alone() -> None:
     assert trial.rng.fingerprint() == before
 
 
+class Told(AbstractContextManager[None]):
+    def __exit__(self, *error: object) -> None:
+        self.of = error
+
+
+def test_the_contexts_inside_are_told_of_an_error() -> None:
+    inside = Told(), Told()
+    error = OSError("a block that fails")
+    for context in StatefulRNG(1).recompute(lambda: inside):
+        with pytest.raises(OSError, match="a block that fails"), context:
+            raise error
+    for told in inside:
+        kind, value, traceback = told.of
+        assert (kind, value) == (OSError, error)
+        assert traceback is not None
+
+
 def test_a_failing_recomputation_puts_the_streams_back() -> None:
     trial = Job()
     output = trial.checkpointed(trial.block, X)
