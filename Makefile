@@ -29,7 +29,7 @@ $(READY): pyproject.toml constraints.txt
 	touch $@; } || { rm -rf $(VENV); exit 1; }
 
 test: setup
-	$(BIN)/python -m pytest -n 2 --durations=10
+	$(BIN)/python -m pytest -n 3 --durations=10
 
 # The whole suite on a machine that has a device: the simulated one.
 test-device: setup

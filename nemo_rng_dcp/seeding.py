@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -158,8 +159,8 @@ def derive_seed(seed: int, *path: int | str, bits: int = 32) -> int:
         raise TypeError(f"bits is {bits!r} ({type(bits).__name__}), expected an integer")
     if not 1 <= bits <= MAX_BITS:
         raise ValueError(f"bits is {bits}, expected 1 to {MAX_BITS}")
-    encoded = b"".join(_encode(element) for element in (seed, *path))
-    digest = hashlib.blake2b(encoded, digest_size=MAX_BITS // 8, person=b"nemo_rng_dcp")
+    digest = _begun_with(seed).copy()
+    digest.update(b"".join(map(_encode, path)))
     return int.from_bytes(digest.digest(), "little") & ((1 << int(bits)) - 1)
 
 
@@ -195,6 +196,11 @@ def seed_worker(worker_id: int) -> None:
     # the worker's seed to whoever seeds another library from it.
     state[:8] = torch.get_rng_state()[:8]
     torch.set_rng_state(state)
+
+
+@lru_cache  # a job derives all from a few seeds, and a loader one from each of some for every batch
+def _begun_with(seed: int) -> hashlib.blake2b:
+    return hashlib.blake2b(_encode(seed), digest_size=MAX_BITS // 8, person=b"nemo_rng_dcp")
 
 
 def _encode(element: int | str) -> bytes:

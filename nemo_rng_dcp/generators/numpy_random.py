@@ -39,10 +39,10 @@ class NumPyAdapter:
 
     def __init__(self, generator: np.random.RandomState) -> None:
         self._generator: Any = generator
+        self._place: tuple[Any, LegacyMemory | None] = None, None
 
     def get(self) -> bytes:
-        generator, bits = self._generator, self._generator._bit_generator
-        memory = LegacyMemory.of(generator, bits)
+        generator, (bits, memory) = self._generator, self._memory()
         if memory is not None:
             return packed(*_locked(bits, memory.block.tobytes, memory.normal.tobytes))
         (state,) = _locked(bits, partial(generator.get_state, False))
@@ -58,11 +58,10 @@ class NumPyAdapter:
         return MT19937State.from_numpy(state).to_bytes()
 
     def set(self, state: bytes) -> None:
-        generator, bits = self._generator, self._generator._bit_generator
-        memory = LegacyMemory.of(generator, bits)
+        bits, memory = self._memory()
         if memory is None:
             as_numpy = MT19937State.from_bytes(state).to_numpy()
-            _locked(bits, partial(generator.set_state, as_numpy))
+            _locked(bits, partial(self._generator.set_state, as_numpy))
             return
         writes = (
             partial(view.__setitem__, slice(None), content)
@@ -82,6 +81,13 @@ class NumPyAdapter:
             self._generator.seed(value)  # it takes the lock by itself
         else:
             self.set(MT19937State.from_seed(value).to_bytes())
+
+    def _memory(self) -> tuple[Any, LegacyMemory | None]:
+        """Return the bit generator that is in use, which may be exchanged, and its memory."""
+        bits = self._generator._bit_generator
+        if bits is not self._place[0]:
+            self._place = bits, LegacyMemory.of(self._generator, bits)
+        return self._place
 
 
 class NumPyGeneratorAdapter:

@@ -88,8 +88,9 @@ def test_the_generator_of_a_subclass_is_one_too(way: str) -> None:
 def test_memory_with_another_layout_is_left_alone(
     owner: Any, name: str, other: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(owner, name, other)
-    assert legacy_memory._place_of_the_normal() is None
+    with monkeypatch.context() as patched:
+        patched.setattr(owner, name, other)
+        assert legacy_memory._place_of_the_normal() is None
 
 
 def test_another_algorithm_is_left_alone() -> None:

@@ -246,6 +246,13 @@ def test_ranked_seeds_inside_of_a_rank_are_the_logical_ranks() -> None:
     assert in_a_scope() == expected[0]
 
 
+def test_ranked_seeds_are_those_of_whoever_has_the_global_generators() -> None:
+    rng, others = logical(), logical(global_generators=False, generators={"g": torch.Generator()})
+    expected = expected_next(7 + 2, 0)
+    with rng.as_rank(2), others.as_rank(1), ScopedRNG(7, ranked=True):
+        assert draw() == expected
+
+
 def test_a_state_of_automodel_is_loaded_inside_of_its_rank() -> None:
     rng = logical()
     state = RNGState(random.getstate(), np.random.get_state(), torch.get_rng_state(), [])

@@ -23,9 +23,10 @@ from torch.distributed.tensor import DTensor
 
 from nemo_rng_dcp import RNGStateError, StatefulRNG
 from nemo_rng_dcp.grids import Grid
+from nemo_rng_dcp.record import ROWS
 from nemo_rng_dcp.table import Rows, Wanted, reads_of_rows
 from tests.support.jobs import job
-from tests.support.records import record_of
+from tests.support.records import record_of, records
 from tests.support.streams import unmoved, warned
 
 FakeGroup = Callable[[int, int], None]
@@ -131,6 +132,17 @@ def test_the_record_of_another_row_is_refused(fake_group: FakeGroup) -> None:
     of_dp, of_tp = StatefulRNG(1, mesh=mesh["dp"]), StatefulRNG(1, mesh=mesh["tp"])
     with unmoved(), pytest.raises(RNGStateError, match="row 0 of 2 was given row 1 of 2"):
         of_dp.load_state_dict(of_tp.state_dict())
+
+
+def test_a_row_behind_a_record_that_is_altered_is_refused(fake_group: FakeGroup) -> None:
+    """How many rows there are is what the first one says."""
+    table = torch.cat([record.to_tensor() for record in records(2)])
+    fake_group(1, 2)
+    rows = Rows.current(None)
+    assert rows.own_records(table)[1].row == 1
+    table[ROWS] = 1
+    with pytest.raises(RNGStateError, match="altered"):
+        rows.own_records(table)
 
 
 def test_without_a_group_gathering_gives_the_own_streams() -> None:
