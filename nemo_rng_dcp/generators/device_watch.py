@@ -12,7 +12,7 @@ from nemo_rng_dcp.generators.device import device_in_use
 from nemo_rng_dcp.generators.generator_set import States
 from nemo_rng_dcp.generators.torch_random import initial_seed
 
-Seeds = dict[int, tuple[int, int]]
+Seeds = list[tuple[int, int]]
 
 
 class DeviceWatch:
@@ -34,7 +34,7 @@ class DeviceWatch:
         self._first_call = True  # the first state_dict(), before anything was restored
 
     def note_seeds(self, states: Mapping[int, States]) -> None:
-        """Remember what the streams were seeded with, by rank: they were just restored."""
+        """Remember what the streams were seeded with: they were just restored."""
         self._seeds, self._first_call = self._seeds_of(states), False
 
     def warn_if_another_is_current(self) -> None:
@@ -61,9 +61,9 @@ class DeviceWatch:
             return  # dcp.load asks for a state too, and puts right what it finds
         self._seeds = now
         changed = [
-            (before[rank][1], device_seed)
-            for rank, (cpu_seed, device_seed) in now.items()
-            if before[rank][0] == cpu_seed and before[rank][1] != device_seed
+            (device_before, device_now)
+            for (cpu_before, device_before), (cpu_now, device_now) in zip(before, now, strict=True)
+            if cpu_before == cpu_now and device_before != device_now
         ]
         if not speaks or not changed:
             return
@@ -78,14 +78,17 @@ class DeviceWatch:
         )
 
     def _seeds_of(self, states: Mapping[int, States]) -> Seeds:
-        """Return what torch's global generators were last seeded with: the CPU's, the device's."""
+        """Return what torch's global generators were last seeded with: the CPU's, the device's.
+
+        In the order of the ranks: a process group that comes later numbers the only one anew.
+        """
         device = self._device
         if device is None:
-            return {}
-        return {
-            rank: (
-                initial_seed(torch.device("cpu"), of_rank["torch"]),
-                initial_seed(device, of_rank[device.type]),
+            return []
+        return [
+            (
+                initial_seed(torch.device("cpu"), states[rank]["torch"]),
+                initial_seed(device, states[rank][device.type]),
             )
-            for rank, of_rank in states.items()
-        }
+            for rank in sorted(states)
+        ]

@@ -35,7 +35,7 @@ from nemo_rng_dcp.record import KEY
 from tests.support.devices import AVAILABLE, COUNT, MODULE, TYPE
 from tests.support.jobs import job
 from tests.support.records import record_of
-from tests.support.streams import draw, unmoved
+from tests.support.streams import draw, unmoved, warned
 from tests.support.trackers import Tracker
 
 pytestmark = [
@@ -108,6 +108,15 @@ def test_a_recomputation_draws_on_the_device_what_the_forward_drew(preserve: boo
         assert weight.grad is not None
         outcomes.append((weight.grad.tolist(), rng.fingerprint()))
     assert outcomes[0] == outcomes[1]
+
+
+def test_a_rank_that_a_process_group_numbers_anew_still_has_its_stream(
+    fake_group: Callable[[int, int], None],
+) -> None:
+    rng = StatefulRNG(1)
+    rng.load_state_dict(rng.state_dict())
+    fake_group(1, 2)
+    assert warned(rng.state_dict) == []
 
 
 def test_the_record_is_on_the_cpu() -> None:
