@@ -17,7 +17,7 @@ from nemo_rng_dcp.parts import parts_of
 from nemo_rng_dcp.position import UNKNOWN, Position
 from nemo_rng_dcp.rank_streams import RankStreams
 from nemo_rng_dcp.record import fingerprint
-from nemo_rng_dcp.seeding import derive_seed
+from nemo_rng_dcp.seeding import derive_seed, derive_seeds
 
 _Result = TypeVar("_Result")
 
@@ -153,9 +153,7 @@ class Fetcher:
         # 32 bits are what NumPy and torch seed from in 2 us, and not in 150. The seed of a pass's
         # workers is drawn from all 64.
         bits = 32 if number else 64
-        self._generators.start(
-            {name: derive_seed(base, number, bits=bits) for name, base in self._bases.items()}
-        )
+        self._generators.start(derive_seeds(self._bases, number, bits=bits))
 
     def _apart(self, function: Callable[[], _Result], number: int | None) -> _Result:
         """Call a function on the streams of a batch, and put back those of the job."""

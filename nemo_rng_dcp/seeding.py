@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections.abc import Mapping
 from functools import lru_cache
 
 import numpy as np
@@ -159,9 +160,13 @@ def derive_seed(seed: int, *path: int | str, bits: int = 32) -> int:
         raise TypeError(f"bits is {bits!r} ({type(bits).__name__}), expected an integer")
     if not 1 <= bits <= MAX_BITS:
         raise ValueError(f"bits is {bits}, expected 1 to {MAX_BITS}")
-    digest = _begun_with(seed).copy()
-    digest.update(b"".join(map(_encode, path)))
-    return int.from_bytes(digest.digest(), "little") & ((1 << int(bits)) - 1)
+    return _derived(seed, b"".join(map(_encode, path)), int(bits))
+
+
+def derive_seeds(seeds: Mapping[str, int], *path: int | str, bits: int) -> dict[str, int]:
+    """Return by name what :func:`derive_seed` gives of several seeds, unchecked, and one path."""
+    encoded = b"".join(map(_encode, path))
+    return {name: _derived(seed, encoded, bits) for name, seed in seeds.items()}
 
 
 def seed_worker(worker_id: int) -> None:
@@ -196,6 +201,12 @@ def seed_worker(worker_id: int) -> None:
     # the worker's seed to whoever seeds another library from it.
     state[:8] = torch.get_rng_state()[:8]
     torch.set_rng_state(state)
+
+
+def _derived(seed: int, encoded: bytes, bits: int) -> int:
+    digest = _begun_with(seed).copy()
+    digest.update(encoded)
+    return int.from_bytes(digest.digest(), "little") & ((1 << bits) - 1)
 
 
 @lru_cache  # a job derives all from a few seeds, and a loader one from each of some for every batch

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset
 
 from nemo_rng_dcp import ScopedRNG, StatefulRNG, derive_seed, init_all_rng, seed_worker
+from nemo_rng_dcp.seeding import derive_seeds
 from tests.support import jobs
 from tests.support.streams import draw, states, unmoved
 
@@ -256,6 +257,13 @@ def test_seed_worker_uses_every_bit_of_the_worker_seed() -> None:
         seed_worker(0)
         found.append(draw())
     assert len({number for numbers in found for number in numbers}) == 3 * len(found[0])
+
+
+def test_the_seeds_of_several_are_those_of_each() -> None:
+    seeds = {"a": 0, "b": 2**70}
+    for path, bits in ((), 1), ((7, "x"), 32), ((-1,), 64):
+        expected = {name: derive_seed(seed, *path, bits=bits) for name, seed in seeds.items()}
+        assert derive_seeds(seeds, *path, bits=bits) == expected
 
 
 class Streams(Dataset[Any]):
