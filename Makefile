@@ -28,6 +28,7 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]' && \
 	touch $@; } || { rm -rf $(VENV); exit 1; }
 
+# One process more than 2 cores: ranks wait for each other, which left a core idle at times.
 test: setup
 	$(BIN)/python -m pytest -n 3 --durations=10
 

@@ -158,8 +158,8 @@ class Source:
         if type(self._reader).read_metadata is not dcp.FileSystemReader.read_metadata:
             return read()
         names = _names(self._reader)
-        # Of a save with use_collectives=False. DCP asks for it next, if `kwargs` is so named. Each
-        # rank's own names another save.
+        # Of a save with use_collectives=False: DCP asks next for the own one, but only where the
+        # parameter is called `kwargs`. Each rank's one names a save of its own: that tells nothing.
         if "__0.metadata" in names:
             return dataclasses.replace(read(**kwargs), storage_meta=None)
         try:

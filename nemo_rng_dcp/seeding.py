@@ -209,7 +209,7 @@ def _derived(seed: int, encoded: bytes, bits: int) -> int:
     return int.from_bytes(digest.digest(), "little") & ((1 << bits) - 1)
 
 
-@lru_cache  # a job derives all from a few seeds, and a loader one from each of some for every batch
+@lru_cache  # a job derives from a few seeds, and a loader from the same ones for every batch
 def _begun_with(seed: int) -> hashlib.blake2b:
     return hashlib.blake2b(_encode(seed), digest_size=MAX_BITS // 8, person=b"nemo_rng_dcp")
 

@@ -51,9 +51,9 @@ def packed(block: bytes, normal: bytes) -> bytes:
     return block + _PACKED_NORMAL.pack(*((1, gauss) if has_gauss else (0, 0.0)))
 
 
-def contents(packed: bytes) -> tuple[bytes, bytes]:
+def contents(state: bytes) -> tuple[bytes, bytes]:
     """Return the contents of both by what :func:`packed` returned."""
-    return packed[: _BLOCK.size], _NORMAL.pack(*_PACKED_NORMAL.unpack_from(packed, _BLOCK.size))
+    return state[: _BLOCK.size], _NORMAL.pack(*_PACKED_NORMAL.unpack_from(state, _BLOCK.size))
 
 
 def _view(address: int, size: int) -> memoryview:

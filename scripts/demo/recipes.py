@@ -162,8 +162,7 @@ def compare(recipe: Recipe, out: Path) -> Iterator[Finding]:
         by_rank = [[fate for fate in fates for _ in range(job.tp)] for fates in (rows, expected)]
         yield Finding(recipe.name, f"{title}: streams", *by_rank)
         if "rollouts" in recipe.notes:
-            ranks_of = whole, recipe.job.ranks, resumed, job.ranks
-            found = rollout_taken_over(*ranks_of, resumed_step)
+            found = rollout_taken_over(whole, recipe.job.ranks, resumed, job.ranks, resumed_step)
             yield Finding(recipe.name, f"{title}: rollout", found, ["equal"] * job.ranks)
             equal = runs.equal_tensors(last, runs.checkpoint(whole, save_every), "app.reference.")
             yield Finding(

@@ -42,8 +42,9 @@ class Checkpoint:
             self.keys.update(index.keys)
         self.files = {file for index in indexes.values() for file in index.files}
         self.records = [key for key in sorted(self.keys) if self.keys[key].is_record(key)]
+        self._known: set[Chunk] = set()
         self._last: tuple[Chunk, torch.Tensor] | None = None
-        self._known, self._bytes = set[Chunk](), Counter[str]()
+        self._bytes: Counter[str] = Counter()
 
     def __str__(self) -> str:
         return self.where
