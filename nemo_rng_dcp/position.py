@@ -63,7 +63,7 @@ class Position(NamedTuple):
 
     def to_tensor(self) -> torch.Tensor:
         """Return the numbers as a row of a table."""
-        return torch.tensor(self, dtype=torch.int64, device="cpu")
+        return torch.tensor(self, device="cpu")
 
     @property
     def place(self) -> tuple[int, ...]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 import time
 from dataclasses import replace
+from itertools import count
 from types import FrameType
 
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
@@ -27,7 +28,7 @@ def load_is_asking() -> bool:
     That is the first part of ``load``. What an entry asks for while it is given its state, or what
     a save inside of an entry asks for, is the streams.
     """
-    frame: FrameType | None = sys._getframe(1)
+    frame: FrameType | None = sys._getframe()
     while frame is not None:
         module, name = frame.f_globals.get("__name__"), frame.f_code.co_name
         if module == state_dict_loader.__name__:
@@ -40,9 +41,7 @@ def load_is_asking() -> bool:
 
 def mark() -> int:
     """Return a moment, in nanoseconds since 1970, that no other mark of this process has."""
-    moment = time.time_ns()
-    while moment in _marks:
-        moment += 1
+    moment = next(moment for moment in count(time.time_ns()) if moment not in _marks)
     _marks.add(moment)
     return moment
 

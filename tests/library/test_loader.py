@@ -5,6 +5,7 @@ import itertools
 import multiprocessing
 import os
 import random
+import re
 import threading
 import warnings
 from collections.abc import Iterator
@@ -567,19 +568,21 @@ def test_another_loader_is_refused_in_the_middle_of_an_epoch(now: Any, message: 
 
 def test_what_is_no_position_is_refused() -> None:
     loader = ResumableLoader(DataLoader(range(4)), StatefulRNG(1))
-    state = loader.state_dict()
-    (key, table), *_ = state.items()
-    newer = table.clone()
-    newer[0] = 2
+    with torch.device("meta"):
+        (key, table), *_ = loader.state_dict().items()
+    [position] = positions_in(table)
     for wrong, message in [
         ({}, "the state is none of a ResumableLoader"),
         (None, "the state is none of a ResumableLoader"),
         ({key: 3}, "the state is none of a ResumableLoader"),
-        ({key: table.float()}, "found torch.float32"),
-        ({key: table[1:]}, "expected torch.int64"),
-        ({key: newer}, "found layout 2"),
+        ({key: table.float()}, "found torch.float32 (17,), expected torch.int64 (rows * 17,)"),
+        ({key: table[1:]}, "found torch.int64 (16,), expected torch.int64"),
+        ({key: table[:0]}, "found torch.int64 (0,), expected torch.int64"),
+        ({key: position._replace(layout=2).to_tensor()}, "found layout 2, row 0 of 1"),
+        ({key: position._replace(row=1).to_tensor()}, "found layout 1, row 1 of 1"),
+        ({key: position._replace(row=-1).to_tensor()}, "found layout 1, row -1 of 1"),
     ]:
-        with pytest.raises(RNGStateError, match=message):
+        with pytest.raises(RNGStateError, match=re.escape(message)):
             loader.load_state_dict(wrong)
 
 

@@ -1,5 +1,6 @@
 """A load that read nothing is told from a state that somebody gives back."""
 
+import time
 import warnings
 from collections.abc import Callable
 from copy import deepcopy
@@ -14,6 +15,7 @@ from torch.distributed.checkpoint import DefaultLoadPlanner, LoadPlanner
 
 from nemo_rng_dcp import RNGLoadPlanner, RNGStateWarning, StatefulRNG
 from nemo_rng_dcp.record import KEY
+from nemo_rng_dcp.unread import is_found_again, mark
 from tests.support.records import record_of
 from tests.support.streams import draw, unmoved, warned
 
@@ -162,6 +164,14 @@ def test_a_record_with_a_mark_that_was_saved_is_loaded(
     again(kept)
     assert warned(lambda: rng.load_state_dict(kept["rng"])) == []
     assert draw() == expected
+
+
+def test_marks_of_one_moment_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those of several rows may be, where the clock is coarse."""
+    monkeypatch.setattr(time, "time_ns", lambda: 10**18)
+    moments = [mark() for _ in range(3)]
+    assert moments == [10**18, 10**18 + 1, 10**18 + 2]
+    assert [is_found_again(moment) for moment in moments + moments] == [True] * 3 + [False] * 3
 
 
 def test_the_mark_of_another_process_is_of_no_account() -> None:
