@@ -127,7 +127,7 @@ def _parts(
         return None
     places = torch.isin(grid, ranks).nonzero()
     return tuple(
-        (name, size)
-        for name, size, along in zip(names, grid.shape, places.T, strict=True)
-        if len(along.unique()) > 1
+        (name, whole.size(dim))
+        for dim, name in enumerate(names)
+        if len(set(places[:, dim].tolist())) > 1
     )

@@ -77,8 +77,8 @@ def note_playing(rank: int | None) -> None:
 
 def launched_processes() -> int:
     """Return how many processes torchrun started (``WORLD_SIZE``), 1 if it did not."""
-    value = os.environ.get("WORLD_SIZE", "1")
-    return int(value) if value.isdecimal() else 1
+    value = os.environ.get("WORLD_SIZE")
+    return int(value) if value and value.isdecimal() else 1
 
 
 def gather_peers(
@@ -106,9 +106,10 @@ def gather_peers(
     except Exception as error:
         answer, cause = f"rank {global_rank()} cannot tell its streams: {error}", error
     answers = _all_gather(answer, process_group)
-    peers = [peer for of_rank in answers if isinstance(of_rank, list) for peer in of_rank]
     problems = [text for text in answers if isinstance(text, str)]
-    problems = problems or list(dict.fromkeys(_unlike(peers)))
+    if not problems:
+        peers = [peer for of_rank in answers for peer in of_rank]
+        problems = list(dict.fromkeys(_unlike(peers)))
     if problems:
         raise RNGStateError("; ".join(problems)) from cause
     return peers

@@ -34,9 +34,9 @@ def spread(
     plans: list[LoadPlan], create_global_plan: Callable[[list[LoadPlan]], list[LoadPlan]]
 ) -> list[LoadPlan]:
     """Return what the wrapped planner makes of all plans, with the names of row 0 in each."""
-    told = [_data(plan) for plan in plans]
-    of_row_0 = {place: data.names[place] for data in told for place in data.names if not place[1]}
-    inner = [replace(p, planner_data=data.inner) for p, data in zip(plans, told, strict=True)]
+    told = [place for plan in plans for place in _data(plan).names.items()]
+    of_row_0 = {place: names for place, names in told if not place[1]}
+    inner = [replace(plan, planner_data=_data(plan).inner) for plan in plans]
     return [tell(plan, of_row_0) for plan in create_global_plan(inner)]
 
 
@@ -56,7 +56,7 @@ def hear(plan: LoadPlan, entries: Mapping[str, tuple[torch.Tensor, Iterable[str]
 
 def has_its_generators(table: torch.Tensor) -> bool:
     """Return whether row 0 is known to have the generators of the rank that loaded a table."""
-    return bool(getattr(table, _ALIKE, False))
+    return bool(getattr(table, _ALIKE, None))
 
 
 def _data(plan: LoadPlan) -> _Data:

@@ -101,6 +101,7 @@ def test_one_record_is_not_loaded_by_two_grids(tmp_path: Path) -> None:
     job(4, save_on_second_only, tmp_path)
     for texts in job(4, load_on_both, tmp_path):
         assert all("two grids of ranks would load this record" in text for text in texts)
+        assert all("by itself, with StatefulRNG.load(key=)" in text for text in texts)
 
 
 def load_by_parts(path: Path) -> list[str]:

@@ -1,6 +1,7 @@
 """What ranks say of one another's streams: every rank, every row, every generator."""
 
 import random
+from datetime import timedelta
 
 import numpy as np
 import pytest
@@ -113,7 +114,7 @@ def errors_of(rng: StatefulRNG) -> list[str]:
 
 
 def other_names() -> list[str]:
-    names = ["a", "b", "c"] if dist.get_rank() == 1 else ["a"]
+    names = ["a", "b", "c"] if dist.get_rank() == 1 else ["a", "d"]
     return errors_of(StatefulRNG(42, generators={name: random.Random(1) for name in names}))
 
 
@@ -122,6 +123,7 @@ def test_ranks_with_other_generators_are_named_on_every_rank() -> None:
         for text in texts:
             assert "b: rank 1 has this generator and rank 0 has not" in text
             assert "c: rank 1 has this generator and rank 0 has not" in text
+            assert "d: rank 0 has this generator and rank 1 has not" in text
 
 
 def cannot_be_stored() -> list[str]:
@@ -167,15 +169,16 @@ def test_some_ranks_may_ask_one_another() -> None:
 
 def without_the_others() -> str:
     begin_group(limit=2)
+    group = dist.new_group([0, 2], timeout=timedelta(seconds=2))
     if dist.get_rank() != 0:
         return ""  # a rank of a job ends when all have returned
     rng = StatefulRNG(42)
     with unmoved(), pytest.raises(RNGStateError) as caught:
-        rng.verify_shared()
+        rng.verify_shared(process_group=group)
     return str(caught.value)
 
 
 def test_ranks_that_do_not_call_it_end_in_an_error_that_says_so() -> None:
-    text, _ = job(2, without_the_others, group=False)
-    assert "rank 0: not all of ranks 0, 1 answered" in text
+    text, *_ = job(3, without_the_others, group=False)
+    assert "rank 0: not all of ranks 0, 2 answered" in text
     assert "process_group=" in text
