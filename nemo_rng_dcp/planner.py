@@ -264,14 +264,11 @@ class RNGLoadPlanner(LoadPlanner):
                 entry.put_in()
 
 
-def _passed_on(name: str) -> property:
-    return property(lambda self: getattr(self.planner, name))
-
-
-# A hook that a later torch adds to LoadPlanner: the class above would inherit it from there.
+# A hook that a later torch adds to LoadPlanner: the class above would inherit it from there. A
+# property without a getter leaves it to __getattr__.
 for _name in dir(LoadPlanner):
     if not _name.startswith("_") and _name not in vars(RNGLoadPlanner):
-        setattr(RNGLoadPlanner, _name, _passed_on(_name))
+        setattr(RNGLoadPlanner, _name, property())
 
 
 def _is_ours(name: str) -> bool:

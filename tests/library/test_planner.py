@@ -558,23 +558,35 @@ def test_the_other_planners_attributes_are_answered() -> None:
     inner.note = "of a later torch"  # type: ignore[attr-defined]
     for name in (*vars(inner), "lookup_tensor", "transform_tensor"):
         assert getattr(planner, name) == getattr(inner, name)
-    for missing in ("no_such_name", "_private"):
-        with pytest.raises(AttributeError, match=f"no attribute '{missing}'"):
-            getattr(RNGLoadPlanner(LoadPlanner()), missing)  # type: ignore[abstract]
+    inner._private = 1  # type: ignore[attr-defined]
+    for name, owner in {"no_such_name": "Default", "_private": "RNG"}.items():
+        message = f"'{owner}LoadPlanner' object has no attribute '{name}'"
+        with pytest.raises(AttributeError, match=message):
+            getattr(planner, name)
+
+
+class Forgetful(RNGLoadPlanner):
+    def __init__(self) -> None:
+        pass
+
+
+def test_a_planner_that_was_not_set_up_says_what_it_has_not() -> None:
+    with pytest.raises(AttributeError, match="'Forgetful' object has no attribute 'planner'"):
+        Forgetful().set_up_planner({}, Metadata({}))
 
 
 class Recording(LoadPlanner):
-    """Knows nothing but which of its methods were called."""
+    """Knows nothing but which of its methods were called, and with what."""
 
     def __init__(self) -> None:
-        self.called: list[str] = []
+        self.called: dict[str, tuple[Any, ...]] = {}
 
     def __getattribute__(self, name: str) -> Any:
         if name.startswith("_") or name == "called":
             return super().__getattribute__(name)
 
         def method(*arguments: Any) -> Any:
-            self.called.append(name)
+            self.called[name] = arguments
             if name == "create_local_plan":
                 return LoadPlan([])
             return arguments[-1] if arguments else None
@@ -606,6 +618,8 @@ def hooks_that_are_passed_on(hook: str | None) -> list[str]:
     for name in sorted(names, key="set_up_planner".__ne__):
         getattr(planner, name)(*arguments.get(name, (read,)))
     assert hook is None or hook in names
+    assert inner.called["resolve_bytes"] == (read,)
+    assert inner.called["set_up_planner"][2] is False, "by default no rank is the coordinator"
     return sorted(set(names) - set(inner.called))
 
 
