@@ -63,15 +63,14 @@ class RankStreams:
         lent: By generator, the current rank's state where a loader has its own in place.
     """
 
-    def __init__(self, generators: GeneratorSet, ranks: range, *, logical: bool = False) -> None:
+    def __init__(self, generators: GeneratorSet, ranks: range, *, logical: bool) -> None:
         self.ranks = ranks
         self.lent: States = {}
         self._drawn_outside: set[str] = set()
         self._generators = generators
         self._logical = logical
-        here = generators.take() if logical else None
-        parked = {} if here is None else dict.fromkeys(ranks, here)
-        self._moment = _Moment(ranks[0], parked, None, here)
+        parked = dict.fromkeys(ranks, generators.take()) if logical else {}
+        self._moment = _Moment(ranks[0], parked, None, None)
         self._entered: dict[object, _Entry] = {}
         self._steady = _Steady(self)
 
@@ -132,11 +131,10 @@ class RankStreams:
                 # The current rank comes last: its streams stay in the generators.
                 for rank in (*(r for r in self.ranks if r != moment.rank), moment.rank):
                     new = {**after[rank], **states.get(rank, {})}
-                    now = generators.restore(new, seeds.get(rank, {}), before=now)
+                    now = generators.restore(new, seeds.get(rank), before=now)
                     after[rank] = now
                 self._drawn_outside.clear()
-                outside = None if moment.outside is None else after[moment.rank]
-                self._moment = _Moment(moment.rank, after, None, outside)
+                self._moment = _Moment(moment.rank, after, None, None)
             except BaseException:
                 generators.restore(before)
                 self._moment = moment
@@ -228,7 +226,7 @@ class RankStreams:
             here = here or generators.take()
             new = moment.parked[rank]
             try:
-                self._moment = _Moment(moment.rank, moment.parked, here, moment.outside)
+                self._moment = moment._replace(here=here)
                 generators.restore(new, before=here)
                 self._moment = _Moment(rank, {**moment.parked, moment.rank: here}, None, None)
             except BaseException:
@@ -264,8 +262,10 @@ class RankStreams:
         moved = generators.moved(moment.outside, now)
         shared = {name for name in moved if generators.slots[name].shared}
         others = [rank for rank in self.ranks if rank != moment.rank]
-        for rank in others if shared else ():
-            apart = shared.intersection(generators.moved(moment.outside, moment.parked[rank]))
+        for rank in others:
+            apart = shared and shared.intersection(
+                generators.moved(moment.outside, moment.parked[rank])
+            )
             if apart:
                 raise RNGStateError(
                     f"{', '.join(sorted(apart))}: all ranks share it, and a draw outside of "

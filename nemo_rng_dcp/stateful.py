@@ -249,7 +249,10 @@ class StatefulRNG:
             self._generators.warn_in_a_scope("the record holds")
             self._generators.warn_of_exchanged()
             self._streams.warn_of_draws_outside()
-        return self._table(rows, packed, is_for_a_load)
+        records = self._records(rows, packed)
+        if is_for_a_load:
+            records = [marked(record) for record in records]
+        return _table(rows, records)
 
     def load_state_dict(self, state: Mapping[str, Any] | RNGState) -> None:
         """Put every stream of this rank back to where ``state`` has it; all or nothing.
@@ -388,8 +391,13 @@ class StatefulRNG:
                 of this rank has moved.
             ValueError: This rank is not in ``process_group``.
         """
+
+        def table() -> dict[str, torch.Tensor]:
+            rows = self._rows()
+            return _table(rows, self._records(rows, self._packed(is_for_a_load=True)))
+
         loaded = standalone.load(
-            lambda: self._table(self._rows(), self._packed(is_for_a_load=True), is_for_a_load=True),
+            table,
             self._generators.slots,
             path,
             storage_reader,
@@ -560,9 +568,9 @@ class StatefulRNG:
             "save_state_dict, pass rng.state_dict()."
         )
 
-    def _table(self, rows: Rows, packed: Packed, is_for_a_load: bool) -> dict[str, torch.Tensor]:
+    def _records(self, rows: Rows, packed: Packed) -> list[Record]:
         slots, taken_at = self._generators.slots, time.time_ns()
-        records = [
+        return [
             Record(
                 row=row,
                 rows=rows.count,
@@ -580,9 +588,6 @@ class StatefulRNG:
             )
             for row, of_rank in packed.items()
         ]
-        if is_for_a_load:
-            records = [marked(record) for record in records]
-        return {rows.key: rows.table([record.to_tensor() for record in records])}
 
     def _note_that_nothing_was_loaded(self, rows: Rows) -> None:
         self.loaded = self._rewinds.states = None
@@ -718,8 +723,13 @@ class StatefulRNG:
         if self.ranks != own:
             self._streams.renumber(own[0])
             if self._rewinds.states is not None:
-                self._rewinds.states = dict(zip(own, self._rewinds.states.values(), strict=True))
+                [states] = self._rewinds.states.values()
+                self._rewinds.states = {own[0]: states}
         return rows
+
+
+def _table(rows: Rows, records: Sequence[Record]) -> dict[str, torch.Tensor]:
+    return {rows.key: rows.table([record.to_tensor() for record in records])}
 
 
 def _fingerprints(packed: Mapping[str, bytes]) -> dict[str, str]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import ReadItem
@@ -51,8 +52,8 @@ class Rows:
     @classmethod
     def current(
         cls,
-        mesh: DeviceMesh | None = None,
-        grid: Grid | None = None,
+        mesh: DeviceMesh | None,
+        grid: Grid | None,
         logical_ranks: int | None = None,
     ) -> Rows:
         """Return the rows as of now; does not communicate and creates no process group.
@@ -61,18 +62,17 @@ class Rows:
             mesh: The (sub)mesh along which streams differ, of any number of dimensions. Ranks of
                 one coordinate share a row. ``None``: all ranks of the default process group, so
                 that row = global rank; without a group, one row.
-            grid: ``Grid.of(mesh)``, if it is known.
+            grid: ``Grid.of(mesh)``; ``None`` without a mesh.
             logical_ranks: Rows of the table; ``None``: one per coordinate.
 
         Raises:
-            ValueError: This process's rank is not in ``mesh``, or the coordinates cannot have
-                equally many of ``logical_ranks`` rows.
+            ValueError: The coordinates cannot have equally many of ``logical_ranks`` rows.
             RuntimeError: ``mesh`` is older than the process group, whose ranks have other numbers.
         """
         if mesh is None:
             number, size = dist.get_rank() if dist.is_initialized() else 0, world_size()
             return cls(*_shared_out(number, size, logical_ranks, "processes"), None)
-        grid = Grid.of(mesh) if grid is None else grid
+        assert grid is not None
         if dist.is_initialized() and (grid.rank != dist.get_rank() or grid.highest >= world_size()):
             raise RuntimeError(
                 f"the mesh {mesh} was made when this process was rank {grid.rank}, and has ranks "
@@ -82,7 +82,7 @@ class Rows:
             )
         coordinate = mesh.get_coordinate()
         assert coordinate is not None
-        number = row_major(coordinate, mesh.shape)
+        number = int(np.ravel_multi_index(coordinate, mesh.shape))
         among = f"coordinates of the mesh ({mesh_text(_sizes(mesh))})"
         own, count = _shared_out(number, mesh.size(), logical_ranks, among)
         return cls(own, count, mesh, grid)
@@ -138,7 +138,7 @@ class Rows:
             RNGStateError: It holds no record, an altered one, or not this process's.
         """
         tensors = records_in(local(table))
-        heads = [words_of(tensor)[: ROWS + 1].tolist() for tensor in tensors if len(tensors) > 1]
+        heads = [words_of(tensor) for tensor in tensors if len(tensors) > 1]
         places = {head[ROW]: place for place, head in reversed([*enumerate(heads)])}
         own: dict[int, Record] = {}
         for row in self.own:
@@ -175,7 +175,7 @@ def with_records(table: torch.Tensor, records: torch.Tensor) -> torch.Tensor:
 
 def joined(records: Sequence[torch.Tensor]) -> torch.Tensor:
     """Return records one after the other in one tensor."""
-    return records[0] if len(records) == 1 else torch.cat(list(records))
+    return torch.cat(list(records))
 
 
 def local(table: torch.Tensor) -> torch.Tensor:
@@ -189,14 +189,6 @@ def local(table: torch.Tensor) -> torch.Tensor:
 def rows_text(rows: range) -> str:
     """Return "row 3" or "rows 4 to 7"."""
     return f"row {rows[0]}" if len(rows) == 1 else f"rows {rows[0]} to {rows[-1]}"
-
-
-def row_major(coordinate: Sequence[int], shape: Sequence[int]) -> int:
-    """Return the number of a coordinate of a mesh, the last dimension running fastest."""
-    number = 0
-    for index, size in zip(coordinate, shape, strict=True):
-        number = number * size + index
-    return number
 
 
 def source_row(row: int, rows_saved: int) -> int:
@@ -214,9 +206,9 @@ def records_in(tensor: torch.Tensor) -> list[torch.Tensor]:
         RNGStateError: It cannot be that.
     """
     words = words_of(tensor)
-    length = int(words[LENGTH]) if len(words) > LENGTH else 0
+    length = int(words[LENGTH]) if len(words) > LENGTH else len(words)
     # What is too short to be a record is not cut up: whoever reads it says what it is.
-    if ROWS < length < len(words) and len(words) % length == 0:
+    if length > ROWS and len(words) % length == 0:
         return list(torch.split(tensor, length))
     return [tensor]
 
@@ -286,8 +278,8 @@ def reads_of_rows(key: str, wanted: Wanted, saved: Any, entry: str | None = None
         # Mostly they are in the order of the rows, and there may be as many as ranks.
         if number >= len(chunks) or chunks[number].offsets != (start,):
             by_place = by_place or {chunk.offsets: n for n, chunk in enumerate(chunks)}
-            number = by_place.get(torch.Size((start,)), -1)
-        if number < 0 or chunks[number].sizes != (size,):
+            number = by_place.get(torch.Size((start,)), len(chunks))
+        if number == len(chunks) or chunks[number].sizes != (size,):
             raise RNGStateError(
                 f"{key}: the checkpoint's metadata has no chunk of {size} numbers at {start}, for "
                 f"row {row}. It was saved by fewer ranks than it has rows, or is damaged."
@@ -353,7 +345,6 @@ def _sharded(records: torch.Tensor, mesh: DeviceMesh) -> DTensor:
         mesh,
         # Sharding dim 0 over every mesh dimension in order is the row-major numbering.
         [Shard(0)] * mesh.ndim,
-        run_check=False,
         shape=torch.Size((mesh.size() * records.numel(),)),
         stride=(1,),
     )
@@ -378,7 +369,7 @@ def _shared_out(number: int, size: int, logical_ranks: int | None, among: str) -
 
 
 def _sizes(mesh: DeviceMesh) -> Mesh:
-    return tuple(zip(names_of(mesh), mesh.shape, strict=True))
+    return tuple((name, mesh.size(dim)) for dim, name in enumerate(names_of(mesh)))
 
 
 _kept: tuple[Callable[[], object], DeviceMesh] | None = None

@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from nemo_rng_dcp import StatefulRNG
 from nemo_rng_dcp.cli.main import main
+from nemo_rng_dcp.grids import Grid
 from nemo_rng_dcp.table import Rows
 from tests.support.command import Capture, ask, ask_json
 from tests.support.jobs import job
@@ -110,7 +111,7 @@ def test_records_of_another_length_need_the_planner(tmp_path: Path, capsys: Capt
 def save_three(path: Path) -> None:
     """Save streams of three kinds, as the page on trackers does."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
-    row = Rows.current(mesh["tp"]).row
+    row = Rows.current(mesh["tp"], Grid.of(mesh["tp"])).row
     extra = {"mine": random.Random(row)}
     state = {
         "a": StatefulRNG(seed=1, ranked=True, mesh=mesh["dp"]),

@@ -11,7 +11,14 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.device_mesh import init_device_mesh
 
-from nemo_rng_dcp import RNGState, RNGStateError, ScopedRNG, StatefulRNG, init_all_rng
+from nemo_rng_dcp import (
+    RNGState,
+    RNGStateError,
+    ScopedRNG,
+    StatefulRNG,
+    derive_seed,
+    init_all_rng,
+)
 from nemo_rng_dcp.record import KEY, Record
 from nemo_rng_dcp.table import records_in
 from tests.support.streams import draw, unmoved, warned
@@ -101,7 +108,7 @@ def test_without_a_group_torchrun_must_have_started_one_process(
     monkeypatch.setenv("WORLD_SIZE", "2")
     with (
         unmoved(),
-        pytest.raises(RuntimeError, match=r"one of 2 \(WORLD_SIZE\).*init_process_grou"),
+        pytest.raises(RuntimeError, match=r"one of 2 \(WORLD_SIZE\).* after init_process_group$"),
     ):
         logical()
 
@@ -123,6 +130,9 @@ def test_in_a_plain_job_as_rank_changes_nothing(fake_group: FakeGroup) -> None:
     with ScopedRNG(1), rng.as_rank(3):
         draw()
     with rng.as_rank(3):
+        rng.load_state_dict(rng.state_dict())
+        assert draw() + draw() == expected
+        rng.rewind()
         assert draw() + draw() == expected
     with pytest.raises(ValueError, match="this process plays rank 3, no other"):
         rng.as_rank(2).__enter__()
@@ -133,12 +143,33 @@ def test_a_rewind_is_of_all_ranks_and_not_from_inside_of_one() -> None:
     by_rank(rng)
     rng.load_state_dict({KEY: rng.state_dict()[KEY].clone()})
     expected = by_rank(rng)
-    with pytest.raises(RuntimeError, match=r"rewind\(\) inside as_rank\(2\) would put back"):
+    message = r"rewind\(\) inside as_rank\(2\) would put back the streams of ranks 0 to 3, all of"
+    with pytest.raises(RuntimeError, match=message):
         by_rank_2(rng)
     by_rank(rng)  # a validation inside of each
     rng.rewind()
     assert by_rank(rng) == expected
     assert rng.loaded is not None
+
+
+def test_of_two_ranks_too_a_rewind_and_one_ranks_state_need_their_place() -> None:
+    rng = logical(2)
+    rng.load_state_dict({KEY: rng.state_dict()[KEY].clone()})
+    with rng.as_rank(1), unmoved(), pytest.raises(RuntimeError, match="would put back"):
+        rng.rewind()
+    state = RNGState(random.getstate(), np.random.get_state(), torch.get_rng_state(), [])
+    with unmoved(), pytest.raises(RNGStateError, match="process plays ranks 0 to 1: load it in"):
+        rng.load_state_dict(state)
+
+
+def test_a_registered_generator_starts_from_64_bits_of_seed_rank_and_name() -> None:
+    own = random.Random()
+    rng = logical(generators={"own": own})
+    expected = {
+        rank: random.Random(derive_seed(42, "logical rank", rank, "own", bits=64)).random()
+        for rank in rng.ranks
+    }
+    assert by_rank(rng, own.random) == expected
 
 
 def by_rank_2(rng: StatefulRNG) -> None:

@@ -283,6 +283,7 @@ def test_draws_outside_are_known() -> None:
     streams.take()
     [message] = warned(streams.warn_of_draws_outside)
     assert "python, torch drawn from outside of as_rank()" in message
+    assert "Those numbers were logical rank 4's" in message
     assert warned(streams.warn_of_draws_outside) == []  # once
     random.random()
     streams.take()

@@ -55,6 +55,7 @@ def test_seed_and_rank_must_fit_together(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("RANK", "3")
     init_all_rng(2**32 - 4, ranked=True)
     StatefulRNG(2**32 - 4, ranked=True)
+    StatefulRNG(2**32 - 1)  # the same on every rank
     for use in (init_all_rng, StatefulRNG):
         with unmoved(), pytest.raises(ValueError, match="4294967293 and the rank or row adds 3"):
             use(2**32 - 3, ranked=True)

@@ -46,6 +46,7 @@ def test_construction_seeds_and_keeps_what_it_was_given() -> None:
     init_all_rng(11)
     assert draw() == found
     assert (rng.seed, rng.ranked, type(rng.seed)) == (11, True, int)
+    assert rng.loaded is None
 
 
 def test_without_a_seed_the_streams_are_taken_as_they_are() -> None:
@@ -263,7 +264,7 @@ BAD: dict[str, tuple[str, Callable[[State], Any]]] = {
     "head alone": ("does not fit its check word", lambda s: {KEY: s[KEY][:3]}),
     "length of four numbers": (
         "does not fit its check word",
-        lambda s: {KEY: torch.tensor([1, 0, 2, 0])},
+        lambda s: {KEY: torch.tensor([1, 0, 4, 0] * 2)},
     ),
     "shorter than a head": ("does not fit its check word", shorter_than_a_head),
     "zeros": ("has layout version 0", lambda s: {KEY: torch.zeros_like(s[KEY])}),
@@ -325,6 +326,7 @@ def test_other_versions_warn_once_and_name_both(direction: int) -> None:
     )
     [text] = warned(lambda: rng.load_state_dict(others))
     there = version_text(record.python_version + direction * 1000)
+    assert text.startswith("RNG state: ")
     assert f"saved with python {there}, now {platform.python_version()}; torch " in text
     assert "numpy" not in text
 
@@ -414,7 +416,8 @@ def test_arguments_of_another_type_are_refused(arguments: dict[str, Any], messag
 @pytest.mark.parametrize("state", [None, [1], 5])
 def test_what_is_no_state_at_all_is_refused(state: Any) -> None:
     rng = StatefulRNG(1)
-    with unmoved(), pytest.raises(TypeError, match=r"expected a mapping or an RNGState"):
+    message = f"the state is a {type(state).__name__}, expected a mapping or an RNGState"
+    with unmoved(), pytest.raises(TypeError, match=message):
         rng.load_state_dict(state)
 
 

@@ -6,11 +6,13 @@ import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed import device_mesh
 from torch.distributed.checkpoint import DefaultSavePlanner, default_planner
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -23,6 +25,7 @@ from torch.distributed.tensor import DTensor
 
 from nemo_rng_dcp import RNGStateError, StatefulRNG
 from nemo_rng_dcp.grids import Grid
+from nemo_rng_dcp.keys import own_key
 from nemo_rng_dcp.record import ROWS
 from nemo_rng_dcp.table import Rows, Wanted, reads_of_rows
 from tests.support.jobs import job
@@ -41,10 +44,11 @@ def rows_of(
     for rank in range(world_size):
         fake_group(rank, world_size)
         mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
-        here = Rows.current(mesh if along is None else mesh[along])
+        part = mesh if along is None else mesh[along]
+        here = Rows.current(part, Grid.of(part))
         table = here.table([torch.full((3,), rank)])
         assert isinstance(table, DTensor)
-        assert table.shape == (3 * here.count,)
+        assert (table.shape, table.stride()) == ((3 * here.count,), (1,))
         assert table.to_local().tolist() == [rank] * 3
         [chunk] = table.__create_chunk_list__()  # type: ignore[attr-defined]
         assert (chunk.offsets, chunk.sizes) == ((3 * here.row,), (3,))
@@ -108,10 +112,15 @@ def test_the_key_has_the_lowest_rank_of_a_grid_without_rank_0(
         assert [list(StatefulRNG(1, mesh=mesh).state_dict()) for mesh in meshes] == [[key]] * len(
             meshes
         )
-    # A torch that does not tell of which mesh another one is a part.
+    grid = Grid.of(part)
+    assert grid == Grid(5, 4, 7, None, part)
     monkeypatch.delattr(DeviceMesh, "_get_root_mesh", raising=False)
-    monkeypatch.delattr("torch.distributed.device_mesh._mesh_resources", raising=False)
-    assert Grid.of(part).key == "rng_streams"
+    whole = SimpleNamespace(get_root_mesh={part: second}.get)  # as in torch 2.9
+    monkeypatch.setattr(device_mesh, "_mesh_resources", whole, raising=False)
+    assert Grid.of(part) == grid
+    # A torch that does not tell of which mesh another one is a part.
+    monkeypatch.delattr(device_mesh, "_mesh_resources")
+    assert Grid.of(part) == Grid(5, 0, 7, None, part)
 
 
 def test_the_record_of_rank_0s_grid_is_no_other_grids(fake_group: FakeGroup) -> None:
@@ -125,12 +134,33 @@ def test_the_record_of_rank_0s_grid_is_no_other_grids(fake_group: FakeGroup) -> 
             rng.load_state_dict(others)
 
 
+def test_what_is_saved_at_another_place_is_no_other_grids() -> None:
+    key, elsewhere = "app.rng.rng_streams@4", ["app.rng_streams@7", "rng.rng_streams@7"]
+    assert own_key(key, [*elsewhere, "app.rng.rng_streams@7"]) == "app.rng.rng_streams@7"
+    for others in (elsewhere, ["app.rng.rng_streams"], ["app.rng.rng_streams@x"]):
+        assert own_key(key, others) is None
+
+
+@pytest.mark.parametrize(("rank", "world_size"), [(0, 4), (1, 3)])
+def test_a_mesh_of_other_ranks_than_there_are_is_refused(
+    rank: int, world_size: int, fake_group: FakeGroup
+) -> None:
+    fake_group(1, 4)
+    rng = StatefulRNG(1, mesh=init_device_mesh("cpu", (4,)))
+    fake_group(rank, world_size)
+    with unmoved(), pytest.raises(RuntimeError, match="Its rows are those of an earlier process"):
+        rng.state_dict()
+
+
 def test_the_record_of_another_row_is_refused(fake_group: FakeGroup) -> None:
     """The same shape, but rank 1 holds row 1 of the one and row 0 of the other."""
     fake_group(1, 4)
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
     of_dp, of_tp = StatefulRNG(1, mesh=mesh["dp"]), StatefulRNG(1, mesh=mesh["tp"])
-    with unmoved(), pytest.raises(RNGStateError, match="row 0 of 2 was given row 1 of 2"):
+    message = (
+        r'row 0 of 2 was given row 1 of 2.* give StatefulRNG the mesh .*: mesh=mesh\["dp"\]\.$'
+    )
+    with unmoved(), pytest.raises(RNGStateError, match=message):
         of_dp.load_state_dict(of_tp.state_dict())
 
 
@@ -138,7 +168,7 @@ def test_a_row_behind_a_record_that_is_altered_is_refused(fake_group: FakeGroup)
     """How many rows there are is what the first one says."""
     table = torch.cat([record.to_tensor() for record in records(2)])
     fake_group(1, 2)
-    rows = Rows.current(None)
+    rows = Rows.current(None, None)
     assert rows.own_records(table)[1].row == 1
     table[ROWS] = 1
     with pytest.raises(RNGStateError, match="altered"):
@@ -219,7 +249,7 @@ def _moved_to(plan: SavePlan, rank: int) -> SavePlan:
 
 
 def mesh_of_all_ranks(logical_ranks: int | None = None) -> DeviceMesh:
-    rows = Rows.current(logical_ranks=logical_ranks)
+    rows = Rows.current(None, None, logical_ranks)
     table = rows.table([torch.full((3,), row) for row in rows.own])
     assert isinstance(table, DTensor)
     assert table.shape == (3 * rows.count,)
