@@ -30,6 +30,7 @@ from nemo_rng_dcp import (
     RNGStateWarning,
     ScopedRNG,
     StatefulRNG,
+    derive_seed,
     unread,
 )
 from nemo_rng_dcp.fetcher import Fetcher
@@ -855,6 +856,13 @@ def test_rows_at_other_places_are_refused() -> None:
     positions[1] = positions[1]._replace(epoch=1)
     with pytest.raises(RNGStateError, match="row 0 was saved behind batch 0 of epoch 0, and row 1"):
         loader.load_state_dict({key: torch.cat([p.to_tensor() for p in positions])})
+
+
+def test_the_seeds_of_a_jobs_loaders_never_change() -> None:
+    rng = StatefulRNG(1)
+    loaders = [ResumableLoader(DataLoader(range(4)), rng) for _ in range(2)]
+    seeds = [positions_in(loader.state_dict()["loader_position"])[0].seed for loader in loaders]
+    assert seeds == [derive_seed(1, "loader", number, bits=63) for number in (1, 2)]
 
 
 def test_a_limit_that_is_passed_already_ends_the_pass() -> None:

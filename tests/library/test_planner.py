@@ -461,6 +461,31 @@ def test_the_other_planner_is_told_of_all_that_was_read_but_records(tmp_path: Pa
     assert planner.is_coordinator
 
 
+class MakesPlansAnew(dcp.FileSystemReader):
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        return LoadPlan(plan.items, planner_data="the reader's")
+
+
+class SeesData(DefaultLoadPlanner):
+    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
+        self.seen = [plan.planner_data for plan in global_plan]
+        return super().create_global_plan(global_plan)
+
+    def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
+        self.seen.append(central_plan.planner_data)
+        return super().finish_plan(central_plan)
+
+
+def test_plans_that_a_reader_made_anew_are_taken_as_they_are(tmp_path: Path) -> None:
+    rng, planner = StatefulRNG(1), SeesData()
+    dcp.save({"rng": rng}, checkpoint_id=tmp_path)
+    expected = draw()
+    reader = MakesPlansAnew(tmp_path)
+    dcp.load({"rng": rng}, storage_reader=reader, planner=RNGLoadPlanner(planner))
+    assert draw() == expected
+    assert planner.seen == ["the reader's"] * 2
+
+
 class Refusing(DefaultLoadPlanner):
     def __init__(self, step: str) -> None:
         super().__init__()

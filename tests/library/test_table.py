@@ -24,7 +24,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from nemo_rng_dcp import RNGStateError, StatefulRNG
-from nemo_rng_dcp.grids import Grid
+from nemo_rng_dcp.grids import Grid, warn_if_moved
 from nemo_rng_dcp.keys import own_key
 from nemo_rng_dcp.record import ROWS
 from nemo_rng_dcp.table import Rows, Wanted, reads_of_rows
@@ -139,6 +139,18 @@ def test_what_is_saved_at_another_place_is_no_other_grids() -> None:
     assert own_key(key, [*elsewhere, "app.rng.rng_streams@7"]) == "app.rng.rng_streams@7"
     for others in (elsewhere, ["app.rng.rng_streams"], ["app.rng.rng_streams@x"]):
         assert own_key(key, others) is None
+
+
+def test_the_record_of_a_grid_that_moved_is_said_by_row_0_where_it_was_not_the_only_one() -> None:
+    key, moved = "rng.rng_streams@1", "rng.rng_streams@2"
+    [text] = warned(lambda: warn_if_moved(key, moved, 0, ["rng.rng_streams", moved]))
+    assert f"no RNG state at {key}: that of the only grid without rank 0, at {moved}, is" in text
+    for source, row, saved in [
+        (moved, 0, [moved]),
+        (moved, 1, ["rng.rng_streams", moved]),
+        (key, 0, [key, moved]),
+    ]:
+        assert warned(lambda: warn_if_moved(key, source, row, saved)) == []  # noqa: B023
 
 
 @pytest.mark.parametrize(("rank", "world_size"), [(0, 4), (1, 3)])
