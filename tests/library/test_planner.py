@@ -104,6 +104,13 @@ def test_all_rows_in_one_chunk_are_read_by_the_same_rules(
     rng = StatefulRNG(1000, ranked=True)
     dcp.load({"rng": rng}, checkpoint_id=tmp_path, planner=RNGLoadPlanner(), no_dist=True)
     assert (draw() == expected[rank % 3]) == (rank < 3)
+    planner = RNGLoadPlanner()
+    metadata = dcp.FileSystemReader(tmp_path).read_metadata()
+    planner.set_up_planner({"rng": rng.state_dict()}, metadata)
+    [read] = planner.create_local_plan().items
+    length = len(records[0])
+    found = read.storage_offsets, read.lengths
+    assert found == ((rank % 3 * length,), (length,)), "no other row is read"
 
 
 # What only one side has, and another length of the record.
