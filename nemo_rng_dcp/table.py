@@ -316,9 +316,7 @@ def _places(wanted: Wanted, total: int, size: int) -> Iterator[tuple[int, int, i
     if count and not rest and not uneven:
         row, sources = wanted.own[0], [source_row(row, count) for row in wanted.own]
         # Rows that stand together in a chunk are one read: each read opens the chunk.
-        starts = [
-            n for n, s in enumerate(sources) if not n or s != sources[n - 1] + 1 or not s % per
-        ]
+        starts = [n for n, s in enumerate(sources) if not n or not s % per]
         for first, end in pairwise([*starts, len(sources)]):
             yield row + first, sources[first] * wanted.length, (end - first) * wanted.length
         return

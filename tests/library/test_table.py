@@ -350,6 +350,21 @@ class Chunks(list[ChunkStorageMetadata]):
         return super().__iter__()
 
 
+def test_rows_that_stand_together_in_a_chunk_are_one_read() -> None:
+    """Six rows of 20 numbers, two in a chunk; rows 6 and 7 are new."""
+    places = [torch.Size((number * 40,)) for number in range(3)]
+    chunks = [ChunkStorageMetadata(place, torch.Size((40,))) for place in places]
+    saved = TensorStorageMetadata(TensorProperties(torch.int64), torch.Size((120,)), chunks)
+    reads = reads_of_rows("rng_streams", Wanted(range(1, 8), 20), saved)
+    assert [read.storage_index.index for read in reads] == [0, 1, 2, 0]
+    assert [read.storage_offsets[0] for read in reads] == [20, 0, 0, 0]
+    assert [read.lengths[0] for read in reads] == [20, 40, 40, 40]
+    assert [read.dest_offsets[0] for read in reads] == [0, 20, 60, 100]
+    chunks.pop()
+    with pytest.raises(RNGStateError, match="has no chunk of 40 numbers at 80, for row 4"):
+        reads_of_rows("rng_streams", Wanted(range(1, 8), 20), saved)
+
+
 @pytest.mark.parametrize("in_order", [True, False])
 def test_a_rows_chunk_is_looked_for_in_its_place_first(in_order: bool) -> None:
     """All chunks were gone through, as many as ranks, on every rank."""
