@@ -1,4 +1,4 @@
-"""Save, load, or import, as each line of stdin says; answer with a line."""
+"""Save, load, or import: here, or as each line of stdin says, with a line for an answer."""
 
 import faulthandler
 import json
@@ -13,6 +13,16 @@ from nemo_rng_dcp.cli.main import main
 from tests.support.streams import warned
 
 
+def answer(phase: str, *paths: object) -> object:
+    if phase == "save":
+        dcp.save({"rng": StatefulRNG(1)}, checkpoint_id=str(paths[0]))
+        return "".join({*"abcdefghij"})
+    if phase == "load":
+        return [load(str(path)) for path in paths]
+    with redirect_stdout(sys.stderr):
+        return main(["import", *map(str, paths)])
+
+
 def load(path: str) -> list[str]:
     return warned(lambda: dcp.load({"rng": StatefulRNG(1)}, checkpoint_id=path))
 
@@ -22,13 +32,4 @@ if __name__ == "__main__":
     # As many seeding functions do. Python has read it long before.
     os.environ["PYTHONHASHSEED"] = "5"
     for line in sys.stdin:
-        phase, *paths = json.loads(line)
-        if phase == "save":
-            dcp.save({"rng": StatefulRNG(1)}, checkpoint_id=paths[0])
-            answer: object = "".join({*"abcdefghij"})
-        elif phase == "load":
-            answer = [load(path) for path in paths]
-        else:
-            with redirect_stdout(sys.stderr):
-                answer = main(["import", *paths])
-        print(json.dumps(answer), flush=True)
+        print(json.dumps(answer(*json.loads(line))), flush=True)

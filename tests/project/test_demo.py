@@ -95,13 +95,6 @@ def test_a_rollout_is_taken_over_in_parts(tmp_path: Path) -> None:
     assert found == ["equal", "equal", "DIFFERENT"]
 
 
-def test_a_launch_that_fails_is_an_error(tmp_path: Path) -> None:
-    script = tmp_path / "script.py"
-    script.write_text("raise SystemExit(3)")
-    with pytest.raises(LaunchError, match=r"script\.py on 2 ranks ended with 1:\n"):
-        Launch(script, 2).output()
-
-
 @pytest.fixture
 def runs_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A shell's script in the place of Python, which would import torch for torchrun."""
@@ -109,6 +102,12 @@ def runs_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     command.touch(0o755)
     monkeypatch.setattr(sys, "executable", str(command))
     return command
+
+
+def test_a_launch_that_fails_is_an_error(runs_alone: Path) -> None:
+    runs_alone.write_text("#!/bin/sh\necho what went wrong; exit 3")
+    with pytest.raises(LaunchError, match=r"script\.py on 2 ranks ended with 3:\nwhat went wrong"):
+        Launch(Path("script.py"), 2).output()
 
 
 def test_a_launch_that_ends_before_the_moment_to_kill_is_an_error(runs_alone: Path) -> None:
