@@ -129,7 +129,7 @@ class Place:
             )
 
     def _refuse(self, what: str, cause: BaseException | None = None) -> NoReturn:
-        place = getattr(self._writer, "path", self._writer)
+        place = self._writer.path  # without one, nothing is known of the place, or refused
         raise RNGStateError(
             f"{place} holds {what}, which would be lost. Save the record to a folder of its own, "
             f"such as {place}/rng."

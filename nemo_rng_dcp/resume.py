@@ -166,7 +166,7 @@ def _on_rows(record: Record, job: Job, saved: list[str], forked: list[str]) -> I
     if record.parts or job.parts:
         meshes.append((record.parts or record.mesh, job.parts or job.mesh))
         # Of a record without them nobody knows more than the names of its mesh.
-        meshes = meshes[-1:] if record.parts and job.parts else meshes
+        meshes = meshes[1:] if record.parts and job.parts else meshes
     renumbered = all(_renumbered(then, here, min(rows, now)) for then, here in meshes)
     if job.logical or _is_logical(record):
         renumbered = _names(record.mesh) != _names(job.mesh)

@@ -115,17 +115,22 @@ def test_the_record_is_found_in_a_converted_checkpoint_on_any_world_size(tmp_pat
 def test_of_several_records_one_must_be_chosen(tmp_path: Path) -> None:
     first, second = StatefulRNG(1), StatefulRNG(2)
     expected = draw()
-    dcp.save({"b": second, "a": first}, checkpoint_id=tmp_path)
+    records = {"b": second.state_dict(), "a": first.state_dict()}
+    dcp.save({"app": records}, checkpoint_id=tmp_path)
     rng = StatefulRNG(3)
-    with unmoved(), pytest.raises(RNGStateError) as caught:
+    with unmoved(), pytest.raises(RNGStateError, match="2 records: choose one with ") as caught:
         rng.load(tmp_path)
-    assert "2 records" in str(caught.value)
-    assert "key='a.rng_streams'" in str(caught.value)
-    assert "key='b.rng_streams'" in str(caught.value)
-    with unmoved(), pytest.raises(RNGStateError, match=r"no record 'c', only .*a\.rng_streams"):
+    assert "key='app.a.rng_streams'" in str(caught.value)
+    assert "key='app.b.rng_streams'" in str(caught.value)
+    dcp.save({f"{KEY}@{n}": first.state_dict()[KEY] for n in (1, 2)}, checkpoint_id=tmp_path)
+    of_others = (
+        r"2 records, none of them of this grid of ranks \(rng_streams\): choose one with key="
+    )
+    refused(lambda: rng.load(tmp_path), of_others)
+    dcp.save({"b": StatefulRNG(2), "a": 1}, checkpoint_id=tmp_path)
+    with unmoved(), pytest.raises(RNGStateError, match=r"no record 'c', only b\.rng_streams"):
         rng.load(tmp_path, key="c")
     assert rng.loaded is None
-    dcp.save({"b": StatefulRNG(2), "a": 1}, checkpoint_id=tmp_path)
     rng.load(tmp_path, key="b.rng_streams")
     assert draw() == expected
 
@@ -143,6 +148,9 @@ def test_without_a_record_every_rank_names_what_is_there(tmp_path: Path) -> None
     for error in job(2, load_fails, tmp_path):
         assert "holds no record (rng_streams) of a StatefulRNG, only weight. Load" in error
         assert str(tmp_path) in error
+    for count, named in ((0, "nothing"), (5, "0, 1, 2, 3, 4"), (6, "0, 1, 2, 3, 4, ...")):
+        dcp.save({str(n): torch.ones(1) for n in range(count)}, checkpoint_id=tmp_path / named)
+        assert f"of a StatefulRNG, only {named}. Load" in load_fails(tmp_path / named)
 
 
 def test_without_a_checkpoint_every_rank_names_the_place(tmp_path: Path) -> None:
@@ -305,6 +313,26 @@ def test_storage_that_fails_is_an_exception_of_the_library(tmp_path: Path) -> No
     message = r"was not saved to .*file/rng \(rank 0\): NotADirectoryError"
     with unmoved(), pytest.raises(RNGStateError, match=message):
         rng.save(tmp_path / "file" / "rng")
+
+
+class AskingWriter(dcp.FileSystemWriter):
+    """Asks whether its rank coordinates the save, and tells nothing of itself: both are allowed."""
+
+    def storage_meta(self) -> None:
+        return None
+
+    def write_data(self, plan: Any, planner: Any) -> Any:
+        self.coordinates = planner.is_coordinator
+        return super().write_data(plan, planner)
+
+
+def test_a_path_is_the_place_of_a_writer_and_a_reader_of_another_one(tmp_path: Path) -> None:
+    rng, place, writer = StatefulRNG(1), tmp_path / "place", AskingWriter(tmp_path / "other")
+    rng.save(place, storage_writer=writer)
+    expected = draw()
+    rng.load(place, storage_reader=dcp.FileSystemReader(tmp_path / "other"))
+    assert draw() == expected
+    assert writer.coordinates is True
 
 
 def test_another_storage_is_written_and_read(tmp_path: Path) -> None:
@@ -506,15 +534,22 @@ def test_folders_below_and_hidden_files_are_no_obstacle(scheme: str, tmp_path: P
 
 def to_places_of_their_own(path: Path) -> list[str]:
     rng, rank = StatefulRNG(1), dist.get_rank()
-    places: list[Any] = [path / f"step-{rank}", "rng", str(path / "same")]
+    own, same = path / f"step-{rank}", str(path / "same")
+    places: list[tuple[Any, Any]] = [
+        (own, None),
+        ("rng", None),
+        (own, AskingWriter(path)),
+        (None, ElsewhereWriter(path, f"s3://bucket/{rank}")),
+    ]
     (path / str(rank)).mkdir()
     os.chdir(path / str(rank))
     messages = []
-    for place in places[:2]:
+    for place, writer in places:
         with pytest.raises(RNGStateError, match="ranks name different places") as caught:
-            rng.save(place)
+            rng.save(place, storage_writer=writer)
         messages.append(str(caught.value))
-    rng.save(places[2])
+    rng.save(storage_writer=ElsewhereWriter(Path(same), "s3://bucket/same"))
+    rng.save(same)
     # And what they read: one of them finds another checkpoint.
     if rank == 1:
         dcp.save({"rng": rng.state_dict()}, checkpoint_id=path / "other", no_dist=True)
@@ -522,7 +557,7 @@ def to_places_of_their_own(path: Path) -> list[str]:
         dcp.save({KEY: record.to_local()}, checkpoint_id=path / "alone", no_dist=True)  # type: ignore[operator]
     dist.barrier()
     with unmoved(), pytest.raises(RNGStateError, match="ranks read different checkpoints"):
-        rng.load(path / "alone" if rank else places[2])
+        rng.load(path / "alone" if rank else same)
     return messages
 
 
@@ -532,6 +567,8 @@ def test_ranks_that_name_different_places_are_told_before_anything_is_written(
     for messages in job(2, to_places_of_their_own, tmp_path):
         assert f"rank 0 {tmp_path}/step-0, rank 1 {tmp_path}/step-1" in messages[0]
         assert f"rank 0 {tmp_path}/0/rng, rank 1 {tmp_path}/1/rng" in messages[1]
+        assert f"rank 0 {tmp_path}/step-0, rank 1 {tmp_path}/step-1" in messages[2]
+        assert "rank 0 s3://bucket/0, rank 1 s3://bucket/1" in messages[3]
     assert {name.partition("/")[0] for name in files(tmp_path)} == {"same", "other", "alone"}
 
 
@@ -571,29 +608,37 @@ def test_an_interrupt_stays_one_and_the_other_ranks_are_told(tmp_path: Path) -> 
 # A part of the ranks, another moment, another thread.
 
 
-def by_two_of_three(path: Path) -> tuple[Numbers, Numbers, str] | str:
-    group = dist.new_group([0, 2])
-    if dist.get_rank() == 1:
+def by_two_of_three(path: Path) -> tuple[Numbers, Numbers, list[str]] | str:
+    group = dist.new_group([1, 2])
+    if dist.get_rank() == 0:
         with pytest.raises(ValueError, match="this rank is not in process_group") as outside:
             StatefulRNG(1).save(path, process_group=group)
         return str(outside.value)
-    mesh = DeviceMesh.from_group(group, "cpu", [0, 2], mesh_dim_names=("dp",))
+    mesh = DeviceMesh.from_group(group, "cpu", [1, 2], mesh_dim_names=("dp",))
     rng = StatefulRNG(1, ranked=True, mesh=mesh)
     rng.save(path, process_group=group)
     expected = draw()
     rng.load(path, process_group=group)
     found = draw()
-    with pytest.raises(RNGStateError) as caught:
-        StatefulRNG(1, ranked=True).save(path / "all", process_group=group)
-    return expected, found, str(caught.value)
+    (missing,) = warned(lambda: rng.load(path / "nowhere", missing_ok=True, process_group=group))
+    rank = dist.get_rank()
+    of_all = StatefulRNG(1, ranked=True)
+    calls: list[Callable[[], None]] = [
+        lambda: of_all.save(path / "all", process_group=group),
+        lambda: rng.save(path / str(rank), process_group=group),
+        lambda: rng.load(path / "nowhere" if rank == 2 else path, process_group=group),
+    ]
+    return expected, found, [missing, *(refused(call, "") for call in calls)]
 
 
 def test_a_part_of_the_ranks_saves_and_loads_with_its_group(tmp_path: Path) -> None:
-    first, _, last = job(3, by_two_of_three, tmp_path)
-    for expected, found, text in (first, last):
+    for expected, found, (missing, lacking, places, other) in job(3, by_two_of_three, tmp_path)[1:]:
         assert expected == found
-        assert "the ranks [0, 1, 2] have rows, and of these process_group lacks [1]" in text
-        assert "mesh= of the group's ranks" in text
+        assert "restored no random stream" in missing
+        assert "the ranks [0, 1, 2] have rows, and of these process_group lacks [0]" in lacking
+        assert "mesh= of the group's ranks" in lacking
+        assert f"rank 1 {tmp_path}/1, rank 2 {tmp_path}/2" in places
+        assert "(rank 2): no checkpoint at" in other
 
 
 def without_the_other_rank(path: Path) -> str:
@@ -640,9 +685,20 @@ def test_the_state_of_an_earlier_moment_is_saved_on_another_thread(tmp_path: Pat
         assert "rng.save(path, state=captured)" in messages[0]
 
 
-@pytest.mark.parametrize("state", [{}, {"a": 1}, {KEY: torch.zeros(3)}, {"a": 1, "b": 2}, 5])
-def test_a_state_that_is_none_of_a_stateful_rng_is_not_saved(state: Any, tmp_path: Path) -> None:
-    refused(lambda: StatefulRNG(1).save(tmp_path, state=state), "was not saved to")
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ({}, r"the state is \{\}, expected what state_dict\(\) returns"),
+        ({"a": 1, "b": 2}, "expected what state_dict"),
+        (5, "the state is 5, expected what state_dict"),
+        ({"a": 1}, "was not saved to"),
+        ({KEY: torch.zeros(3)}, "was not saved to"),
+    ],
+)
+def test_a_state_that_is_none_of_a_stateful_rng_is_not_saved(
+    state: Any, message: str, tmp_path: Path
+) -> None:
+    refused(lambda: StatefulRNG(1).save(tmp_path, state=state), message)
     assert files(tmp_path) == []
 
 
@@ -706,6 +762,8 @@ def test_an_interrupted_save_is_not_missing(tmp_path: Path) -> None:
     (tmp_path / ".metadata").unlink()
     with unmoved(), pytest.raises(RNGStateError, match=r"no \.metadata in it, only rng-.*finish"):
         rng.load(tmp_path, missing_ok=True)
+    with unmoved(), pytest.warns(RNGStateWarning, match="restored no random stream"):
+        rng.load(tmp_path / "nowhere", missing_ok=True)
     rng.save(tmp_path)  # what is left of it is no obstacle
     rng.load(tmp_path)
     assert len(files(tmp_path)) == 2
@@ -734,8 +792,11 @@ class ForeignWriter(dcp.FileSystemWriter):
 def test_where_another_writer_saved_the_message_asks_for_its_reader(tmp_path: Path) -> None:
     rng = StatefulRNG(1)
     dcp.save({"rng": rng}, storage_writer=ForeignWriter(tmp_path))
-    with unmoved(), pytest.raises(RNGStateError, match=r"rng\.load\(path, storage_reader=\.\.\.\)"):
-        rng.load(tmp_path)
+    text = refused(lambda: rng.load(tmp_path), r"rng\.load\(path, storage_reader=\.\.\.\)")
+    reader = dcp.FileSystemReader(tmp_path)
+    with_one = refused(lambda: rng.load(storage_reader=reader), "no record was loaded")
+    assert text.partition(str(tmp_path))[2].startswith(with_one.partition(str(reader))[2])
+    assert "storage_reader" not in with_one
 
 
 def test_the_default_device_has_no_part_in_it(tmp_path: Path) -> None:
