@@ -199,7 +199,8 @@ def test_other_things_behind_a_url_or_saved_by_rank_are_not_replaced(
         RNGStateError, match=r"by_rank holds __0\.metadata, __0_0\.distcp: files of"
     ):
         StatefulRNG(1).save(tmp_path / "by_rank")
-    dcp.save({"weight": torch.rand(3)}, checkpoint_id=tmp_path / "one")
+    two = {"weight": torch.rand(3), "weights": torch.rand(3)}
+    dcp.save(two, checkpoint_id=tmp_path / "one")
     with pytest.raises(RNGStateError, match=r"other things \(weight, for one\)"):
         StatefulRNG(1).save(f"file://{tmp_path}/one")
 
@@ -212,6 +213,24 @@ def test_nor_is_a_tensor_that_only_has_the_name_of_a_record(tmp_path: Path) -> N
     state = {"w": {KEY: torch.zeros_like(weight)}}
     dcp.load(state, checkpoint_id=tmp_path, no_dist=True)
     assert torch.equal(state["w"][KEY], weight)
+
+
+def test_nor_is_the_record_of_an_application_beside_one_by_itself(tmp_path: Path) -> None:
+    record = StatefulRNG(1).state_dict()
+    dcp.save({**record, "app": record}, checkpoint_id=tmp_path, no_dist=True)
+    refused(lambda: StatefulRNG(1).save(tmp_path), r"other things \(app.rng_streams, for one\)")
+
+
+def test_the_first_three_files_that_are_in_the_way_are_named(tmp_path: Path) -> None:
+    rng = StatefulRNG(1)
+    for count, shown in ((3, "0, 1, 2"), (4, "0, 1, 2, ...")):
+        (tmp_path / str(count)).mkdir()
+        for name in map(str, range(count)):
+            (tmp_path / str(count) / name).touch()
+        text = refused(lambda path=tmp_path / str(count): rng.save(path), "would be lost")  # type: ignore[misc]
+        assert f" holds {shown}: files of another checkpoint" in text
+        text = refused(lambda path=tmp_path / str(count): rng.load(path), "did not finish")  # type: ignore[misc]
+        assert f"no .metadata in it, only {shown}. Its save" in text
 
 
 def test_a_key_may_be_named_as_inspect_shows_it(tmp_path: Path) -> None:
@@ -230,6 +249,14 @@ def test_a_checkpoint_that_cannot_be_read_is_not_replaced(tmp_path: Path) -> Non
         StatefulRNG(1).save(tmp_path)
     assert "Traceback" not in str(caught.value)
     assert (tmp_path / ".metadata").read_bytes() == b"junk"
+    message = r"its metadata cannot be read: UnpicklingError: .*storage_reader=\.\.\."
+    refused(lambda: StatefulRNG(1).load(tmp_path), message)
+    StatefulRNG(1).save(tmp_path / "cut")
+    (data,) = (tmp_path / "cut").glob("rng-*")
+    data.write_bytes(b"")
+    refused(
+        lambda: StatefulRNG(1).save(tmp_path / "cut"), r"cannot be read \((?!Checkpoint)\w+Error"
+    )
 
 
 @pytest.mark.filterwarnings("ignore:Detected an existing checkpoint")
@@ -247,7 +274,7 @@ def test_a_record_saved_before_is_replaced(scheme: str, tmp_path: Path) -> None:
 
 class FailingWriter(dcp.FileSystemWriter):
     def write_data(self, *args: Any, **kwargs: Any) -> Any:
-        raise OSError("no space left")
+        raise OSError("no space left\nof what there was")
 
 
 def saved_twice(path: Path, second: str) -> tuple[Numbers, str]:
@@ -268,7 +295,7 @@ def saved_twice(path: Path, second: str) -> tuple[Numbers, str]:
 def test_a_save_over_another_that_fails_leaves_the_one_before(tmp_path: Path) -> None:
     expected, errors = zip(*job(2, saved_twice, tmp_path, "write"), strict=True)
     for error in errors:
-        assert f"was not saved to {tmp_path} (rank 1): OSError: no space left" in error
+        assert error.endswith(f"was not saved to {tmp_path} (rank 1): OSError: no space left")
     assert job(2, loaded_from, tmp_path) == [(numbers, []) for numbers in expected]
     # The next save takes away what both have left.
     job(2, saved_alone, tmp_path)
@@ -525,6 +552,7 @@ def test_folders_below_and_hidden_files_are_no_obstacle(scheme: str, tmp_path: P
     path = f"{scheme}{tmp_path}"
     rng = StatefulRNG(1)
     (tmp_path / ".nfs0001").touch()
+    (tmp_path / "rng-folder").mkdir()
     for _ in range(2):
         rng.save(path)
         rng.save(f"{path}/more")
@@ -778,8 +806,14 @@ def test_the_record_may_be_one_folder_below(beside: bool, tmp_path: Path) -> Non
     assert job(2, loaded_from, tmp_path) == [(numbers, []) for numbers in expected]
     rng = StatefulRNG(1)
     rng.save(tmp_path / "second")
+    reader = dcp.FileSystemReader(tmp_path)
     with unmoved(), pytest.raises(RNGStateError, match=r"2 records, name one: .*/rng, .*/second"):
-        rng.load(tmp_path)
+        rng.load(storage_reader=reader)
+    assert reader.path == tmp_path, "it is asked about its own place next time"
+    for number in range(5):
+        rng.save(tmp_path / f"third-{number}")
+    text = refused(lambda: rng.load(tmp_path), "holds 7 records")
+    assert text.endswith(f"{tmp_path}/third-3"), "six are enough"
 
 
 class ForeignWriter(dcp.FileSystemWriter):
@@ -797,6 +831,54 @@ def test_where_another_writer_saved_the_message_asks_for_its_reader(tmp_path: Pa
     with_one = refused(lambda: rng.load(storage_reader=reader), "no record was loaded")
     assert text.partition(str(tmp_path))[2].startswith(with_one.partition(str(reader))[2])
     assert "storage_reader" not in with_one
+
+
+class Without:
+    """A writer, a reader or a file system that lacks something."""
+
+    def __init__(self, whole: Any, *lacking: str) -> None:
+        self._whole, self._lacking = whole, lacking
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self._lacking:
+            raise AttributeError(name)
+        return getattr(self._whole, name)
+
+
+@pytest.mark.parametrize("lacking", ["fs", "path"])
+def test_a_storage_that_cannot_be_asked_is_written(lacking: str, tmp_path: Path) -> None:
+    rng, writer = StatefulRNG(1), Without(dcp.FileSystemWriter(tmp_path), lacking)
+    rng.save(storage_writer=writer)  # type: ignore[arg-type]
+    expected = draw()
+    rng.load(tmp_path)
+    assert draw() == expected
+
+
+def test_a_file_system_that_lists_nothing_is_asked_for_names(tmp_path: Path) -> None:
+    dcp.save({"weight": torch.ones(3)}, checkpoint_id=tmp_path / ".metadata")
+    for name in (".metadata", "__0.metadata", "__0_0.distcp"):
+        writer = dcp.FileSystemWriter(tmp_path / name)
+        writer.fs = Without(writer.fs, "ls")  # type: ignore[assignment]
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / name).touch()
+        what = "a checkpoint of other" if name == ".metadata" else f"{name}: files of another"
+        refused(lambda writer=writer: StatefulRNG(1).save(storage_writer=writer), f"holds {what}")  # type: ignore[misc]
+
+
+class Slashed(Without):
+    """Ends the names of folders with a slash, as object stores do."""
+
+    def ls(self, path: Any) -> list[str]:
+        return [f"{name}/" if os.path.isdir(name) else str(name) for name in self._whole.ls(path)]
+
+
+def test_a_folder_may_be_listed_with_a_slash(tmp_path: Path) -> None:
+    rng, reader = StatefulRNG(1), dcp.FileSystemReader(tmp_path)
+    rng.save(tmp_path / "rng")
+    reader.fs = Slashed(reader.fs)  # type: ignore[assignment]
+    expected = draw()
+    rng.load(storage_reader=reader)
+    assert draw() == expected
 
 
 def test_the_default_device_has_no_part_in_it(tmp_path: Path) -> None:
