@@ -7,7 +7,6 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from itertools import zip_longest
 
 from nemo_rng_dcp.errors import RNGStateError
 from nemo_rng_dcp.generators import Slot
@@ -237,9 +236,9 @@ def _renumbered(saved: Mesh | None, now: Mesh | None, rows: int) -> bool:
     stride = 1
     # The last dimension runs fastest. One of size 1 has no part in the numbers.
     then, here = ([part for part in reversed(mesh) if part[1] > 1] for mesh in (saved, now))
-    for (name, size), (name_now, size_now) in zip_longest(then, here, fillvalue=("", 1)):
+    for (name, size), (name_now, size_now) in zip(then, here, strict=False):
         if stride >= rows:
-            break
+            return False
         if name != name_now or (size != size_now and stride * min(size, size_now) < rows):
             return True
         stride *= size
