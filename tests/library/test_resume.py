@@ -158,6 +158,7 @@ def test_a_permuted_or_renamed_mesh_warns(then: Mesh | None, now: Mesh | None) -
         ((("dp", 1), ("cp", 4)), (("dp", 2), ("cp", 4)), False),
         ((("cp", 4),), (("dp", 2), ("cp", 4)), False),
         ((("dp", 4), ("cp", 1)), (("dp", 4),), False),
+        ((("pp", 2), ("dp", 2), ("cp", 3)), (("pp", 3), ("dp", 2), ("cp", 3)), False),
         ((("cp", 4),), (("dp", 2), ("cp", 2)), True),
         ((("dp", 2), ("cp", 2)), (("dp", 2), ("cp", 4)), True),
         ((("dp", 2), ("cp", 2)), (("cp", 4),), True),
