@@ -388,6 +388,7 @@ def test_what_functions_and_dicts_were_made_with_is_found() -> None:
     defined_later = 0
     assert {id(part.value) for part in found} >= {id(generator) for generator in kept}
     assert all(part.name.isidentifier() for part in found)
+    assert len({part.name for part in found}) == len(found)
 
 
 def test_samplers_whose_generators_are_alike_draw_one_order() -> None:
