@@ -98,9 +98,9 @@ class Fetcher:
             self._is_first = False
             for name in self._find_generators().keys() - self._own.keys():
                 warn(
-                    f"{name.lstrip('_')} is a generator that was made while a batch was made: a "
-                    "resumed job makes it at another batch, and what it draws differs. Make it "
-                    "before, in __init__() or in set_epoch()."
+                    f"{name.removeprefix('_')} is a generator that was made while a batch was "
+                    "made: a resumed job makes it at another batch, and what it draws differs. "
+                    "Make it before, in __init__() or in set_epoch()."
                 )
         return batch
 

@@ -109,7 +109,7 @@ class Place:
         except RNGStateError:
             raise
         except (Exception, CheckpointException) as error:
-            self._refuse(f"a checkpoint that cannot be read ({first_line(error)})", error)
+            self._refuse(f"a checkpoint that cannot be read ({first_line(error)})")
         lost = sorted(earlier.streams.keys() - record.streams)
         if lost or _axes(earlier) != _axes(record):
             what = f"streams of {', '.join(lost)}" if lost else f"rows along {_axes(earlier)}"
@@ -128,16 +128,16 @@ class Place:
                 "checkpoint, or of a save that is still running"
             )
 
-    def _refuse(self, what: str, cause: BaseException | None = None) -> NoReturn:
-        place = getattr(self._writer, "path", self._writer)
+    def _refuse(self, what: str) -> NoReturn:
+        place = self._writer.path  # without one, nothing is known of the place, or refused
         raise RNGStateError(
             f"{place} holds {what}, which would be lost. Save the record to a folder of its own, "
             f"such as {place}/rng."
-        ) from cause
+        )
 
     def _remove(self, names: set[str]) -> None:
         for name in names:
-            with suppress(OSError):  # the new record is whole, with or without what it replaces
+            with suppress(Exception):  # the new record is whole, with or without what it replaces
                 self._writer.fs.rm_file(self._writer.fs.concat_path(self._writer.path, name))
 
 
@@ -224,7 +224,7 @@ def _is_folder(storage: Any, name: str) -> bool:
         inside = storage.fs.ls(storage.fs.concat_path(storage.path, name))
     except (OSError, AttributeError):
         return False
-    return [os.path.basename(str(inner).rstrip("/")) for inner in inside] != [name]
+    return [os.path.basename(str(inner)) for inner in inside] != [name]
 
 
 def _axes(record: Record) -> str:

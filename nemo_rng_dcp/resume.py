@@ -7,7 +7,6 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from itertools import zip_longest
 
 from nemo_rng_dcp.errors import RNGStateError
 from nemo_rng_dcp.generators import Slot
@@ -166,7 +165,7 @@ def _on_rows(record: Record, job: Job, saved: list[str], forked: list[str]) -> I
     if record.parts or job.parts:
         meshes.append((record.parts or record.mesh, job.parts or job.mesh))
         # Of a record without them nobody knows more than the names of its mesh.
-        meshes = meshes[-1:] if record.parts and job.parts else meshes
+        meshes = meshes[1:] if record.parts and job.parts else meshes
     renumbered = all(_renumbered(then, here, min(rows, now)) for then, here in meshes)
     if job.logical or _is_logical(record):
         renumbered = _names(record.mesh) != _names(job.mesh)
@@ -237,9 +236,9 @@ def _renumbered(saved: Mesh | None, now: Mesh | None, rows: int) -> bool:
     stride = 1
     # The last dimension runs fastest. One of size 1 has no part in the numbers.
     then, here = ([part for part in reversed(mesh) if part[1] > 1] for mesh in (saved, now))
-    for (name, size), (name_now, size_now) in zip_longest(then, here, fillvalue=("", 1)):
+    for (name, size), (name_now, size_now) in zip(then, here, strict=False):
         if stride >= rows:
-            break
+            return False
         if name != name_now or (size != size_now and stride * min(size, size_now) < rows):
             return True
         stride *= size

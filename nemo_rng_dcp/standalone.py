@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -73,13 +73,13 @@ def save(
     """
     _check_member(group)
     where = path or writer
-    writer = writer or cast(StorageWriter, _storage_setup(None, path, reader=False))
-    place = Place(writer, record_keys, _first_record)
+    storage: Any = writer or _storage_setup(None, path)  # a writer, as no reader is asked for
+    place: Any = Place(storage, record_keys, _first_record)
     with _told_on_every_rank(f"the record was not saved to {where}", group):
         dcp.save(
             {},
             checkpoint_id=path,
-            storage_writer=cast(StorageWriter, place),
+            storage_writer=place,
             planner=_SavePlanner(take, place, path, group),
             process_group=group,
         )
@@ -91,8 +91,8 @@ def load(
     path: CheckpointId,
     reader: StorageReader | None,
     key: str | None,
-    group: Group = None,
-    missing_ok: bool = False,
+    group: Group,
+    missing_ok: bool,
 ) -> dict[str, torch.Tensor] | None:
     """Return the saved records for a job's rows; a collective, as ``dcp.load`` is.
 
@@ -118,8 +118,8 @@ def load(
         ValueError: This rank is not in ``group``.
     """
     _check_member(group)
-    storage = reader or cast(StorageReader, _storage_setup(None, path, reader=True))
-    source = Source(storage, record_keys)
+    storage: Any = reader or _storage_setup(None, path, reader=True)
+    source: Any = Source(storage, record_keys)
 
     def own() -> tuple[str, Wanted]:
         [(name, table)] = take().items()
@@ -132,7 +132,7 @@ def load(
             dcp.load(
                 {},
                 checkpoint_id=path,
-                storage_reader=cast(StorageReader, source),
+                storage_reader=source,
                 planner=planner,
                 process_group=group,
             )
@@ -180,7 +180,7 @@ class _SavePlanner(DefaultSavePlanner):
         self._record = Record.from_tensor(records[0])
         if isinstance(table, DTensor):
             _check_rows(table, self._group)
-        super().set_up_planner(dict(state), storage_meta, is_coordinator)
+        super().set_up_planner(dict(state), is_coordinator=is_coordinator)
 
     def create_local_plan(self) -> SavePlan:
         # Absolute: ranks may have different working directories.
@@ -223,7 +223,6 @@ class _LoadPlanner(DefaultLoadPlanner):
         self._own, self._names = own, names
         self._key = key
         self._source = source
-        self.loaded: dict[str, torch.Tensor] = {}
 
     def set_up_planner(
         self,
@@ -244,7 +243,7 @@ class _LoadPlanner(DefaultLoadPlanner):
         reads = reads_of_rows(key, wanted, self.saved[key], entry)
         if self._key is None:
             warn_if_moved(entry, key, wanted.own[0], self.saved)
-        self.loaded = {name: buffer_for(reads)}
+        self.loaded: dict[str, torch.Tensor] = {name: buffer_for(reads)}
         plan = LoadPlan(reads, planner_data=self._save)
         return row_0.tell(plan, {(name, wanted.own[0]): self._names})
 
@@ -276,9 +275,9 @@ class _LoadPlanner(DefaultLoadPlanner):
 def _first_record(reader: StorageReader) -> Record:
     """Return the record of row 0 that ``rng.save`` wrote; does not communicate."""
     wanted = KEY, Wanted(range(1))
-    planner = _LoadPlanner(lambda: wanted, (), KEY, Source(reader, record_keys))
+    planner = _LoadPlanner(lambda: wanted, (), None, Source(reader, record_keys))
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        warnings.simplefilter("ignore")  # such as that of DCP, that one process reads alone
         dcp.load({}, storage_reader=reader, planner=planner, no_dist=True)
     [records] = planner.loaded.values()
     return Record.from_tensor(records_in(records)[0])

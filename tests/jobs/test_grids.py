@@ -53,7 +53,12 @@ def load_on_grids(path: Path, grids: list[list[int]], how: str) -> tuple[Numbers
         "key": lambda: rng.load(path / "dcp", key="rng"),
         "chosen": lambda: rng.load(path / "dcp", key="rng@2" if dist.get_rank() else "rng"),
     }
+    if how == "chosen":
+        rng.load(path / "dcp", key="rng@2")
+        of_second = rng.fingerprint()
     texts = warned(load[how])
+    if how == "chosen":
+        assert (rng.fingerprint() == of_second) == (dist.get_rank() > 0)
     return draw(), texts
 
 

@@ -170,6 +170,7 @@ def resume_on_grids(folder: Path) -> None:
         return loader, {"rng": rng, "loader": loader}
 
     loader, state = begin()
+    assert list(loader.state_dict()) == [f"loader_position{'@2' * half}"]
     batches = iter(loader)
     for _ in range(1 + half):
         next(batches)

@@ -5,6 +5,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from nemo_rng_dcp import (
 )
 from nemo_rng_dcp.automodel import _get_rng_state, _restore_rng_state
 from nemo_rng_dcp.generators import own_device
+from nemo_rng_dcp.rng_state import packed_states
 from tests.support.streams import draw, unmoved
 
 
@@ -153,7 +155,8 @@ def test_a_bad_entry_is_named_and_nothing_moves(
 ) -> None:
     state = {**present_dict(), key: value}
     draw()
-    with unmoved(), pytest.raises(RNGStateError, match=f"^{name_here(name)}: .* is malformed"):
+    message = f"^{name_here(name)}: the RNGState's \\w+ is malformed: (?!None$)"
+    with unmoved(), pytest.raises(RNGStateError, match=message):
         restore(state)
 
 
@@ -164,7 +167,9 @@ def test_a_missing_entry_is_named_and_nothing_moves(
     state = present_dict()
     del state[key]
     draw()
-    with unmoved(), pytest.raises(RNGStateError, match=f"the RNGState has no {key}"):
+    name = key.partition("_")[0]
+    name = name_here({"random": "python", "np": "numpy"}.get(name, name))
+    with unmoved(), pytest.raises(RNGStateError, match=f"^{name}: the RNGState has no {key}$"):
         restore(state)
 
 
@@ -183,13 +188,21 @@ def test_the_warning_names_the_line_that_restored(restore: Callable[[Any], None]
         assert caught[0].filename == __file__
 
 
+def test_the_states_of_another_number_of_devices_are_refused() -> None:
+    device, own = torch.device("cuda", 0), torch.ones(16, dtype=torch.uint8)
+    state = {**present_dict(), "cuda_rng_state": [own]}
+    assert packed_states(state, device)["cuda"] == bytes([1] * 16)
+    with pytest.raises(RNGStateError, match="malformed: 99 accelerator states, expected 1 or one"):
+        packed_states({**state, "cuda_rng_state": [own] * 99}, device)
+
+
 def test_an_unknown_key_is_a_key_error() -> None:
-    with pytest.raises(KeyError):
+    with pytest.raises(KeyError, match="seed"):
         _get_rng_state()["seed"]
     assert isinstance(_get_rng_state(), RNGState)
 
 
-@pytest.mark.parametrize("state", [object(), [1], None])
+@pytest.mark.parametrize("state", [object(), [1], None, SimpleNamespace(random_rng_state=1)])
 def test_what_has_another_shape_is_refused(state: Any) -> None:
     rng = StatefulRNG(1)
     with unmoved(), pytest.raises(TypeError, match="expected a mapping or an RNGState"):

@@ -1,5 +1,6 @@
 """ResumableLoader in one process: every resume is the uninterrupted run."""
 
+import functools
 import gc
 import itertools
 import multiprocessing
@@ -7,6 +8,7 @@ import os
 import random
 import re
 import threading
+import types
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,8 +20,10 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.utils.data import (
     DataLoader,
+    Dataset,
     DistributedSampler,
     RandomSampler,
+    Sampler,
     SequentialSampler,
 )
 
@@ -140,13 +144,13 @@ def test_a_load_moves_the_loop_that_is_under_way(tmp_path: Path) -> None:
     case = Case("shuffle")
     expected = Run(case).train({(0, 2): tmp_path}).steps
     for back in [(0, 2), (0, 3), (0, 4), (1, 1), (1, 3)]:
-        run, moved = Run(case), False
+        run, moved = Run(case), 0
         for epoch in run.loader.epochs(2):
             run.draw()
             for batch in run.loader:
                 run.steps.append((epoch, run.loader.batches, batch, run.draw()))
-                if (epoch, run.loader.batches) == back and not moved:
-                    moved = True
+                if (epoch, run.loader.batches) == back and moved < 2:
+                    moved += 1
                     run.load(tmp_path).disturb()
                     run.steps.clear()
         assert [step[1:] for step in run.steps] == [s[1:] for s in behind(expected, (0, 2))], back
@@ -323,14 +327,19 @@ def test_two_loaders_of_one_job_draw_other_numbers() -> None:
 class Beginning:
     """Draws where a pass begins, and for each batch."""
 
+    passes = 0
+
     def __iter__(self) -> Iterator[list[list[float]]]:
+        self.passes += 1
         begun = draw()
         return ([begun, draw()] for _ in range(2))
 
 
 def test_the_begin_of_a_pass_draws_other_numbers_than_its_batches() -> None:
-    [(begun, first), (_, second)] = ResumableLoader(Beginning(), StatefulRNG(1))
+    beginning = Beginning()
+    [(begun, first), (_, second)] = ResumableLoader(beginning, StatefulRNG(1))
     assert len({*begun, *first, *second}) == 3 * len(draw())
+    assert beginning.passes == 1
 
 
 def orders_of_ranks(generators: list[torch.Generator]) -> list[list[Any]]:
@@ -363,6 +372,27 @@ def test_a_list_of_more_than_100_is_not_looked_into() -> None:
         assert found == inside
 
 
+def test_no_more_than_2000_parts_are_looked_at() -> None:
+    assert len([*parts_of([[object() for _ in range(100)] for _ in range(30)])]) == 2_000
+
+
+def test_what_functions_and_dicts_were_made_with_is_found() -> None:
+    """Under names that are identifiers, whatever an attribute is called."""
+    kept = [random.Random(number) for number in range(5)]
+    default, closure, positional, keyword, attribute = kept
+
+    def collate(samples: Any, noise: Any = default) -> Any:
+        return samples, noise, closure, defined_later
+
+    made = {"a": functools.partial(collate, positional, noise=keyword)}
+    named = types.SimpleNamespace(**{"no identifier": attribute})
+    found = [*parts_of([made, named])]
+    defined_later = 0
+    assert {id(part.value) for part in found} >= {id(generator) for generator in kept}
+    assert all(part.name.isidentifier() for part in found)
+    assert len({part.name for part in found}) == len(found)
+
+
 def test_samplers_whose_generators_are_alike_draw_one_order() -> None:
     first, second = orders_of_ranks([torch.Generator().manual_seed(3) for _ in range(2)])
     assert torch.equal(first[0], second[0])
@@ -374,7 +404,9 @@ def test_another_number_of_workers_warns_and_keeps_the_order(tmp_path: Path) -> 
     for order in ("shuffle", "lazy", "loader's own"):
         expected = Run(Case(order, 0, "")).train({(0, 2): tmp_path}).steps
         run = Run(Case(order, 2, ""), seed=9)
-        with pytest.warns(RNGStateWarning, match="with 0 workers and goes on with 2"):
+        with pytest.warns(
+            RNGStateWarning, match=r"with 0 workers and goes on with 2: .* differs\.$"
+        ):
             run.load(tmp_path)
         assert run.train().steps == behind(expected, (0, 2))
 
@@ -413,6 +445,7 @@ def test_every_part_is_told_the_epoch_and_who_speaks_last_is_heard() -> None:
     batch_sampler = Told(sampler)
     batch_sampler.__class__ = type("B", (Told,), {"__iter__": lambda s: iter([[0], [1]])})
     loader = ResumableLoader(DataLoader(dataset, batch_sampler=batch_sampler), StatefulRNG(1))  # type: ignore[arg-type]
+    helper = dataset.helper = Told()  # type: ignore[attr-defined]
     for part in (sampler, batch_sampler, dataset):
         assert part.epochs == [], "the user may have told it another one before"
     for epoch in loader.epochs(2):
@@ -421,6 +454,7 @@ def test_every_part_is_told_the_epoch_and_who_speaks_last_is_heard() -> None:
     loader.set_epoch(5)
     assert sampler.epochs == [100, 1, 101, 2, 5]
     assert batch_sampler.epochs == dataset.epochs == [1, 2, 5]
+    assert helper.epochs == [], "the dataset tells what it keeps, if it has to know"
 
 
 @pytest.mark.filterwarnings("ignore:the loader's pass of epoch 0 was left")
@@ -446,6 +480,9 @@ def test_setting_the_epoch_ends_the_pass_under_way() -> None:
         loader.set_epoch(1)
     assert seen == [0]
     assert loader.epoch == 1
+    batches = iter(loader)
+    loader.set_epoch(2)
+    assert list(batches) == [0, 1, 2, 3], "it had not begun"
 
 
 def test_a_pass_that_was_left_is_said_once() -> None:
@@ -481,6 +518,31 @@ def test_an_epoch_without_a_pass_is_counted_and_nothing_is_said() -> None:
     assert loader.epoch == 3
 
 
+def test_a_pass_without_a_batch_is_one_pass() -> None:
+    loader = ResumableLoader([], StatefulRNG(1))
+    assert (list(loader), loader.epoch, list(loader), loader.epoch) == ([], 1, [], 2)
+
+
+def test_a_loop_over_epochs_rewinds_where_the_checkpoint_has_no_position(tmp_path: Path) -> None:
+    loader = ResumableLoader(DataLoader(range(4)), rng := StatefulRNG(1))
+    dcp.save({"rng": rng}, checkpoint_id=tmp_path)
+    expected = draw()
+    state = {"rng": rng, "loader": loader}
+    with pytest.warns(RNGStateWarning, match="holds no loader_position"):
+        dcp.load(state, checkpoint_id=tmp_path, planner=RNGLoadPlanner())
+    draw()
+    next(loader.epochs(1))
+    assert draw() == expected
+
+
+def test_a_loop_over_epochs_rewinds_after_a_load_of_the_loader_alone() -> None:
+    loader = ResumableLoader(DataLoader(range(4)), rng := StatefulRNG(1))
+    rng.load_state_dict(rng.state_dict())
+    draw()
+    with unmoved():
+        next(loader.epochs(1))
+
+
 def test_an_older_iterator_raises() -> None:
     loader = ResumableLoader(DataLoader(range(4)), StatefulRNG(1))
     old, new = iter(loader), iter(loader)
@@ -489,6 +551,8 @@ def test_an_older_iterator_raises() -> None:
         next(old)
     assert next(new) == 1
     assert len(new) == 4
+    assert list(new) == [2, 3]
+    assert (list(new), loader.epoch) == ([], 1), "it is over, once"
 
 
 def generator_function() -> Iterator[int]:
@@ -520,6 +584,9 @@ def test_a_loader_whose_batches_would_not_come_again_is_refused() -> None:
     with pytest.raises(ValueError, match="in_order=False and several workers"):
         ResumableLoader(DataLoader(range(4), num_workers=2, in_order=False), rng)
     ResumableLoader(DataLoader(range(4), num_workers=1, in_order=False), rng)
+    other = Beginning()
+    other.num_workers = 2  # type: ignore[attr-defined]
+    ResumableLoader(other, rng)  # of a library that knows no other order
 
 
 def test_loaders_are_those_of_the_ranks_that_a_process_plays() -> None:
@@ -559,7 +626,7 @@ def test_another_loader_is_refused_in_the_middle_of_an_epoch(now: Any, message: 
     next(batches)
     state = saved.state_dict()
     loader = ResumableLoader(now, StatefulRNG(1))
-    with pytest.raises(RNGStateError, match=message):
+    with pytest.raises(RNGStateError, match=f"{message}.* set_epoch.., which begins an epoch anew"):
         loader.load_state_dict(state)
     assert loader.epoch == loader.batches == 0
     list(batches)
@@ -572,6 +639,7 @@ def test_what_is_no_position_is_refused() -> None:
     with torch.device("meta"):
         (key, table), *_ = loader.state_dict().items()
     [position] = positions_in(table)
+    of_row_1 = position._replace(rows=2, row=1).to_tensor()
     for wrong, message in [
         ({}, "the state is none of a ResumableLoader"),
         (None, "the state is none of a ResumableLoader"),
@@ -582,6 +650,7 @@ def test_what_is_no_position_is_refused() -> None:
         ({key: position._replace(layout=2).to_tensor()}, "found layout 2, row 0 of 1"),
         ({key: position._replace(row=1).to_tensor()}, "found layout 1, row 1 of 1"),
         ({key: position._replace(row=-1).to_tensor()}, "found layout 1, row -1 of 1"),
+        ({key: of_row_1}, "rows [0] were given the positions of rows [1], expected [0]"),
     ]:
         with pytest.raises(RNGStateError, match=re.escape(message)):
             loader.load_state_dict(wrong)
@@ -794,6 +863,14 @@ def test_batches_that_another_thread_fetches_are_said() -> None:
     assert "batches are fetched in another thread, prefetch" in messages[0]
 
 
+def test_the_checks_of_a_long_pass_do_not_add_up() -> None:
+    loader = ResumableLoader(DataLoader(range(9)), StatefulRNG(1))
+    batches = iter(loader)
+    for _ in range(5):
+        next(batches)
+    assert list(loader._fetchers[0].checks) == [4, 5]
+
+
 def test_a_generator_that_is_made_with_a_batch_is_said() -> None:
     class Late(OwnGenerator):
         def __init__(self) -> None:
@@ -806,7 +883,7 @@ def test_a_generator_that_is_made_with_a_batch_is_said() -> None:
 
     loader = ResumableLoader(DataLoader(Late()), StatefulRNG(1))
     (message,) = warned(lambda: [list(loader), list(loader)])
-    assert "loader_dataset_noise is a generator that was made while a batch was made" in message
+    assert message.startswith("loader_dataset_noise is a generator that was made while a batch w")
     assert warned(lambda: list(ResumableLoader(DataLoader(OwnGenerator()), StatefulRNG(1)))) == []
 
 
@@ -816,6 +893,81 @@ def test_a_loader_without_its_streams_is_said(tmp_path: Path) -> None:
     dcp.load({"loader": run.loader}, checkpoint_id=tmp_path)
     (message,) = warned(lambda: next(iter(run.loader)))
     assert "nothing was loaded into its StatefulRNG" in message
+
+
+class Numbers(Dataset[list[int]]):
+    """Draws what Python and NumPy give for a seed in every version, and begins with a draw."""
+
+    def __init__(self) -> None:
+        self.own = np.random.RandomState(3)
+
+    def __len__(self) -> int:
+        return 9
+
+    def __getitem__(self, index: int) -> list[int]:
+        numbers = random.getrandbits(30), np.random.randint(2**30), self.own.randint(2**30)
+        return [index, *map(int, numbers)]
+
+    def __iter__(self) -> Iterator[Any]:
+        begun = random.getrandbits(30)
+        return ([begun, self[number]] for number in range(3))
+
+
+class OwnOrder(Sampler[int]):
+    """Draws where a pass begins, and for each index."""
+
+    def __init__(self) -> None:
+        self.order, self.other = random.Random(5), np.random.default_rng(6)
+
+    def __iter__(self) -> Iterator[int]:
+        begun = self.order.randrange(9)
+        return (-1 - (begun + self.order.randrange(9)) % 9 for _ in range(9))
+
+
+BATCHES_FOR_EVER: list[list[Any]] = [
+    [
+        [-8, 353090442, 317744694, 671305537],
+        [-6, 397507381, 594868547, 471521352],
+        [-8, 948586114, 824880184, 148451116],
+        [-1, 933400240, 453610836, 519848641],
+        [-9, 344605453, 974873260, 591310034],
+        [-7, 300143351, 752112410, 712562480],
+        [-6, 273702245, 262843580, 118880364],
+        *(3040408289291920402, 6637823596703274079, 616735130),
+    ],
+    [
+        [47609407, [0, 231282766, 645926506, 605002147]],
+        [47609407, [1, 524782783, 578354623, 913677949]],
+        [578540378, [0, 641993471, 888151569, 948622293]],
+        [578540378, [1, 221937496, 466029787, 852225224]],
+        [674116993, [0, 729004870, 510860927, 466609622]],
+        [349107814, [0, 623073243, 598484616, 606905282]],
+        [349107814, [1, 1022123822, 733566014, 947840516]],
+        *(1104025310476927040, 6379865466216535936, -1),
+    ],
+]
+"""Of two loaders: two of each pass; one and two where a pass is begun anew; the three numbers."""
+
+
+@pytest.mark.filterwarnings("ignore:the loader's pass of epoch 1 was left")
+@pytest.mark.filterwarnings("ignore:the loader goes on in the middle of an epoch")
+def test_a_loader_has_the_same_batches_for_ever() -> None:
+    """A job that goes on from a checkpoint of today draws the same numbers tomorrow."""
+    rng, data = StatefulRNG(1, ranked=True), Numbers()
+    kinds: list[Any] = [DataLoader(data, None, sampler=OwnOrder()), data]
+    for kind, expected in zip(kinds, BATCHES_FOR_EVER, strict=True):
+        loader, found = ResumableLoader(kind, rng), []
+        for epoch in (0, 1):
+            loader.set_epoch(epoch)
+            batches = iter(loader)
+            found += [next(batches), next(batches)]
+        found += [next(iter(loader)), next(batches := iter(loader)), next(batches)]  # begun anew
+        (table,) = (state := loader.state_dict()).values()
+        (position,) = positions_in(table)
+        assert [*found, position.seed, position.order, position.indices] == expected
+        then = next(batches)
+        loader.load_state_dict(state)
+        assert next(batches) == then
 
 
 def test_without_a_seed_the_order_is_made_from_that_of_torch() -> None:
@@ -876,8 +1028,17 @@ def test_a_limit_that_is_passed_already_ends_the_pass() -> None:
     assert (len(list(loader)), loader.epoch, len(list(loader))) == (0, 1, 2)
 
 
+def test_one_that_was_not_constructed_to_the_end_is_let_go_of() -> None:
+    half = object.__new__(ResumableLoader)
+    half.__del__()
+    with pytest.raises(AttributeError, match="'ResumableLoader' object has no attribute 'loader'"):
+        _ = half.loader
+
+
 def test_another_sampler_cannot_be_set_on_it() -> None:
     loader = ResumableLoader(DataLoader(range(4)), StatefulRNG(1))
+    with pytest.raises(AttributeError, match="'ResumableLoader' object has no attribute '_index_s"):
+        _ = loader._index_sampler  # private names are not the loader's
     with pytest.raises(AttributeError, match="sampler"):
         loader.sampler = SequentialSampler(range(4))
 
@@ -945,6 +1106,17 @@ def test_a_loop_that_counts_by_itself_resumes(tmp_path: Path) -> None:
         if save % length:
             run.disturb()
         assert train(run, 3 * length, save) == expected[save:], save
+
+
+def test_a_loop_that_counts_by_itself_may_begin_behind_the_last_batch() -> None:
+    saved = ResumableLoader(DataLoader(range(3)), rng := StatefulRNG(1))
+    batches = iter(saved)
+    for _ in range(3):
+        next(batches)
+    loader = ResumableLoader(DataLoader(range(3)), rng)
+    loader.load_state_dict(saved.state_dict())
+    iter(loader)  # of which it asks for the batches that are left: none
+    assert (next(iter(loader)), loader.epoch) == (0, 1)
 
 
 @pytest.mark.parametrize("spins", [False, True])

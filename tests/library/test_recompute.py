@@ -15,6 +15,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import (
     checkpoint,
     create_selective_checkpoint_contexts,
@@ -210,6 +211,20 @@ class Refusing(AbstractContextManager[None]):
         raise OSError("a context that fails")
 
     def __exit__(self, *error: object) -> None: ...
+
+
+def test_what_torch_2_9_traces_is_part_of_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It asks a function of its own whether it does."""
+
+    def is_compiling(*asked: object) -> bool:
+        return asked == (None, (), {})
+
+    recompute, given = StatefulRNG(1).recompute, (nullcontext(), nullcontext())
+    monkeypatch.delattr(torch.utils.checkpoint, "_is_compiling", raising=False)
+    assert not any(isinstance(context, TorchDispatchMode) for context in recompute())
+    monkeypatch.setattr(torch.utils.checkpoint, "_is_compiling", is_compiling, raising=False)
+    assert all(isinstance(context, TorchDispatchMode) for context in recompute())
+    assert recompute(lambda: given) is given
 
 
 def test_a_context_that_fails_leaves_the_streams_alone() -> None:

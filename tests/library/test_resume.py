@@ -135,10 +135,11 @@ def test_rows_are_counted_in_words(then: int, now: int, remark: str) -> None:
 
 
 def test_all_that_only_one_side_has_is_named() -> None:
-    plan = resume(of(1, None, "a", "b", "c"), job(1, None, "c", "d", "e"))
+    there = job(1, None, "c", "d", "e", "of.d", "of.d.seed_seq")
+    plan = resume(of(1, None, "a", "b", "c"), there)
     assert (plan.states, plan.resizes) == ({"c": b"c"}, 0)
     absent, ignored = plan.remarks
-    assert "the checkpoint has no d, e: the stream stays as it is" in absent
+    assert "the checkpoint has no d, e, of.d: the stream stays as it is" in absent
     assert "the checkpoint has a, b, which this job does not have: ignored" in ignored
 
 
@@ -156,6 +157,8 @@ def test_a_permuted_or_renamed_mesh_warns(then: Mesh | None, now: Mesh | None) -
         ((("dp", 4), ("cp", 2)), (("dp", 2), ("cp", 2)), False),
         ((("dp", 1), ("cp", 4)), (("dp", 2), ("cp", 4)), False),
         ((("cp", 4),), (("dp", 2), ("cp", 4)), False),
+        ((("dp", 4), ("cp", 1)), (("dp", 4),), False),
+        ((("pp", 2), ("dp", 2), ("cp", 3)), (("pp", 3), ("dp", 2), ("cp", 3)), False),
         ((("cp", 4),), (("dp", 2), ("cp", 2)), True),
         ((("dp", 2), ("cp", 2)), (("dp", 2), ("cp", 4)), True),
         ((("dp", 2), ("cp", 2)), (("cp", 4),), True),

@@ -115,17 +115,22 @@ def test_the_record_is_found_in_a_converted_checkpoint_on_any_world_size(tmp_pat
 def test_of_several_records_one_must_be_chosen(tmp_path: Path) -> None:
     first, second = StatefulRNG(1), StatefulRNG(2)
     expected = draw()
-    dcp.save({"b": second, "a": first}, checkpoint_id=tmp_path)
+    records = {"b": second.state_dict(), "a": first.state_dict()}
+    dcp.save({"app": records}, checkpoint_id=tmp_path)
     rng = StatefulRNG(3)
-    with unmoved(), pytest.raises(RNGStateError) as caught:
+    with unmoved(), pytest.raises(RNGStateError, match="2 records: choose one with ") as caught:
         rng.load(tmp_path)
-    assert "2 records" in str(caught.value)
-    assert "key='a.rng_streams'" in str(caught.value)
-    assert "key='b.rng_streams'" in str(caught.value)
-    with unmoved(), pytest.raises(RNGStateError, match=r"no record 'c', only .*a\.rng_streams"):
+    assert "key='app.a.rng_streams'" in str(caught.value)
+    assert "key='app.b.rng_streams'" in str(caught.value)
+    dcp.save({f"{KEY}@{n}": first.state_dict()[KEY] for n in (1, 2)}, checkpoint_id=tmp_path)
+    of_others = (
+        r"2 records, none of them of this grid of ranks \(rng_streams\): choose one with key="
+    )
+    refused(lambda: rng.load(tmp_path), of_others)
+    dcp.save({"b": StatefulRNG(2), "a": 1}, checkpoint_id=tmp_path)
+    with unmoved(), pytest.raises(RNGStateError, match=r"no record 'c', only b\.rng_streams"):
         rng.load(tmp_path, key="c")
     assert rng.loaded is None
-    dcp.save({"b": StatefulRNG(2), "a": 1}, checkpoint_id=tmp_path)
     rng.load(tmp_path, key="b.rng_streams")
     assert draw() == expected
 
@@ -143,6 +148,9 @@ def test_without_a_record_every_rank_names_what_is_there(tmp_path: Path) -> None
     for error in job(2, load_fails, tmp_path):
         assert "holds no record (rng_streams) of a StatefulRNG, only weight. Load" in error
         assert str(tmp_path) in error
+    for count, named in ((0, "nothing"), (5, "0, 1, 2, 3, 4"), (6, "0, 1, 2, 3, 4, ...")):
+        dcp.save({str(n): torch.ones(1) for n in range(count)}, checkpoint_id=tmp_path / named)
+        assert f"of a StatefulRNG, only {named}. Load" in load_fails(tmp_path / named)
 
 
 def test_without_a_checkpoint_every_rank_names_the_place(tmp_path: Path) -> None:
@@ -191,7 +199,8 @@ def test_other_things_behind_a_url_or_saved_by_rank_are_not_replaced(
         RNGStateError, match=r"by_rank holds __0\.metadata, __0_0\.distcp: files of"
     ):
         StatefulRNG(1).save(tmp_path / "by_rank")
-    dcp.save({"weight": torch.rand(3)}, checkpoint_id=tmp_path / "one")
+    two = {"weight": torch.rand(3), "weights": torch.rand(3)}
+    dcp.save(two, checkpoint_id=tmp_path / "one")
     with pytest.raises(RNGStateError, match=r"other things \(weight, for one\)"):
         StatefulRNG(1).save(f"file://{tmp_path}/one")
 
@@ -204,6 +213,24 @@ def test_nor_is_a_tensor_that_only_has_the_name_of_a_record(tmp_path: Path) -> N
     state = {"w": {KEY: torch.zeros_like(weight)}}
     dcp.load(state, checkpoint_id=tmp_path, no_dist=True)
     assert torch.equal(state["w"][KEY], weight)
+
+
+def test_nor_is_the_record_of_an_application_beside_one_by_itself(tmp_path: Path) -> None:
+    record = StatefulRNG(1).state_dict()
+    dcp.save({**record, "app": record}, checkpoint_id=tmp_path, no_dist=True)
+    refused(lambda: StatefulRNG(1).save(tmp_path), r"other things \(app.rng_streams, for one\)")
+
+
+def test_the_first_three_files_that_are_in_the_way_are_named(tmp_path: Path) -> None:
+    rng = StatefulRNG(1)
+    for count, shown in ((3, "0, 1, 2"), (4, "0, 1, 2, ...")):
+        (tmp_path / str(count)).mkdir()
+        for name in map(str, range(count)):
+            (tmp_path / str(count) / name).touch()
+        text = refused(lambda path=tmp_path / str(count): rng.save(path), "would be lost")  # type: ignore[misc]
+        assert f" holds {shown}: files of another checkpoint" in text
+        text = refused(lambda path=tmp_path / str(count): rng.load(path), "did not finish")  # type: ignore[misc]
+        assert f"no .metadata in it, only {shown}. Its save" in text
 
 
 def test_a_key_may_be_named_as_inspect_shows_it(tmp_path: Path) -> None:
@@ -222,6 +249,14 @@ def test_a_checkpoint_that_cannot_be_read_is_not_replaced(tmp_path: Path) -> Non
         StatefulRNG(1).save(tmp_path)
     assert "Traceback" not in str(caught.value)
     assert (tmp_path / ".metadata").read_bytes() == b"junk"
+    message = r"its metadata cannot be read: UnpicklingError: .*storage_reader=\.\.\."
+    refused(lambda: StatefulRNG(1).load(tmp_path), message)
+    StatefulRNG(1).save(tmp_path / "cut")
+    (data,) = (tmp_path / "cut").glob("rng-*")
+    data.write_bytes(b"")
+    refused(
+        lambda: StatefulRNG(1).save(tmp_path / "cut"), r"cannot be read \((?!Checkpoint)\w+Error"
+    )
 
 
 @pytest.mark.filterwarnings("ignore:Detected an existing checkpoint")
@@ -239,7 +274,7 @@ def test_a_record_saved_before_is_replaced(scheme: str, tmp_path: Path) -> None:
 
 class FailingWriter(dcp.FileSystemWriter):
     def write_data(self, *args: Any, **kwargs: Any) -> Any:
-        raise OSError("no space left")
+        raise OSError("no space left\nof what there was")
 
 
 def saved_twice(path: Path, second: str) -> tuple[Numbers, str]:
@@ -260,7 +295,7 @@ def saved_twice(path: Path, second: str) -> tuple[Numbers, str]:
 def test_a_save_over_another_that_fails_leaves_the_one_before(tmp_path: Path) -> None:
     expected, errors = zip(*job(2, saved_twice, tmp_path, "write"), strict=True)
     for error in errors:
-        assert f"was not saved to {tmp_path} (rank 1): OSError: no space left" in error
+        assert error.endswith(f"was not saved to {tmp_path} (rank 1): OSError: no space left")
     assert job(2, loaded_from, tmp_path) == [(numbers, []) for numbers in expected]
     # The next save takes away what both have left.
     job(2, saved_alone, tmp_path)
@@ -305,6 +340,26 @@ def test_storage_that_fails_is_an_exception_of_the_library(tmp_path: Path) -> No
     message = r"was not saved to .*file/rng \(rank 0\): NotADirectoryError"
     with unmoved(), pytest.raises(RNGStateError, match=message):
         rng.save(tmp_path / "file" / "rng")
+
+
+class AskingWriter(dcp.FileSystemWriter):
+    """Asks whether its rank coordinates the save, and tells nothing of itself: both are allowed."""
+
+    def storage_meta(self) -> None:
+        return None
+
+    def write_data(self, plan: Any, planner: Any) -> Any:
+        self.coordinates = planner.is_coordinator
+        return super().write_data(plan, planner)
+
+
+def test_a_path_is_the_place_of_a_writer_and_a_reader_of_another_one(tmp_path: Path) -> None:
+    rng, place, writer = StatefulRNG(1), tmp_path / "place", AskingWriter(tmp_path / "other")
+    rng.save(place, storage_writer=writer)
+    expected = draw()
+    rng.load(place, storage_reader=dcp.FileSystemReader(tmp_path / "other"))
+    assert draw() == expected
+    assert writer.coordinates is True
 
 
 def test_another_storage_is_written_and_read(tmp_path: Path) -> None:
@@ -497,6 +552,7 @@ def test_folders_below_and_hidden_files_are_no_obstacle(scheme: str, tmp_path: P
     path = f"{scheme}{tmp_path}"
     rng = StatefulRNG(1)
     (tmp_path / ".nfs0001").touch()
+    (tmp_path / "rng-folder").mkdir()
     for _ in range(2):
         rng.save(path)
         rng.save(f"{path}/more")
@@ -506,15 +562,22 @@ def test_folders_below_and_hidden_files_are_no_obstacle(scheme: str, tmp_path: P
 
 def to_places_of_their_own(path: Path) -> list[str]:
     rng, rank = StatefulRNG(1), dist.get_rank()
-    places: list[Any] = [path / f"step-{rank}", "rng", str(path / "same")]
+    own, same = path / f"step-{rank}", str(path / "same")
+    places: list[tuple[Any, Any]] = [
+        (own, None),
+        ("rng", None),
+        (own, AskingWriter(path)),
+        (None, ElsewhereWriter(path, f"s3://bucket/{rank}")),
+    ]
     (path / str(rank)).mkdir()
     os.chdir(path / str(rank))
     messages = []
-    for place in places[:2]:
+    for place, writer in places:
         with pytest.raises(RNGStateError, match="ranks name different places") as caught:
-            rng.save(place)
+            rng.save(place, storage_writer=writer)
         messages.append(str(caught.value))
-    rng.save(places[2])
+    rng.save(storage_writer=ElsewhereWriter(Path(same), "s3://bucket/same"))
+    rng.save(same)
     # And what they read: one of them finds another checkpoint.
     if rank == 1:
         dcp.save({"rng": rng.state_dict()}, checkpoint_id=path / "other", no_dist=True)
@@ -522,7 +585,7 @@ def to_places_of_their_own(path: Path) -> list[str]:
         dcp.save({KEY: record.to_local()}, checkpoint_id=path / "alone", no_dist=True)  # type: ignore[operator]
     dist.barrier()
     with unmoved(), pytest.raises(RNGStateError, match="ranks read different checkpoints"):
-        rng.load(path / "alone" if rank else places[2])
+        rng.load(path / "alone" if rank else same)
     return messages
 
 
@@ -532,6 +595,8 @@ def test_ranks_that_name_different_places_are_told_before_anything_is_written(
     for messages in job(2, to_places_of_their_own, tmp_path):
         assert f"rank 0 {tmp_path}/step-0, rank 1 {tmp_path}/step-1" in messages[0]
         assert f"rank 0 {tmp_path}/0/rng, rank 1 {tmp_path}/1/rng" in messages[1]
+        assert f"rank 0 {tmp_path}/step-0, rank 1 {tmp_path}/step-1" in messages[2]
+        assert "rank 0 s3://bucket/0, rank 1 s3://bucket/1" in messages[3]
     assert {name.partition("/")[0] for name in files(tmp_path)} == {"same", "other", "alone"}
 
 
@@ -571,29 +636,37 @@ def test_an_interrupt_stays_one_and_the_other_ranks_are_told(tmp_path: Path) -> 
 # A part of the ranks, another moment, another thread.
 
 
-def by_two_of_three(path: Path) -> tuple[Numbers, Numbers, str] | str:
-    group = dist.new_group([0, 2])
-    if dist.get_rank() == 1:
+def by_two_of_three(path: Path) -> tuple[Numbers, Numbers, list[str]] | str:
+    group = dist.new_group([1, 2])
+    if dist.get_rank() == 0:
         with pytest.raises(ValueError, match="this rank is not in process_group") as outside:
             StatefulRNG(1).save(path, process_group=group)
         return str(outside.value)
-    mesh = DeviceMesh.from_group(group, "cpu", [0, 2], mesh_dim_names=("dp",))
+    mesh = DeviceMesh.from_group(group, "cpu", [1, 2], mesh_dim_names=("dp",))
     rng = StatefulRNG(1, ranked=True, mesh=mesh)
     rng.save(path, process_group=group)
     expected = draw()
     rng.load(path, process_group=group)
     found = draw()
-    with pytest.raises(RNGStateError) as caught:
-        StatefulRNG(1, ranked=True).save(path / "all", process_group=group)
-    return expected, found, str(caught.value)
+    (missing,) = warned(lambda: rng.load(path / "nowhere", missing_ok=True, process_group=group))
+    rank = dist.get_rank()
+    of_all = StatefulRNG(1, ranked=True)
+    calls: list[Callable[[], None]] = [
+        lambda: of_all.save(path / "all", process_group=group),
+        lambda: rng.save(path / str(rank), process_group=group),
+        lambda: rng.load(path / "nowhere" if rank == 2 else path, process_group=group),
+    ]
+    return expected, found, [missing, *(refused(call, "") for call in calls)]
 
 
 def test_a_part_of_the_ranks_saves_and_loads_with_its_group(tmp_path: Path) -> None:
-    first, _, last = job(3, by_two_of_three, tmp_path)
-    for expected, found, text in (first, last):
+    for expected, found, (missing, lacking, places, other) in job(3, by_two_of_three, tmp_path)[1:]:
         assert expected == found
-        assert "the ranks [0, 1, 2] have rows, and of these process_group lacks [1]" in text
-        assert "mesh= of the group's ranks" in text
+        assert "restored no random stream" in missing
+        assert "the ranks [0, 1, 2] have rows, and of these process_group lacks [0]" in lacking
+        assert "mesh= of the group's ranks" in lacking
+        assert f"rank 1 {tmp_path}/1, rank 2 {tmp_path}/2" in places
+        assert "(rank 2): no checkpoint at" in other
 
 
 def without_the_other_rank(path: Path) -> str:
@@ -640,9 +713,20 @@ def test_the_state_of_an_earlier_moment_is_saved_on_another_thread(tmp_path: Pat
         assert "rng.save(path, state=captured)" in messages[0]
 
 
-@pytest.mark.parametrize("state", [{}, {"a": 1}, {KEY: torch.zeros(3)}, {"a": 1, "b": 2}, 5])
-def test_a_state_that_is_none_of_a_stateful_rng_is_not_saved(state: Any, tmp_path: Path) -> None:
-    refused(lambda: StatefulRNG(1).save(tmp_path, state=state), "was not saved to")
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ({}, r"the state is \{\}, expected what state_dict\(\) returns"),
+        ({"a": 1, "b": 2}, "expected what state_dict"),
+        (5, "the state is 5, expected what state_dict"),
+        ({"a": 1}, "was not saved to"),
+        ({KEY: torch.zeros(3)}, "was not saved to"),
+    ],
+)
+def test_a_state_that_is_none_of_a_stateful_rng_is_not_saved(
+    state: Any, message: str, tmp_path: Path
+) -> None:
+    refused(lambda: StatefulRNG(1).save(tmp_path, state=state), message)
     assert files(tmp_path) == []
 
 
@@ -706,6 +790,8 @@ def test_an_interrupted_save_is_not_missing(tmp_path: Path) -> None:
     (tmp_path / ".metadata").unlink()
     with unmoved(), pytest.raises(RNGStateError, match=r"no \.metadata in it, only rng-.*finish"):
         rng.load(tmp_path, missing_ok=True)
+    with unmoved(), pytest.warns(RNGStateWarning, match="restored no random stream"):
+        rng.load(tmp_path / "nowhere", missing_ok=True)
     rng.save(tmp_path)  # what is left of it is no obstacle
     rng.load(tmp_path)
     assert len(files(tmp_path)) == 2
@@ -720,8 +806,14 @@ def test_the_record_may_be_one_folder_below(beside: bool, tmp_path: Path) -> Non
     assert job(2, loaded_from, tmp_path) == [(numbers, []) for numbers in expected]
     rng = StatefulRNG(1)
     rng.save(tmp_path / "second")
+    reader = dcp.FileSystemReader(tmp_path)
     with unmoved(), pytest.raises(RNGStateError, match=r"2 records, name one: .*/rng, .*/second"):
-        rng.load(tmp_path)
+        rng.load(storage_reader=reader)
+    assert reader.path == tmp_path, "it is asked about its own place next time"
+    for number in range(5):
+        rng.save(tmp_path / f"third-{number}")
+    text = refused(lambda: rng.load(tmp_path), "holds 7 records")
+    assert text.endswith(f"{tmp_path}/third-3"), "six are enough"
 
 
 class ForeignWriter(dcp.FileSystemWriter):
@@ -734,8 +826,59 @@ class ForeignWriter(dcp.FileSystemWriter):
 def test_where_another_writer_saved_the_message_asks_for_its_reader(tmp_path: Path) -> None:
     rng = StatefulRNG(1)
     dcp.save({"rng": rng}, storage_writer=ForeignWriter(tmp_path))
-    with unmoved(), pytest.raises(RNGStateError, match=r"rng\.load\(path, storage_reader=\.\.\.\)"):
-        rng.load(tmp_path)
+    text = refused(lambda: rng.load(tmp_path), r"rng\.load\(path, storage_reader=\.\.\.\)")
+    reader = dcp.FileSystemReader(tmp_path)
+    with_one = refused(lambda: rng.load(storage_reader=reader), "no record was loaded")
+    assert text.partition(str(tmp_path))[2].startswith(with_one.partition(str(reader))[2])
+    assert "storage_reader" not in with_one
+
+
+class Without:
+    """A writer, a reader or a file system that lacks something."""
+
+    def __init__(self, whole: Any, *lacking: str) -> None:
+        self._whole, self._lacking = whole, lacking
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self._lacking:
+            raise AttributeError(name)
+        return getattr(self._whole, name)
+
+
+@pytest.mark.parametrize("lacking", ["fs", "path"])
+def test_a_storage_that_cannot_be_asked_is_written(lacking: str, tmp_path: Path) -> None:
+    rng, writer = StatefulRNG(1), Without(dcp.FileSystemWriter(tmp_path), lacking)
+    rng.save(storage_writer=writer)  # type: ignore[arg-type]
+    expected = draw()
+    rng.load(tmp_path)
+    assert draw() == expected
+
+
+def test_a_file_system_that_lists_nothing_is_asked_for_names(tmp_path: Path) -> None:
+    dcp.save({"weight": torch.ones(3)}, checkpoint_id=tmp_path / ".metadata")
+    for name in (".metadata", "__0.metadata", "__0_0.distcp"):
+        writer = dcp.FileSystemWriter(tmp_path / name)
+        writer.fs = Without(writer.fs, "ls")  # type: ignore[assignment]
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / name).touch()
+        what = "a checkpoint of other" if name == ".metadata" else f"{name}: files of another"
+        refused(lambda writer=writer: StatefulRNG(1).save(storage_writer=writer), f"holds {what}")  # type: ignore[misc]
+
+
+class Slashed(Without):
+    """Ends the names of folders with a slash, as object stores do."""
+
+    def ls(self, path: Any) -> list[str]:
+        return [f"{name}/" if os.path.isdir(name) else str(name) for name in self._whole.ls(path)]
+
+
+def test_a_folder_may_be_listed_with_a_slash(tmp_path: Path) -> None:
+    rng, reader = StatefulRNG(1), dcp.FileSystemReader(tmp_path)
+    rng.save(tmp_path / "rng")
+    reader.fs = Slashed(reader.fs)  # type: ignore[assignment]
+    expected = draw()
+    rng.load(storage_reader=reader)
+    assert draw() == expected
 
 
 def test_the_default_device_has_no_part_in_it(tmp_path: Path) -> None:
