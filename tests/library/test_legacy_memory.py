@@ -88,6 +88,7 @@ def test_the_generator_of_a_subclass_is_one_too(way: str) -> None:
 def test_memory_with_another_layout_is_left_alone(
     owner: Any, name: str, other: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    assert legacy_memory._place_of_the_normal() == legacy_memory._PLACE
     with monkeypatch.context() as patched:
         patched.setattr(owner, name, other)
         assert legacy_memory._place_of_the_normal() is None

@@ -5,7 +5,7 @@ import random
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -118,7 +118,10 @@ def test_functions_whose_body_runs_later_are_not_decorated() -> None:
 
     async def coroutine() -> None: ...
 
-    for function in (generator, coroutine, functools.partial(generator)):
+    async def both() -> AsyncIterator[int]:
+        yield 1
+
+    for function in (generator, coroutine, both, functools.partial(generator)):
         with pytest.raises(TypeError, match="runs after the call"):
             ScopedRNG(1)(function)
 

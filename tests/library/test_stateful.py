@@ -254,6 +254,7 @@ BAD: dict[str, tuple[str, Callable[[State], Any]]] = {
     "dtype": ("found torch.int32", lambda s: {KEY: s[KEY].to(torch.int32)}),
     "float": ("found torch.float64", lambda s: {KEY: s[KEY].double()}),
     "dimensions": ("expected a dense torch.int64", lambda s: {KEY: s[KEY].unsqueeze(0)}),
+    "two in one": ("expected a dense torch.int64", lambda s: {KEY: s[KEY].repeat(2, 1)}),
     "meta": ("on meta", lambda s: {KEY: s[KEY].to("meta")}),
     "sparse": ("expected a dense torch.int64", lambda s: {KEY: s[KEY].to_sparse()}),
     "empty": ("expected a dense torch.int64", lambda s: {KEY: s[KEY][:0]}),
