@@ -225,6 +225,8 @@ def test_a_function_stands_for_the_generator_in_use(kind: str) -> None:
     owner.generator = KINDS[kind](79)
     rng.rewind()
     assert numbers(owner.generator) == expected
+    rng._generators.restore({}, {"noise": 80})
+    assert numbers(owner.generator) == numbers(KINDS[kind](80))
 
 
 def test_a_function_is_checked_at_each_use() -> None:
