@@ -2,6 +2,7 @@
 
 import copy
 import os
+import random
 import signal
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from nemo_rng_dcp import RNGStateError, ScopedRNG, StatefulRNG
-from nemo_rng_dcp.generators import GeneratorSet
+from nemo_rng_dcp.generators import GeneratorSet, LentGenerators
 from nemo_rng_dcp.generators.numpy_random import SeedSequenceAdapter
 from tests.library.test_generators import KINDS, Counter, OwnSequence, numbers
 from tests.support.streams import draw, unmoved, warned
@@ -175,6 +176,26 @@ def test_what_was_unpacked_is_packed_again(kind: str) -> None:
         numbers(given["noise"], 9)  # with a cached normal
         packed = generators.pack(generators.take())
         assert generators.pack(generators.unpack(packed)) == packed
+
+
+def test_an_interrupt_while_lent_streams_are_put_back_does_not_stop_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lent = LentGenerators(GeneratorSet(None, {"noise": np.random.default_rng(5)}), {})
+    before = lent.take()
+    lent.start({"python": 1, "numpy": 2, "torch": 3, "noise": 4})
+    real, interrupts = random.setstate, iter([KeyboardInterrupt])
+
+    def interrupted(state: Any) -> None:
+        for interrupt in interrupts:
+            raise interrupt
+        real(state)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(random, "setstate", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            lent.put_back(before)
+    assert lent.pack(lent.take()) == lent.pack(before)
 
 
 # Owners that exchange a registered generator.
