@@ -365,6 +365,7 @@ def test_no_malformed_state_is_half_taken(kind: Any, damage: dict[int, int]) -> 
         (np.random.MT19937, 7 + 2497, r"pos is 65\d\d\d, expected 0 to 624"),
         (np.random.PCG64, 5, "has_uint32 is 255, expected 0 to 1"),
         (np.random.SFC64, 5 + 52, r"NumPy (refuses|takes)"),
+        (np.random.PCG64, 0, "NumPy takes the state only in part: some of it is out of range"),
     ],
 )
 def test_numbers_that_numpy_would_take_and_stumble_over_are_refused(
