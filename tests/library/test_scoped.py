@@ -283,6 +283,18 @@ def test_inside_a_scope_a_save_holds_the_streams_that_come_back_and_says_so() ->
     assert rng.fingerprint() == at_save
 
 
+def test_a_scope_that_was_entered_in_compiled_code_is_said_to_be_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rng = StatefulRNG(1)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.compiler, "is_compiling", lambda: True)
+        scope = ScopedRNG(seed=7).__enter__()
+    [message] = warned(rng.state_dict)
+    scope.__exit__(None, None, None)
+    assert message.startswith("inside the ScopedRNG entered at compiled code: ")
+
+
 @pytest.mark.parametrize("rewind", [False, True])
 def test_inside_a_scope_a_load_or_rewind_acts_on_the_streams_that_come_back(rewind: bool) -> None:
     noise = np.random.default_rng(5)
