@@ -444,6 +444,21 @@ def test_scopes_that_end_in_another_order_give_the_device_its_stream_back() -> N
 
 
 @two_devices
+def test_scopes_of_two_devices_that_end_in_another_order_give_back_each_its_own() -> None:
+    init_all_rng(1)
+    expected = draw_on(0), draw_on(1)
+    init_all_rng(1)
+    outer = ScopedRNG(7).__enter__()
+    MODULE.set_device(1)
+    inner = ScopedRNG(8).__enter__()
+    draw_on(0)
+    assert len(warned(lambda: outer.__exit__(None, None, None))) == 1
+    assert draw_on(0) == expected[0]
+    inner.__exit__(None, None, None)
+    assert draw_on(1) == expected[1]
+
+
+@two_devices
 def test_inside_a_scope_of_another_device_the_jobs_own_goes_on() -> None:
     rng = StatefulRNG(1)
     before = rng.fingerprint()

@@ -5,6 +5,7 @@ import os
 import random
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -163,6 +164,45 @@ def test_a_handler_that_saves_inside_a_load_inside_a_scope_gets_one_moment(handl
         assert draw() == inside
     assert found == [before] * 3
     assert rng.fingerprint() == loaded
+
+
+@pytest.mark.parametrize("scoped", [False, True])
+def test_a_handler_that_reads_inside_a_restore_gets_one_moment_from_every_set(
+    handler: Any, scoped: bool
+) -> None:
+    noise = random.Random(1)
+    generators, of_process = GeneratorSet(None, {"noise": noise}), GeneratorSet(None)
+    states = generators.take()
+    draw()
+    noise.random()
+
+    def read() -> list[dict[str, bytes]]:
+        return [each.pack(each.take()) for each in (generators, of_process)]
+
+    before, found = read(), list[Any]()
+    handler(lambda: found.append(read()))
+    adapter = generators._adapters["numpy"]
+    real, refusals = adapter.set, iter([OSError])
+
+    def refused(state: Any) -> None:
+        for refusal in refusals:
+            raise refusal
+        real(state)
+
+    def signalled(state: Any) -> None:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        real(state)
+
+    with ScopedRNG(seed=5) if scoped else nullcontext():
+        adapter.set = refused  # type: ignore[method-assign]
+        with pytest.raises(RNGStateError):
+            generators.restore(states)
+        assert read() == before
+        adapter.set = signalled  # type: ignore[method-assign]
+        generators.restore(states)
+        assert found == [before] * (3 if scoped else 1)
+        adapter.set = real  # type: ignore[method-assign]
+    assert generators.pack(generators.take()) == generators.pack(states)
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "own", "global"])

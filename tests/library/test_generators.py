@@ -14,7 +14,7 @@ import torch.distributed.checkpoint as dcp
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nemo_rng_dcp import RNGLoadPlanner, RNGStateError, StatefulRNG
+from nemo_rng_dcp import RNGLoadPlanner, RNGStateError, ScopedRNG, StatefulRNG
 from nemo_rng_dcp.generators import GeneratorSet
 from nemo_rng_dcp.generators.numpy_random import (
     NumPyGeneratorAdapter,
@@ -23,7 +23,7 @@ from nemo_rng_dcp.generators.numpy_random import (
 from nemo_rng_dcp.record import KEY
 from tests.support.jobs import job
 from tests.support.records import record_of, with_stream
-from tests.support.streams import draw, needs_seed_sequences, unmoved
+from tests.support.streams import draw, needs_seed_sequences, unmoved, warned
 
 BIT_GENERATORS = [
     np.random.MT19937,
@@ -330,6 +330,8 @@ def test_without_global_generators_nothing_else_is_seeded_stored_or_moved() -> N
         rng = StatefulRNG(1, ranked=True, generators={"noise": noise}, global_generators=False)
         state = rng.state_dict()
     assert list(record_of(state).streams) == list(rng.fingerprint()) == ["noise"]
+    with ScopedRNG(seed=5):
+        assert warned(rng.state_dict) == []
     expected = noise.random()
     draw()
     with unmoved():
