@@ -30,11 +30,11 @@ def warn(message: str) -> None:
 
 def caller() -> tuple[str, int]:
     """Return file and line of the call that led here from outside of this library and of torch."""
-    frame = sys._getframe(1)
+    frame = sys._getframe()
     while frame.f_back is not None and _package(frame.f_globals) in ("nemo_rng_dcp", "torch"):
         frame = frame.f_back
     return frame.f_code.co_filename, frame.f_lineno
 
 
 def _package(module: dict[str, object]) -> str:
-    return str(module.get("__name__", "")).partition(".")[0]
+    return str(module.get("__name__")).partition(".")[0]

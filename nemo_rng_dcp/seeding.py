@@ -196,11 +196,8 @@ def seed_worker(worker_id: int) -> None:
     worker_seed = torch.initial_seed()
     random.setstate(_stream(worker_seed, "python").to_python())
     np.random.set_state(_stream(worker_seed, "numpy").to_numpy())
-    state = _stream(worker_seed, "torch").to_torch()
-    # torch's state begins with its seed, 8 bytes: kept, so that torch.initial_seed() still tells
-    # the worker's seed to whoever seeds another library from it.
-    state[:8] = torch.get_rng_state()[:8]
-    torch.set_rng_state(state)
+    # torch.initial_seed() still tells the worker's seed to whoever seeds another library from it.
+    torch.set_rng_state(_stream(worker_seed, "torch").to_torch(initial_seed=worker_seed))
 
 
 def _derived(seed: int, encoded: bytes, bits: int) -> int:
@@ -222,7 +219,7 @@ def _encode(element: int | str) -> bytes:
     elif is_integer(element):
         number = int(element)
         # One bit for the sign; ~n of a negative n because -128 fits a byte and 128 does not.
-        size = (number if number >= 0 else ~number).bit_length() // 8 + 1
+        size = max(number, ~number).bit_length() // 8 + 1
         kind, content = b"i", number.to_bytes(size, "little", signed=True)
     else:
         raise TypeError(

@@ -30,14 +30,14 @@ def own_device(device: torch.device | str | int | None = None) -> torch.device |
         raise ValueError(f"device is {device!r}, which names no device: {error}") from error
     if wanted.type == "cpu":
         return None
-    count = 0 if accelerator is None else torch.accelerator.device_count()
+    count = torch.accelerator.device_count()
     if accelerator is None or wanted.type != accelerator.type or (wanted.index or 0) >= count:
         has = f"{count} of type {accelerator.type}" if accelerator else "no accelerator"
         raise ValueError(
             f"device is {str(wanted)!r}, but this process has {has}: expected one of its own, or "
             "'cpu' if this rank uses none"
         )
-    if wanted.index is None or not hasattr(torch.get_device_module(wanted), "current_device"):
+    if wanted.index is None or not hasattr(torch.get_device_module(), "current_device"):
         return _current(accelerator)
     return wanted
 
@@ -51,7 +51,7 @@ def device_in_use() -> torch.device | None:
     if accelerator is None:
         return None
     # Without the question (mps) the accelerator is in use from the start.
-    is_initialized = getattr(torch.get_device_module(accelerator), "is_initialized", None)
+    is_initialized = getattr(torch.get_device_module(), "is_initialized", None)
     if is_initialized is not None and not is_initialized():
         return None
     return _current(accelerator)
@@ -59,8 +59,8 @@ def device_in_use() -> torch.device | None:
 
 def default_generator(device: torch.device) -> torch.Generator | None:
     """Return the global generator of an accelerator device, if torch shows it (mps does not)."""
-    generators: Sequence[torch.Generator]
-    generators = getattr(torch.get_device_module(device), "default_generators", ())
+    generators: Sequence[torch.Generator] | None
+    generators = getattr(torch.get_device_module(), "default_generators", None)
     return None if device.index is None or not generators else generators[device.index]
 
 
@@ -72,12 +72,12 @@ def _accelerator() -> torch.device | None:
     if accelerator is None:
         return None
     # torch.manual_seed() asks the same before it touches a device.
-    bad_fork = getattr(torch.get_device_module(accelerator), "_is_in_bad_fork", bool)()
+    bad_fork = getattr(torch.get_device_module(), "_is_in_bad_fork", bool)()
     return None if bad_fork else torch.device(accelerator.type)
 
 
 def _current(accelerator: torch.device) -> torch.device:
-    module: Any = torch.get_device_module(accelerator)
+    module: Any = torch.get_device_module()
     if not hasattr(module, "current_device"):
         return accelerator
-    return torch.device(accelerator.type, module.current_device())
+    return torch.device(module.current_device())

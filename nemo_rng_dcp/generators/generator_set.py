@@ -348,7 +348,6 @@ class _Write:
         self.live = {generators._key(name): state for name, state in live.items()}
         self.parked = parked
         self.parked_before = {} if parked is None else parked.states
-        self._undone = False
 
     def run(self, write: Callable[[], _Result]) -> _Result:
         global _under_way

@@ -79,7 +79,8 @@ def _place_of_the_normal() -> int | None:
     of_trial = _view(id(trial), np.random.RandomState.__basicsize__)
     place = of_trial.tobytes().find(_NORMAL.pack(1, gauss))
     trial.standard_normal()  # takes it out again
-    if place < 0 or of_trial[place:][: _NORMAL.size] != _NORMAL.pack(0, 0.0):
+    # From -1, if it was not found, there is one byte.
+    if of_trial[place:][: _NORMAL.size] != _NORMAL.pack(0, 0.0):
         return None
     return place
 

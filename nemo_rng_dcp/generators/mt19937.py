@@ -188,12 +188,11 @@ class MT19937State:
         _, left, seeded, following = _TORCH_HEAD.unpack(raw[: _TORCH_HEAD.size].tobytes())
         # torch counts down the draws until it regenerates: left == 1 means "at the next draw",
         # and then next is not read any more.
-        if seeded != 1 or not (left == 1 or (1 < left <= WORDS and following == WORDS + 1 - left)):
+        fits = left == 1 or (1 < left <= WORDS and following == WORDS + 1 - left)
+        if seeded != 1 or following > WORDS or not fits:
             raise ValueError(
                 f"not a CPU state of torch: seeded {seeded}, left {left}, next {following}"
             )
-        if following > WORDS:
-            raise ValueError(f"the next word is {following}, expected 0 to {WORDS}")
         words = to_words(raw[_TORCH_WORDS].view(np.uint64))
         return cls(words, WORDS + 1 - left)
 

@@ -63,11 +63,12 @@ class NumPyAdapter:
             as_numpy = MT19937State.from_bytes(state).to_numpy()
             _locked(bits, partial(self._generator.set_state, as_numpy))
             return
-        writes = (
-            partial(view.__setitem__, slice(None), content)
-            for view, content in zip(memory, contents(state), strict=True)
+        block, normal = contents(state)
+        _locked(
+            bits,
+            partial(memory.block.__setitem__, slice(None), block),
+            partial(memory.normal.__setitem__, slice(None), normal),
         )
-        _locked(bits, *writes)
 
     def pack(self, state: bytes) -> bytes:
         return state
@@ -158,7 +159,7 @@ class SeedSequenceAdapter:
             return False
         trial: Any = np.random.PCG64()
         try:
-            trial.__setstate__((trial.state, np.random.SeedSequence(5)))
+            trial.__setstate__((trial.state, trial.seed_seq))
         except TypeError:
             return False
         return True

@@ -52,7 +52,7 @@ class AcceleratorAdapter:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._module: Any = torch.get_device_module(device)
+        self._module: Any = torch.get_device_module()
         # Modules of accelerators that have a single device (mps) take no device argument.
         self._where = () if device.index is None else (device,)
         self.kind = f"torch.{device.type}"

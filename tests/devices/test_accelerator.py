@@ -30,8 +30,11 @@ from nemo_rng_dcp import (
 )
 from nemo_rng_dcp.automodel import _get_rng_state, _restore_rng_state
 from nemo_rng_dcp.determinism import environment
+from nemo_rng_dcp.generators import DeviceWatch, GeneratorSet, device_in_use, own_device
+from nemo_rng_dcp.generators.device import default_generator
 from nemo_rng_dcp.generators.torch_random import AcceleratorAdapter
 from nemo_rng_dcp.record import KEY
+from tests.library.test_generators import Counter
 from tests.support.devices import AVAILABLE, COUNT, MODULE, TYPE
 from tests.support.jobs import job
 from tests.support.records import record_of
@@ -140,6 +143,8 @@ def test_a_trackers_states_and_its_graph_safe_generators_come_back(tmp_path: Pat
     rng = StatefulRNG(None, generators=tracker_generators(tracker))
     kinds = {stream.kind for stream in record_of(rng.state_dict()).streams.values()}
     assert f"torch.{TYPE}" in kinds
+    [of_cpu] = tracker_generators(Tracker(data_rng=torch.get_rng_state())).values()
+    assert of_cpu.kind == "torch.cpu"
     drawn()
     dcp.save({"rng": rng}, checkpoint_id=tmp_path)
     expected = drawn()
@@ -221,6 +226,16 @@ def test_a_rank_on_the_cpu_stores_no_devices_stream() -> None:
     rng = StatefulRNG(1, device="cpu")
     assert rng.device is None
     assert list(rng.fingerprint()) == ["python", "numpy", "torch"]
+    assert warned(rng.state_dict) == []
+
+
+def test_the_only_device_is_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
+    for device in (0, TYPE, f"{TYPE}:0"):
+        assert own_device(device) == torch.device(TYPE, 0)
+    message = f"^device is '{TYPE}:1', but this process has 1 of type {TYPE}: expected one of its"
+    with pytest.raises(ValueError, match=message):
+        own_device(f"{TYPE}:1")
 
 
 @pytest.mark.parametrize("device", [99, f"{TYPE}:99", "meta", "nonsense"])
@@ -264,6 +279,26 @@ def test_a_device_that_hides_its_generator_is_stored(monkeypatch: pytest.MonkeyP
     monkeypatch.delattr(MODULE, "default_generators")
     rng = StatefulRNG(1, generators={"own": torch.Generator(TYPE)}, device=TYPE)
     assert set(record_of(rng.state_dict()).streams) == {"python", "numpy", "torch", TYPE, "own"}
+
+
+def test_an_accelerator_that_has_one_device_and_tells_little_of_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Apple's mps knows no current device, is in use from the start, and its module takes none."""
+    with monkeypatch.context() as patch:
+        for name in ("current_device", "is_initialized", "_is_in_bad_fork", "default_generators"):
+            patch.delattr(MODULE, name)
+        assert device_in_use() == own_device() == own_device(TYPE) == torch.device(TYPE)
+        assert default_generator(torch.device(TYPE)) is None
+    get, put = MODULE.get_rng_state, MODULE.set_rng_state
+    with monkeypatch.context() as patch:
+        patch.setattr(MODULE, "get_rng_state", lambda: get(0))
+        patch.setattr(MODULE, "set_rng_state", lambda state: put(state, 0))
+        adapter = AcceleratorAdapter(torch.device(TYPE))
+        state = adapter.get()
+        draw_on(0)
+        adapter.set(adapter.unpack(adapter.pack(state)))
+    assert torch.equal(get(0), state)
 
 
 @two_devices
@@ -395,6 +430,99 @@ def test_a_scope_covers_the_device_that_is_current_on_entry_and_no_other() -> No
             draw_on(0)
             MODULE.set_device(1)
         MODULE.set_device(0)
+
+
+def test_scopes_that_end_in_another_order_give_the_device_its_stream_back() -> None:
+    init_all_rng(1)
+    expected = draw_on(0)
+    init_all_rng(1)
+    outer, inner = ScopedRNG(7).__enter__(), ScopedRNG(8).__enter__()
+    assert len(warned(lambda: outer.__exit__(None, None, None))) == 1
+    draw_on(0)
+    inner.__exit__(None, None, None)
+    assert draw_on(0) == expected
+
+
+@two_devices
+def test_scopes_of_two_devices_that_end_in_another_order_give_back_each_its_own() -> None:
+    init_all_rng(1)
+    expected = draw_on(0), draw_on(1)
+    init_all_rng(1)
+    outer = ScopedRNG(7).__enter__()
+    MODULE.set_device(1)
+    inner = ScopedRNG(8).__enter__()
+    draw_on(0)
+    assert len(warned(lambda: outer.__exit__(None, None, None))) == 1
+    assert draw_on(0) == expected[0]
+    inner.__exit__(None, None, None)
+    assert draw_on(1) == expected[1]
+
+
+@two_devices
+def test_inside_a_scope_of_another_device_the_jobs_own_goes_on() -> None:
+    rng = StatefulRNG(1)
+    before = rng.fingerprint()
+    with ScopedRNG(7):
+        draw_on(0)
+        assert rng.fingerprint() == before
+    MODULE.set_device(1)
+    with ScopedRNG(7):
+        draw()
+        draw_on(1)
+        assert rng.fingerprint() == before
+        draw_on(0)
+        after = rng.fingerprint()
+    assert [name for name in before if before[name] != after[name]] == [TYPE]
+
+
+class Asking(Counter):
+    """While it takes a state, it asks for the streams of another job, as a handler may."""
+
+    def __init__(self, other: StatefulRNG) -> None:
+        super().__init__(7)
+        self.other, self.found = other, list[dict[str, str]]()
+
+    def set(self, state: int) -> None:
+        self.found.append(self.other.fingerprint())
+        super().set(state)
+
+
+@two_devices
+def test_inside_a_load_another_device_has_its_own_stream() -> None:
+    other = StatefulRNG(None, device=1)
+    asking = Asking(other)
+    rng = StatefulRNG(1, device=0, generators={"asking": asking})
+    state = rng.state_dict()
+    draw()
+    draw_on(0)
+    for _ in range(2):
+        draw_on(1)
+    expected = other.fingerprint()
+    rng.load_state_dict(state)
+    assert asking.found == [expected]
+
+
+def test_a_stream_that_other_code_replaced_is_said_but_not_before_a_load() -> None:
+    generators = GeneratorSet(torch.device(TYPE, 0))
+
+    def states(cpu: int, device: int) -> dict[int, dict[str, Any]]:
+        generators.restore({}, {"torch": cpu, TYPE: device})
+        return {0: generators.take()}
+
+    def said(cpu: int, device: int, speaks: bool = True) -> list[str]:
+        now = states(cpu, device)
+        return [
+            re.findall(r"another stream \((.*?)\)", message)[0]
+            for message in warned(lambda: watch.warn_if_reseeded(now, speaks=speaks))
+        ]
+
+    watch = DeviceWatch(torch.device(TYPE, 0), states(1, 1))
+    assert said(1, 2) == []
+    assert said(1, 2) == ["seed 2, after 1"]
+    assert said(1, 3, speaks=False) == said(1, 3) == []
+    assert said(5, 5) == [], "torch.manual_seed"
+    watch.note_seeds(states(6, 7))
+    assert said(6, 8) == ["seed 8, after 7"]
 
 
 def in_a_forked_child(function: Callable[[], str]) -> str:

@@ -3,12 +3,15 @@ import os
 import platform
 import re
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.utils import collect_env
 
+from nemo_rng_dcp import determinism
 from nemo_rng_dcp.determinism import CUBLAS_VARIABLE, environment, set_deterministic
 from tests.support.jobs import JobError, job
 
@@ -38,6 +41,9 @@ def before(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     assert not [name for name in ON if name != "warn_only" and found[name] == ON[name]]
     yield found
     assert settings() == found, "a test left the switch on"
+
+
+GPU = SimpleNamespace(name="H200")
 
 
 def put_twice() -> None:
@@ -141,7 +147,8 @@ def test_too_late_is_an_error_and_nothing_changes(
         if value is not None:
             patch.setenv(CUBLAS_VARIABLE, value)
         found = settings()
-        with pytest.raises(RuntimeError, match=f"{CUBLAS_VARIABLE} is {value!r}: too late"):
+        said = f"{CUBLAS_VARIABLE} is {value!r}: too late .* with {CUBLAS_VARIABLE}=:4096:8$"
+        with pytest.raises(RuntimeError, match=said):
             set_deterministic()
         assert settings() == found
         set_deterministic(False)
@@ -211,10 +218,38 @@ def test_the_environment_is_plain_json(monkeypatch: pytest.MonkeyPatch) -> None:
     versions = [found[name] for name in ("python", "numpy", "torch")]
     assert versions == [platform.python_version(), np.__version__, torch.__version__]
     assert type(found["torch"]) is str
+    assert found["platform"] == platform.platform()
     assert found["PYTHONHASHSEED"] == "7"
     assert (found["accelerator"] is None) == (not torch.accelerator.is_available())
     monkeypatch.delenv("PYTHONHASHSEED")
     assert environment()["PYTHONHASHSEED"] is None
+
+
+@pytest.mark.parametrize(
+    ("hip", "module", "expected"),
+    [
+        (None, {"get_device_properties": lambda index: GPU}, ("13.0", "570.1", ["H200"] * 2)),
+        ("6.4", {"get_device_properties": lambda index: GPU}, ("6.4", None, ["H200"] * 2)),
+        ("6.4", {}, ("6.4", None, ["cuda"] * 2)),
+    ],
+)
+def test_the_environment_names_gpus_and_their_driver(
+    hip: str | None, module: dict[str, Any], expected: tuple[Any, ...], monkeypatch: Any
+) -> None:
+    """torch's properties of a GPU do not tell the driver; NVIDIA's tool does."""
+    with monkeypatch.context() as patch:
+        patch.setattr(determinism, "own_device", lambda: torch.device("cuda", 0))
+        patch.setattr(torch, "get_device_module", lambda: SimpleNamespace(**module))
+        patch.setattr(torch.accelerator, "device_count", lambda: 2)
+        patch.setattr(torch.version, "hip", hip)
+        patch.setattr(torch.version, "cuda", None if hip else "13.0")
+        by_the_tool = lambda run: run("echo 570.1")[1]  # noqa: E731
+        patch.setattr(collect_env, "get_nvidia_driver_version", by_the_tool)
+        found = environment()["accelerator"]
+    assert (found["type"], *(found[name] for name in ("runtime", "driver", "devices"))) == (
+        "cuda",
+        *expected,
+    )
 
 
 def threads_after(intra: int, inter: int) -> Any:

@@ -2,8 +2,10 @@
 
 import copy
 import os
+import random
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -11,8 +13,9 @@ import pytest
 import torch
 
 from nemo_rng_dcp import RNGStateError, ScopedRNG, StatefulRNG
-from nemo_rng_dcp.generators import GeneratorSet
-from tests.library.test_generators import KINDS, Counter, numbers
+from nemo_rng_dcp.generators import GeneratorSet, LentGenerators
+from nemo_rng_dcp.generators.numpy_random import SeedSequenceAdapter
+from tests.library.test_generators import KINDS, Counter, OwnSequence, numbers
 from tests.support.streams import draw, unmoved, warned
 
 
@@ -163,6 +166,45 @@ def test_a_handler_that_saves_inside_a_load_inside_a_scope_gets_one_moment(handl
     assert rng.fingerprint() == loaded
 
 
+@pytest.mark.parametrize("scoped", [False, True])
+def test_a_handler_that_reads_inside_a_restore_gets_one_moment_from_every_set(
+    handler: Any, scoped: bool
+) -> None:
+    noise = random.Random(1)
+    generators, of_process = GeneratorSet(None, {"noise": noise}), GeneratorSet(None)
+    states = generators.take()
+    draw()
+    noise.random()
+
+    def read() -> list[dict[str, bytes]]:
+        return [each.pack(each.take()) for each in (generators, of_process)]
+
+    before, found = read(), list[Any]()
+    handler(lambda: found.append(read()))
+    adapter = generators._adapters["numpy"]
+    real, refusals = adapter.set, iter([OSError])
+
+    def refused(state: Any) -> None:
+        for refusal in refusals:
+            raise refusal
+        real(state)
+
+    def signalled(state: Any) -> None:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        real(state)
+
+    with ScopedRNG(seed=5) if scoped else nullcontext():
+        adapter.set = refused  # type: ignore[method-assign]
+        with pytest.raises(RNGStateError):
+            generators.restore(states)
+        assert read() == before
+        adapter.set = signalled  # type: ignore[method-assign]
+        generators.restore(states)
+        assert found == [before] * (3 if scoped else 1)
+        adapter.set = real  # type: ignore[method-assign]
+    assert generators.pack(generators.take()) == generators.pack(states)
+
+
 @pytest.mark.parametrize("kind", [*KINDS, "own", "global"])
 def test_what_was_unpacked_is_packed_again(kind: str) -> None:
     given = {} if kind == "global" else {"noise": Counter(5) if kind == "own" else KINDS[kind](5)}
@@ -174,6 +216,26 @@ def test_what_was_unpacked_is_packed_again(kind: str) -> None:
         numbers(given["noise"], 9)  # with a cached normal
         packed = generators.pack(generators.take())
         assert generators.pack(generators.unpack(packed)) == packed
+
+
+def test_an_interrupt_while_lent_streams_are_put_back_does_not_stop_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lent = LentGenerators(GeneratorSet(None, {"noise": np.random.default_rng(5)}), {})
+    before = lent.take()
+    lent.start({"python": 1, "numpy": 2, "torch": 3, "noise": 4})
+    real, interrupts = random.setstate, iter([KeyboardInterrupt])
+
+    def interrupted(state: Any) -> None:
+        for interrupt in interrupts:
+            raise interrupt
+        real(state)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(random, "setstate", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            lent.put_back(before)
+    assert lent.pack(lent.take()) == lent.pack(before)
 
 
 # Owners that exchange a registered generator.
@@ -224,6 +286,8 @@ def test_a_function_stands_for_the_generator_in_use(kind: str) -> None:
     owner.generator = KINDS[kind](79)
     rng.rewind()
     assert numbers(owner.generator) == expected
+    rng._generators.restore({}, {"noise": 80})
+    assert numbers(owner.generator) == numbers(KINDS[kind](80))
 
 
 def test_a_function_is_checked_at_each_use() -> None:
@@ -236,9 +300,13 @@ def test_a_function_is_checked_at_each_use() -> None:
     owner, fixed = Owner("PCG64"), torch.Generator()
     rng = StatefulRNG(1, generators={"noise": lambda: owner.generator, "fixed": fixed})
     state = rng.state_dict()
+    other = np.random.Generator(np.random.PCG64(OwnSequence()))
+    said = r"^noise\.seed_seq: the function returned another one, after a numpy\.SeedSequence one"
+    without_its_sequence = [(other, said)] if SeedSequenceAdapter.fits(owner.generator) else []
     for found, message in (
         (None, "noise: the function returned another object: noise is a NoneType"),
         (np.random.Generator(np.random.SFC64()), "returned a numpy.SFC64 generator, after a numpy"),
+        *without_its_sequence,
         (fixed, "noise: the function returned the generator of fixed"),
         (torch.default_generator, "noise: the function returned the generator of torch"),
     ):

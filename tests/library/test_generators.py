@@ -14,7 +14,7 @@ import torch.distributed.checkpoint as dcp
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nemo_rng_dcp import RNGLoadPlanner, RNGStateError, StatefulRNG
+from nemo_rng_dcp import RNGLoadPlanner, RNGStateError, ScopedRNG, StatefulRNG
 from nemo_rng_dcp.generators import GeneratorSet
 from nemo_rng_dcp.generators.numpy_random import (
     NumPyGeneratorAdapter,
@@ -23,7 +23,7 @@ from nemo_rng_dcp.generators.numpy_random import (
 from nemo_rng_dcp.record import KEY
 from tests.support.jobs import job
 from tests.support.records import record_of, with_stream
-from tests.support.streams import draw, needs_seed_sequences, unmoved
+from tests.support.streams import draw, needs_seed_sequences, unmoved, warned
 
 BIT_GENERATORS = [
     np.random.MT19937,
@@ -286,7 +286,7 @@ def test_a_setter_that_raises_halfway_leaves_every_stream_where_it_was() -> None
     stuck.draw()
     numbers(last, 3)
     before = rng.fingerprint()
-    message = "^stuck: the generator did not take its state .*OSError: stuck.* back where it was"
+    message = "^stuck: the .* not take its state .*OSError: stuck.* back where it was before$"
     with unmoved(), pytest.raises(RNGStateError, match=message) as error:
         rng.load_state_dict(tables)
     assert isinstance(error.value.__cause__, OSError)
@@ -330,6 +330,8 @@ def test_without_global_generators_nothing_else_is_seeded_stored_or_moved() -> N
         rng = StatefulRNG(1, ranked=True, generators={"noise": noise}, global_generators=False)
         state = rng.state_dict()
     assert list(record_of(state).streams) == list(rng.fingerprint()) == ["noise"]
+    with ScopedRNG(seed=5):
+        assert warned(rng.state_dict) == []
     expected = noise.random()
     draw()
     with unmoved():
@@ -365,6 +367,7 @@ def test_no_malformed_state_is_half_taken(kind: Any, damage: dict[int, int]) -> 
         (np.random.MT19937, 7 + 2497, r"pos is 65\d\d\d, expected 0 to 624"),
         (np.random.PCG64, 5, "has_uint32 is 255, expected 0 to 1"),
         (np.random.SFC64, 5 + 52, r"NumPy (refuses|takes)"),
+        (np.random.PCG64, 0, "NumPy takes the state only in part: some of it is out of range"),
     ],
 )
 def test_numbers_that_numpy_would_take_and_stumble_over_are_refused(
@@ -438,7 +441,7 @@ def test_children_go_on_after_a_load(kind: Any, entropy: Any, nested: int) -> No
         generator = generator.spawn(3)[2]
     rng = StatefulRNG(1, generators={"noise": generator})
     used = children(generator)
-    state = rng.state_dict()
+    state, at_save = rng.state_dict(), rng.fingerprint()
     expected, drawn = children(generator), generator.random()
     # Another process has another seed, and its own generator is restored in place.
     other = np.random.Generator(kind(99))
@@ -447,6 +450,7 @@ def test_children_go_on_after_a_load(kind: Any, entropy: Any, nested: int) -> No
     assert children(other) == expected != used
     assert other.random() == drawn
     resumed.rewind()
+    assert resumed.fingerprint() == at_save
     assert children(other) == expected
     assert resumed.state_dict()[KEY].shape == state[KEY].shape
 
@@ -459,24 +463,68 @@ def test_a_sequence_that_was_taken_does_not_count_on() -> None:
     packed = adapter.pack(state)
     generator.spawn(1)
     assert adapter.pack(state) == packed != adapter.pack(adapter.get())
+    adapter.seed(7)
+    assert children(generator) == children(np.random.default_rng(7))
 
 
 @needs_seed_sequences
-def test_an_entropy_that_is_a_number_stays_one() -> None:
-    generator = np.random.default_rng(2**100 + 1)
+@pytest.mark.parametrize("entropy", [0, 2**100 + 1])
+def test_an_entropy_that_is_a_number_stays_one(entropy: int) -> None:
+    generator = np.random.default_rng(entropy)
     rng = StatefulRNG(1, generators={"noise": generator})
     rng.load_state_dict(rng.state_dict())
     draw()
     rng.load_state_dict(rng.state_dict())
-    assert generator.bit_generator.seed_seq.entropy == 2**100 + 1  # type: ignore[attr-defined]
+    assert generator.bit_generator.seed_seq.entropy == entropy  # type: ignore[attr-defined]
 
 
 @needs_seed_sequences
 def test_a_seed_sequence_for_which_there_is_no_room_is_refused() -> None:
-    message = r"^noise.seed_seq: its SeedSequence has 13 words .* room for 12 .*derive_seed"
+    message = (
+        r"^noise.seed_seq: its SeedSequence has 13 words .* a pool of 4, .* room for 12 and 1024: "
+        r".* numpy\.random\.default_rng\(derive_seed\("
+    )
     with unmoved(), pytest.raises(ValueError, match=message):
         StatefulRNG(1, generators={"noise": np.random.default_rng(range(13))})
     StatefulRNG(1, generators={"noise": np.random.default_rng(range(12))})
+
+
+@needs_seed_sequences
+@pytest.mark.parametrize(
+    ("place", "number", "message"),
+    [
+        (0, 3, "2 and 0 words and a pool of 3"),
+        (0, 1025, "2 and 0 words and a pool of 1025"),
+        (1, 13, "13 and 0 words"),
+        (1, 1, "1 and 0 words"),  # and there is a second one
+        (2, 11, "2 and 11 words"),
+        (15, 5, "2 and 0 words"),
+    ],
+)
+def test_a_malformed_seed_sequence_is_refused(place: int, number: int, message: str) -> None:
+    adapter = SeedSequenceAdapter(np.random.default_rng([3, 4]))
+    words = np.frombuffer(bytearray(adapter.pack(adapter.get())), "<u4")
+    words[place] = number
+    with pytest.raises(ValueError, match=f"^a SeedSequence of {message}.* makes no sense$"):
+        adapter.unpack(words.tobytes())
+
+
+class OwnSequence(np.random.bit_generator.ISeedSequence):
+    def generate_state(self, n_words: int, dtype: Any = np.uint32) -> Any:
+        return np.ones(n_words, dtype)
+
+
+class BeforeNumPy2(np.random.PCG64):
+    def __setstate__(self, state: Any) -> None:
+        raise TypeError
+
+
+def test_a_sequence_that_cannot_be_put_back_is_not_stored(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not SeedSequenceAdapter.fits(np.random.Generator(np.random.PCG64(OwnSequence())))
+    generator = np.random.default_rng(5)
+    with monkeypatch.context() as patch:
+        patch.setattr(np.random, "PCG64", BeforeNumPy2)
+        assert not SeedSequenceAdapter.fits(generator)
 
 
 @needs_seed_sequences

@@ -34,7 +34,8 @@ def put(generator: np.random.RandomState, position: int, gauss: float | None) ->
 def test_every_state_is_the_one_that_numpy_gives_and_takes(way: str, of_process: bool) -> None:
     generator = np.random.mtrand._rand if of_process else np.random.RandomState()
     adapter, before = NumPyAdapter(generator), generator.get_state()
-    memory = LegacyMemory.of(generator, generator._bit_generator)
+    place = _, memory = adapter._memory()
+    assert adapter._memory() is place, "looked for once"
     assert (memory is not None) == (way == "in memory"), "this NumPy's layout is known"
     try:
         for position, gauss in itertools.product((0, 1, 623, 624), GAUSSES):
@@ -88,6 +89,7 @@ def test_the_generator_of_a_subclass_is_one_too(way: str) -> None:
 def test_memory_with_another_layout_is_left_alone(
     owner: Any, name: str, other: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    assert legacy_memory._place_of_the_normal() == legacy_memory._PLACE
     with monkeypatch.context() as patched:
         patched.setattr(owner, name, other)
         assert legacy_memory._place_of_the_normal() is None

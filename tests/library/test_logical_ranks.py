@@ -102,6 +102,10 @@ def test_bad_arguments_are_refused_before_anything_is_seeded(
         StatefulRNG(**{"seed": 1, **arguments})
 
 
+def test_a_job_may_have_one_logical_rank() -> None:
+    assert logical(1).ranks == range(1)
+
+
 def test_without_a_group_torchrun_must_have_started_one_process(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

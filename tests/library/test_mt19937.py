@@ -72,7 +72,10 @@ def test_conversions_lose_nothing(seed: int, position: int, gauss: float | None)
         assert other.position == position
         # As text, because 0.0 and -0.0 are equal but not the same bits.
         assert repr(other.gauss) == repr(gauss)
-    other = MT19937State.from_torch(state.to_torch())
+    of_torch = torch.Generator()
+    of_torch.set_state(state.to_torch())
+    assert of_torch.initial_seed() == 0
+    other = MT19937State.from_torch(of_torch.get_state())
     assert np.array_equal(other.words, state.words)
     assert other.position == position
 
@@ -170,6 +173,7 @@ TOO_LARGE = np.array([0, *[2**32] * (WORDS - 1)])
     ("state", "message"),
     [
         (None, "^not an MT19937 state of NumPy: found 'NoneType'"),
+        ((), "^not an MT19937 state of NumPy: found 'tuple'"),
         ({}, "^not an MT19937 state of NumPy: found None"),
         ({"bit_generator": "PCG64", "state": {}}, "^not an MT19937 state of NumPy: found 'PCG64'"),
         (("PCG64", WORDS_OF_ONE, 0, 0, 0.0), "^not an MT19937 state of NumPy: found 'PCG64'"),
@@ -191,17 +195,20 @@ def test_malformed_states_of_numpy_are_refused(state: object, message: str) -> N
 
 
 @pytest.mark.parametrize(
-    ("offset", "value", "message"),
+    ("position", "offset", "value", "message"),
     [
-        (8, 0, "seeded 1, left 512, next 5"),
-        (8, 200, "seeded 1, left 712, next 5"),
-        (12, 2, "seeded 2, left"),
-        (16, 9, "next 9"),  # which does not fit left
-        (28, 1, "^a word is"),  # the upper half of word 0
+        (5, 8, 0, "seeded 1, left 512, next 5"),
+        (5, 8, 200, "seeded 1, left 712, next 5"),
+        (5, 12, 2, "seeded 2, left"),
+        (5, 16, 9, "next 9"),  # which does not fit left
+        (624, 17, 3, "seeded 1, left 1, next 768"),  # not read, and refused by torch all the same
+        (5, 28, 1, "^a word is"),  # the upper half of word 0
     ],
 )
-def test_malformed_states_of_torch_are_refused(offset: int, value: int, message: str) -> None:
-    state = state_at(1, 5).to_torch()
+def test_malformed_states_of_torch_are_refused(
+    position: int, offset: int, value: int, message: str
+) -> None:
+    state = state_at(1, position).to_torch()
     state[offset] = value
     with pytest.raises(ValueError, match=message):
         MT19937State.from_torch(state)

@@ -5,6 +5,7 @@ import json
 import random
 import struct
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,6 +34,20 @@ def test_layout_1_byte_by_byte() -> None:
     assert tensor.numpy().tobytes() == head + body + check_word
     assert (tensor.dtype, tensor.shape) == (torch.int64, (length,))
     assert Record.from_tensor(tensor) == RECORD
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"taken_at": 0},
+        {"unread": True},
+        {"hash_seed": "7", "parts": (("dp", 4), ("pp", 2))},
+        {"row": 0, "rows": 1, "ranked": False, "mesh": None},
+    ],
+)
+def test_what_was_written_is_read(change: dict[str, Any]) -> None:
+    record = replace(RECORD, **change)
+    assert Record.from_tensor(record.to_tensor()) == record
 
 
 def test_no_seed_is_a_number_that_no_job_had() -> None:
@@ -78,23 +93,48 @@ def resealed(content: bytes) -> torch.Tensor:
     return torch.from_numpy(np.frombuffer(bytearray(content[:-8] + check_word), dtype=np.int64))
 
 
+CONTENT = RECORD.to_tensor().numpy().tobytes()
+
+
 @pytest.mark.parametrize(
-    ("place", "text"),
+    ("length", "message"),
     [
-        (13 * 8, b"\xff\xff\0\0\0\0\0\0"),  # more contents than there are bytes
-        (13 * 8, b"\x01\0\0\0\0\0\0\0"),  # less than the JSON
-        (14 * 8, b"["),
-        (14 * 8 + 2, b"nesh"),
-        (RECORD.to_tensor().numpy().tobytes().index(b'"bytes":5') + 8, b"9"),
-        (RECORD.to_tensor().numpy().tobytes().index(b'"bytes":8') + 8, b"0"),
-        (RECORD.to_tensor().numpy().tobytes().index(b'["dp",4]') + 6, b'1e999],["pp",2]]'),
+        (2, "a record of 2 numbers does not fit its check word"),
+        (4, "a record of 4 numbers does not fit its check word"),
+        (14, "a record of 14 numbers, by its head row 3 of 8, does not fit its check word"),
+        (15, "a record's contents make no sense"),
     ],
 )
-def test_contents_that_make_no_sense_are_refused(place: int, text: bytes) -> None:
-    content = bytearray(RECORD.to_tensor().numpy().tobytes())
+def test_a_record_without_contents_is_refused_whatever_its_check_word(
+    length: int, message: str
+) -> None:
+    with pytest.raises(RuntimeError, match=f"^rng_streams: {message}"):
+        Record.from_tensor(resealed(CONTENT[: 8 * length]))
+
+
+@pytest.mark.parametrize(
+    ("place", "text", "message"),
+    [
+        (13 * 8, b"\xff\xff\0\0\0\0\0\0", ""),  # more contents than there are bytes
+        (13 * 8, b"\x01\0\0\0\0\0\0\0", ""),  # less than the JSON
+        (14 * 8, b"[", ""),
+        (14 * 8 + 2, b"nesh", ""),
+        (CONTENT.index(b'"bytes":5') + 8, b"9", "392 bytes, of which 400 are described"),
+        (CONTENT.index(b'"bytes":8') + 8, b"0", "392 bytes, of which 384 are described"),
+        (CONTENT.index(b'["dp",4]') + 6, b'1e999],["pp",2]]', ""),
+    ],
+)
+def test_contents_that_make_no_sense_are_refused(place: int, text: bytes, message: str) -> None:
+    content = bytearray(CONTENT)
     content[place : place + len(text)] = text
-    with pytest.raises(RuntimeError, match="rng_streams: a record's contents make no sense"):
+    said = f"rng_streams: a record's contents make no sense: .*{message}"
+    with pytest.raises(RuntimeError, match=said):
         Record.from_tensor(resealed(bytes(content)))
+
+
+def test_the_only_row_is_row_0() -> None:
+    with pytest.raises(RuntimeError, match=r"says row 1, expected 0 to 0\."):
+        Record.from_tensor(replace(RECORD, row=1, rows=1).to_tensor())
 
 
 def test_records_that_stand_in_one_tensor_are_told_apart() -> None:
@@ -126,7 +166,7 @@ def test_fingerprints_never_change() -> None:
     ],
 )
 def test_a_head_out_of_range_is_refused_by_field(place: int, number: int, message: str) -> None:
-    content = bytearray(RECORD.to_tensor().numpy().tobytes())
+    content = bytearray(CONTENT)
     content[8 * place : 8 * place + 8] = number.to_bytes(8, "little", signed=True)
     with pytest.raises(RuntimeError, match=f"^rng_streams: a record, .* says {message}"):
         Record.from_tensor(resealed(bytes(content)))

@@ -5,7 +5,7 @@ import random
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -118,7 +118,10 @@ def test_functions_whose_body_runs_later_are_not_decorated() -> None:
 
     async def coroutine() -> None: ...
 
-    for function in (generator, coroutine, functools.partial(generator)):
+    async def both() -> AsyncIterator[int]:
+        yield 1
+
+    for function in (generator, coroutine, both, functools.partial(generator)):
         with pytest.raises(TypeError, match="runs after the call"):
             ScopedRNG(1)(function)
 
@@ -278,6 +281,18 @@ def test_inside_a_scope_a_save_holds_the_streams_that_come_back_and_says_so() ->
     noise.random()
     rng.load_state_dict(state)
     assert rng.fingerprint() == at_save
+
+
+def test_a_scope_that_was_entered_in_compiled_code_is_said_to_be_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rng = StatefulRNG(1)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.compiler, "is_compiling", lambda: True)
+        scope = ScopedRNG(seed=7).__enter__()
+    [message] = warned(rng.state_dict)
+    scope.__exit__(None, None, None)
+    assert message.startswith("inside the ScopedRNG entered at compiled code: ")
 
 
 @pytest.mark.parametrize("rewind", [False, True])

@@ -6,6 +6,7 @@
 import random
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -153,7 +154,8 @@ def test_a_state_that_became_something_else_is_said() -> None:
 @pytest.mark.parametrize(
     ("tracker", "names", "kind", "message"),
     [
-        (object(), (), TypeError, r"get_states\(\) and set_states\(\)"),
+        (object(), (), TypeError, r"is a object, expected .* get_states\(\) and set_states\(\)$"),
+        (SimpleNamespace(get_states=dict), (), TypeError, r"is a SimpleNamespace, expected an obj"),
         (Tracker(), (), ValueError, r"by model_parallel_cuda_manual_seed\(\)"),
         (of_every_kind(), ("tp",), ValueError, "no state tp, only .*tensor"),
         (Tracker(bad=5), (), TypeError, "the tracker's bad is a int, expected a state"),
