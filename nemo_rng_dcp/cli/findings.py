@@ -117,12 +117,15 @@ def of_loaders(loaders: Mapping[str, Sequence[Position] | str]) -> Iterator[Find
 
 def _disagreements(entry: Entry) -> Iterator[Finding]:
     """Find rows that were not written by the job that wrote the first one."""
-    claims = {row: _claims(record) for row, record in entry.records.items()}
-    first = next(iter(claims), 0)
-    for (severity, name), expected in claims.get(first, {}).items():
-        if rows := tuple(row for row, found in claims.items() if found[severity, name] != expected):
-            text = f"another {name} than row {first}'s {expected}"
-            yield Finding(severity, text, entry.key, "", rows)
+    groups: dict[object, list[int]] = {}  # mostly one, so what a person reads is made once
+    for row, r in entry.records.items():
+        job = r.world_size, r.seed, r.ranked, r.resizes, r.mesh, *r.versions().values(), *r.streams
+        groups.setdefault(job, []).append(row)
+    claims = [(rows, _claims(entry.records[rows[0]])) for rows in groups.values()]
+    for claim, expected in claims[0][1].items() if claims else ():
+        if others := [n for rows, found in claims if found[claim] != expected for n in rows]:
+            text = f"another {claim[1]} than row {claims[0][0][0]}'s {expected}"
+            yield Finding(claim[0], text, entry.key, "", tuple(sorted(others)))
 
 
 def _claims(record: Record) -> dict[tuple[str, str], str]:

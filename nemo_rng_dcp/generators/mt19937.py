@@ -74,7 +74,7 @@ class MT19937State:
             raise ValueError(
                 f"the words are {self.words.dtype} {self.words.shape}, expected uint32 ({WORDS},)"
             )
-        if not self.words.any():
+        if not np.count_nonzero(self.words):
             raise ValueError("all words are zero, a state from which MT19937 draws only zeros")
         if not isinstance(self.position, int) or not 0 <= self.position <= WORDS:
             raise ValueError(f"the position is {self.position}, expected 0 to {WORDS}")

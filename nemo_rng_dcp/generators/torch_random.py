@@ -109,6 +109,6 @@ def _accepted(packed: bytes, length: int, device: torch.device) -> torch.Tensor:
         trial.set_state(state)
     except RuntimeError as error:
         raise ValueError(f"torch refuses the state: {error}") from error
-    if to_bytes(trial.get_state()) != packed:
+    if not torch.equal(trial.get_state().cpu(), state):
         raise ValueError("torch takes the state only in part: some of its numbers are out of range")
     return state

@@ -70,8 +70,7 @@ class Metadata:
                     raise ValueError("one chunk is in two places")
                 self._given.add(id(thing))
             for part in parts:
-                offsets = _size(_attribute(part, "offsets"))
-                sizes = _size(_attribute(part, "sizes"))
+                offsets, sizes = (_size(_attribute(part, name)) for name in ("offsets", "sizes"))
                 chunks.append(_chunk(offsets, sizes, places.get(offsets)))
             return chunks
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -37,8 +37,7 @@ class Stored:
         return "a pickle" if self.dtype is None else f"{self.dtype} {list(self.size)}"
 
 
-@dataclass(frozen=True)
-class Chunk:
+class Chunk(NamedTuple):
     """A part of a stored tensor and where its bytes are.
 
     Attributes:

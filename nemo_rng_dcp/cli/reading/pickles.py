@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import pickle
 import pickletools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,14 +22,15 @@ class ForbiddenError(ValueError):
     """A pickle names something that has no business there."""
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Global:
     """What a pickle would import, such as ``"torch Size"``."""
 
     name: str
 
 
-@dataclass(eq=False, repr=False)  # printed, one that is in another again and again never ends
+# Printed, one that is in another again and again never ends.
+@dataclass(eq=False, repr=False, slots=True)
 class Made:
     """What a pickle would build.
 
@@ -58,12 +59,18 @@ def parse(content: bytes, known: _Asked, stored: _Asked = lambda _: False) -> An
         ValueError: It is damaged, truncated, or uses what DCP and ``torch.save`` never use.
     """
     machine, stream = _Machine(known, stored), io.BytesIO(content)
+    read, memo = stream.read, machine.memo
     try:
-        while (code := stream.read(1)) != pickle.STOP:
-            if code not in _OPCODES:
+        while (code := read(1)) != _STOP:
+            # Most of a large pickle is these, and what they do is done here for speed.
+            if code == _MEMOIZE:
+                memo[len(memo)] = machine.stack[-1]
+            elif code in _GETS:
+                machine.stack.append(memo[int.from_bytes(read(_GETS[code]), "little")])
+            elif code not in _OPCODES:
                 raise ValueError(f"found {code!r} at byte {stream.tell() - 1}, expected an opcode")
-            read = _READERS[code]
-            _OPCODES[code](machine, read(stream) if read else None)
+            else:
+                _OPCODES[code](machine, (reader := _READERS[code]) and reader(stream))
         return machine.stack.pop()
     except (IndexError, KeyError, TypeError) as error:
         raise ValueError(f"{error!r} before byte {stream.tell()}") from error
@@ -84,31 +91,32 @@ class _Machine:
     def __init__(self, known: _Asked, stored: _Asked) -> None:
         self.known, self.stored = known, stored
         self.stack: list[Any] = []
-        self.marks: list[int] = []
+        self.below_marks: list[list[Any]] = []
         self.memo: dict[int, Any] = {}
 
-    def pop(self, count: int) -> list[Any]:
+    def mark(self) -> None:
+        """Begin a stack of its own, so that nothing below is taken by what expects more values."""
+        self.below_marks.append(self.stack)
+        self.stack = []
+
+    def pop(self, count: int) -> tuple[Any, ...]:
         """Take the last values from the stack."""
-        if count > len(self.stack) - (self.marks[-1] if self.marks else 0):
-            raise ValueError("a value is missing")
-        first = len(self.stack) - count
-        values = self.stack[first:]
-        del self.stack[first:]
-        return values
+        return tuple([self.stack.pop() for _ in range(count)][::-1])
 
     def pop_to_mark(self) -> list[Any]:
-        return self.pop(len(self.stack) - self.marks.pop())
+        values, self.stack = self.stack, self.below_marks.pop()
+        return values
 
 
 def _push(machine: _Machine, value: Any) -> None:
     machine.stack.append(value)
 
 
-def _extend(machine: _Machine, values: list[Any]) -> None:
+def _extend(machine: _Machine, values: Sequence[Any]) -> None:
     typed(machine.stack[-1], list).extend(values)
 
 
-def _update(machine: _Machine, values: list[Any]) -> None:
+def _update(machine: _Machine, values: Sequence[Any]) -> None:
     target = typed(machine.stack[-1], dict)
     for key, value in zip(values[::2], values[1::2], strict=True):
         # A tuple of tuples of tuples takes for ever to hash.
@@ -128,8 +136,7 @@ def _import(machine: _Machine, module: Any, name: Any) -> None:
 
 
 def _make(machine: _Machine, is_call: bool) -> None:
-    called, arguments = machine.pop(2)
-    name, arguments = typed(called, Global).name, typed(arguments, tuple)
+    arguments, name = typed(machine.stack.pop(), tuple), typed(machine.stack.pop(), Global).name
     if is_call and not machine.known(name):
         raise ForbiddenError(name.replace(" ", ".")[:120])
     ordered_dict = name == "collections OrderedDict" and not arguments
@@ -137,7 +144,7 @@ def _make(machine: _Machine, is_call: bool) -> None:
 
 
 def _set_state(machine: _Machine, _: None) -> None:
-    (state,) = machine.pop(1)
+    state = machine.stack.pop()
     if not isinstance(machine.stack[-1], dict):  # a module's state dict has attributes
         typed(machine.stack[-1], Made).state = state
 
@@ -147,9 +154,8 @@ def _memoize(machine: _Machine, place: int) -> None:
 
 
 _OPCODES: dict[bytes, Callable[[_Machine, Any], object]] = {
-    pickle.PROTO: lambda m, _: None,
-    pickle.FRAME: lambda m, _: None,
-    pickle.MARK: lambda m, _: m.marks.append(len(m.stack)),
+    **dict.fromkeys([pickle.PROTO, pickle.FRAME], lambda m, _: None),
+    pickle.MARK: lambda m, _: m.mark(),
     pickle.NONE: lambda m, _: m.stack.append(None),
     pickle.NEWTRUE: lambda m, _: m.stack.append(True),
     pickle.NEWFALSE: lambda m, _: m.stack.append(False),
@@ -157,10 +163,10 @@ _OPCODES: dict[bytes, Callable[[_Machine, Any], object]] = {
     **dict.fromkeys([pickle.SHORT_BINUNICODE, pickle.BINUNICODE, pickle.BINUNICODE8], _push),
     **dict.fromkeys([pickle.SHORT_BINBYTES, pickle.BINBYTES, pickle.BINFLOAT], _push),
     pickle.EMPTY_TUPLE: lambda m, _: m.stack.append(()),
-    pickle.TUPLE1: lambda m, _: m.stack.append(tuple(m.pop(1))),
-    pickle.TUPLE2: lambda m, _: m.stack.append(tuple(m.pop(2))),
-    pickle.TUPLE3: lambda m, _: m.stack.append(tuple(m.pop(3))),
-    pickle.TUPLE: lambda m, _: m.stack.append(tuple(m.pop_to_mark())),
+    pickle.TUPLE1: lambda m, _: m.stack.append((m.stack.pop(),)),
+    pickle.TUPLE2: lambda m, _: m.stack.append(m.pop(2)),
+    pickle.TUPLE3: lambda m, _: m.stack.append(m.pop(3)),
+    pickle.TUPLE: lambda m, _: _push(m, tuple(m.pop_to_mark())),
     pickle.EMPTY_LIST: lambda m, _: m.stack.append([]),
     pickle.APPEND: lambda m, _: _extend(m, m.pop(1)),
     pickle.APPENDS: lambda m, _: _extend(m, m.pop_to_mark()),
@@ -172,12 +178,9 @@ _OPCODES: dict[bytes, Callable[[_Machine, Any], object]] = {
     pickle.NEWOBJ: lambda m, _: _make(m, is_call=False),
     pickle.REDUCE: lambda m, _: _make(m, is_call=True),
     pickle.BUILD: _set_state,
-    pickle.BINPERSID: lambda m, _: m.stack.append(Made("", tuple(m.pop(1)))),
-    pickle.MEMOIZE: lambda m, _: _memoize(m, len(m.memo)),
-    pickle.BINPUT: _memoize,
-    pickle.LONG_BINPUT: _memoize,
-    pickle.BINGET: lambda m, place: m.stack.append(m.memo[place]),
-    pickle.LONG_BINGET: lambda m, place: m.stack.append(m.memo[place]),
+    pickle.BINPERSID: lambda m, _: m.stack.append(Made("", m.pop(1))),
+    **dict.fromkeys([pickle.BINPUT, pickle.LONG_BINPUT], _memoize),
 }
 _READERS = {op.code.encode("latin-1"): op.arg and op.arg.reader for op in pickletools.opcodes}
 """What reads the argument that stands behind an opcode, if it has one."""
+_STOP, _MEMOIZE, _GETS = pickle.STOP, pickle.MEMOIZE, {pickle.BINGET: 1, pickle.LONG_BINGET: 4}

@@ -72,8 +72,8 @@ class Table:
             return place
         try:
             chunk, number = place
-            numbers = self._checkpoint.numbers(chunk)[number * self.length :]
-            record = Record.from_tensor(numbers[: self.length])
+            own = slice(number * self.length, (number + 1) * self.length)
+            record = Record.from_tensor(self._checkpoint.numbers(chunk)[own])
         except RNGStateError as error:
             return f"damaged: {str(error).removeprefix(f'{KEY}: ')}"
         except (ValueError, OSError) as error:
