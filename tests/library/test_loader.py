@@ -800,6 +800,46 @@ def test_a_sampler_with_another_order_is_refused(kind: str, workers: int) -> Non
     assert len(list(loader)) == SAMPLES
 
 
+class Ending(Sampler[int]):
+    """Gives fewer indices than it says."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __len__(self) -> int:
+        return 9
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.count))
+
+
+class WithoutLength:
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.count))
+
+
+@pytest.mark.parametrize("kind", [Ending, WithoutLength])
+def test_a_loader_that_ends_before_its_position_is_refused(kind: Any) -> None:
+    rng = StatefulRNG(1)
+
+    def loader_of(count: int) -> ResumableLoader:
+        inner = kind(count)
+        loader = DataLoader(range(9), None, sampler=inner) if kind is Ending else inner  # type: ignore[arg-type]
+        return ResumableLoader(loader, rng)
+
+    saved, loader = loader_of(4), loader_of(2)
+    batches = iter(saved)
+    for _ in range(3):
+        next(batches)
+    rng.load_state_dict(rng.state_dict())
+    loader.load_state_dict(saved.state_dict())
+    with pytest.raises(RNGStateError, match="ended after 2 batches, and 3 of this pass were"):
+        next(iter(loader))
+
+
 @pytest.mark.parametrize("name", ["a", 0.5, 2**70])
 def test_indices_that_are_no_integers_are_not_compared(name: Any) -> None:
     rng, dataset = StatefulRNG(1), {name: 3}
