@@ -398,6 +398,19 @@ def test_samplers_whose_generators_are_alike_draw_one_order() -> None:
     assert not torch.equal(first[0], second[0])
 
 
+def test_the_order_of_a_samplers_generator_is_the_saved_one() -> None:
+    rng = StatefulRNG(1)
+    saved, loader = (
+        ResumableLoader(DataLoader(range(9), None, True, generator=generator), rng)  # type: ignore[arg-type]
+        for generator in (torch.Generator().manual_seed(3), torch.Generator().manual_seed(4))
+    )
+    batches = iter(saved)
+    next(batches)
+    rng.load_state_dict(rng.state_dict())
+    loader.load_state_dict(saved.state_dict())
+    assert list(loader) == list(batches)
+
+
 def test_another_number_of_workers_warns_and_keeps_the_order(tmp_path: Path) -> None:
     for order in ("shuffle", "lazy", "loader's own"):
         expected = Run(Case(order, 0, "")).train({(0, 2): tmp_path}).steps
@@ -936,6 +949,7 @@ class Numbers(Dataset[list[int]]):
     """Draws what Python and NumPy give for a seed in every version, and begins with a draw."""
 
     def __init__(self) -> None:
+        self.nothing: list[Any] = []
         self.own = np.random.RandomState(3)
 
     def __len__(self) -> int:
