@@ -400,6 +400,19 @@ def test_samplers_whose_generators_are_alike_draw_one_order() -> None:
     assert not torch.equal(first[0], second[0])
 
 
+def test_the_order_of_a_samplers_generator_is_the_saved_one() -> None:
+    rng = StatefulRNG(1)
+    saved, loader = (
+        ResumableLoader(DataLoader(range(9), None, True, generator=generator), rng)  # type: ignore[arg-type]
+        for generator in (torch.Generator().manual_seed(3), torch.Generator().manual_seed(4))
+    )
+    batches = iter(saved)
+    next(batches)
+    rng.load_state_dict(rng.state_dict())
+    loader.load_state_dict(saved.state_dict())
+    assert list(loader) == list(batches)
+
+
 def test_another_number_of_workers_warns_and_keeps_the_order(tmp_path: Path) -> None:
     for order in ("shuffle", "lazy", "loader's own"):
         expected = Run(Case(order, 0, "")).train({(0, 2): tmp_path}).steps
@@ -803,6 +816,46 @@ def test_a_sampler_with_another_order_is_refused(kind: str, workers: int) -> Non
     assert len(list(loader)) == SAMPLES
 
 
+class Ending(Sampler[int]):
+    """Gives fewer indices than it says."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __len__(self) -> int:
+        return 9
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.count))
+
+
+class WithoutLength:
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.count))
+
+
+@pytest.mark.parametrize("kind", [Ending, WithoutLength])
+def test_a_loader_that_ends_before_its_position_is_refused(kind: Any) -> None:
+    rng = StatefulRNG(1)
+
+    def loader_of(count: int) -> ResumableLoader:
+        inner = kind(count)
+        loader = DataLoader(range(9), None, sampler=inner) if kind is Ending else inner  # type: ignore[arg-type]
+        return ResumableLoader(loader, rng)
+
+    saved, loader = loader_of(4), loader_of(2)
+    batches = iter(saved)
+    for _ in range(3):
+        next(batches)
+    rng.load_state_dict(rng.state_dict())
+    loader.load_state_dict(saved.state_dict())
+    with pytest.raises(RNGStateError, match="ended after 2 batches, and 3 of this pass were"):
+        next(iter(loader))
+
+
 @pytest.mark.parametrize("name", ["a", 0.5, 2**70])
 def test_indices_that_are_no_integers_are_not_compared(name: Any) -> None:
     rng, dataset = StatefulRNG(1), {name: 3}
@@ -899,6 +952,7 @@ class Numbers(Dataset[list[int]]):
     """Draws what Python and NumPy give for a seed in every version, and begins with a draw."""
 
     def __init__(self) -> None:
+        self.nothing: list[Any] = []
         self.own = np.random.RandomState(3)
 
     def __len__(self) -> int:
