@@ -180,7 +180,7 @@ class _SavePlanner(DefaultSavePlanner):
         self._record = Record.from_tensor(records[0])
         if isinstance(table, DTensor):
             _check_rows(table, self._group)
-        super().set_up_planner(dict(state), is_coordinator=is_coordinator)
+        super().set_up_planner(dict(state), storage_meta, is_coordinator)
 
     def create_local_plan(self) -> SavePlan:
         # Absolute: ranks may have different working directories.

@@ -14,8 +14,7 @@ from nemo_rng_dcp.keys import is_name, path_of
 from nemo_rng_dcp.position import POSITION_KEY, Position
 from nemo_rng_dcp.record import KEY, Record, fingerprint
 
-DAMAGE, LOST, SUSPICIOUS = "damage", "lost", "suspicious"
-SEVERITIES = (DAMAGE, LOST, SUSPICIOUS)
+SEVERITIES = DAMAGE, LOST, SUSPICIOUS = "damage", "lost", "suspicious"
 """From the worst: a load raises or mixes jobs; streams are in no checkpoint; it may be meant so."""
 
 
@@ -122,10 +121,11 @@ def _disagreements(entry: Entry) -> Iterator[Finding]:
         job = r.world_size, r.seed, r.ranked, r.resizes, r.mesh, *r.versions().values(), *r.streams
         groups.setdefault(job, []).append(row)
     claims = [(rows, _claims(entry.records[rows[0]])) for rows in groups.values()]
-    for claim, expected in claims[0][1].items() if claims else ():
-        if others := [n for rows, found in claims if found[claim] != expected for n in rows]:
-            text = f"another {claim[1]} than row {claims[0][0][0]}'s {expected}"
-            yield Finding(claim[0], text, entry.key, "", tuple(sorted(others)))
+    for (severity, name), expected in claims[0][1].items() if claims else ():
+        if differ := [rows for rows, found in claims if found[severity, name] != expected]:
+            text = f"another {name} than row {claims[0][0][0]}'s {expected}"
+            others = tuple(sorted(row for rows in differ for row in rows))
+            yield Finding(severity, text, entry.key, "", others)
 
 
 def _claims(record: Record) -> dict[tuple[str, str], str]:
