@@ -46,7 +46,8 @@ class Settings:
         compared_sizes: Those of them to plan for with a tensor and with rank-named keys too.
         model_sizes: Those of them to plan for together with a model.
         import_rounds: Fresh processes for each module.
-        inspected_rows: Rows of the checkpoint that the command inspects.
+        inspected_rows, inspected_rounds: Rows of the checkpoint that the command inspects, how
+            often.
         elastic_ranks: Numbers of processes on which the elastic recipe's reduction is measured.
         elastic_rounds: Steps of it.
     """
@@ -60,6 +61,7 @@ class Settings:
     model_sizes: tuple[int, ...]
     import_rounds: int
     inspected_rows: int
+    inspected_rounds: int
     elastic_ranks: tuple[int, ...]
     elastic_rounds: int
 
@@ -76,7 +78,8 @@ FULL = Settings(
     compared_sizes=(1024, 16384),
     model_sizes=(256, 512),
     import_rounds=5,
-    inspected_rows=4096,
+    inspected_rows=16384,
+    inspected_rounds=5,
     elastic_ranks=(2, 4),
     elastic_rounds=30,
 )
@@ -90,6 +93,7 @@ QUICK = Settings(
     model_sizes=(4,),
     import_rounds=1,
     inspected_rows=4,
+    inspected_rounds=1,
     elastic_ranks=(2,),
     elastic_rounds=1,
 )
@@ -122,7 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         settings.planning_sizes, settings.compared_sizes, settings.model_sizes
     )
     imported = processes.measure(settings.import_rounds)
-    inspected = command.measure(settings.inspected_rows)
+    inspected = command.measure(settings.inspected_rows, settings.inspected_rounds)
     trained = elastic.measure(settings.elastic_ranks, settings.elastic_rounds)
     smallest = checkpoint.smallest(saved)
     real = {found.ranks: alternatives.on_real_ranks(found) for found in smallest}
