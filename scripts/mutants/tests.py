@@ -69,7 +69,7 @@ class Quickest:
         # Files stay in one piece: between two of them pytest takes down what a file's tests share.
         costs: dict[str, float] = defaultdict(float)
         for test, cost in seconds.items():
-            costs[_file(test)] += cost / OWN if _file(test).endswith(f"/test_{module}.py") else cost
+            costs[_file(test)] += cost / OWN if _is_own(test, module) else cost
         files = sorted(costs, key=lambda file: (costs[file], file))
         self._places = {file: place for place, file in enumerate(files)}
         self.batches = [batch for batch in (files[:3], files[3:9], files[9:]) if batch]
@@ -136,18 +136,24 @@ def by_function(
         if kind == "reached":
             reaching[function] |= tests[test]
     return seconds, {
-        function: _quickest({test: seconds[test] for test in its_tests}, fixtures, left)
+        function: _quickest(
+            {test: seconds[test] for test in its_tests}, fixtures, left, function.split(".")[-2]
+        )
         for function, its_tests in reaching.items()
     }
 
 
 def _quickest(
-    seconds: dict[str, float], fixtures: dict[str, float], left: float
+    seconds: dict[str, float], fixtures: dict[str, float], left: float, module: str
 ) -> dict[str, float]:
-    """Return as many as there is time for; the first of a file waits for what its tests share."""
+    """Return as many as there is time for; the first of a file waits for what its tests share.
+
+    The module's own come as if they took less: most tests reach what every save does.
+    """
     chosen: dict[str, float] = {}
     waited_for: set[str] = set()
-    for test in sorted(seconds, key=lambda test: seconds[test]):
+    costs = {test: seconds[test] / (OWN if _is_own(test, module) else 1) for test in seconds}
+    for test in sorted(seconds, key=costs.__getitem__):
         file = _file(test)
         cost = seconds[test] + (0 if file in waited_for else fixtures.get(file, 0))
         if cost <= left:
@@ -155,6 +161,10 @@ def _quickest(
             waited_for.add(file)
             chosen[test] = seconds[test]
     return chosen
+
+
+def _is_own(test: str, module: str) -> bool:
+    return _file(test).endswith(f"/test_{module}.py")
 
 
 def _file(test: str) -> str:
