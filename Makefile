@@ -11,6 +11,8 @@ MIDDLE_PYTHON ?= python3.12
 NEWEST_PYTHON ?= python3.13
 # Several ranks share few cores here: more threads than one each only fight over them.
 export OMP_NUM_THREADS ?= 1
+# Or every process of a test would compile the library anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: setup test test-device test-versions test-frameworks test-libraries test-peers fuzz mutants lint format \
 	docs dist demo plot recipes bench clean

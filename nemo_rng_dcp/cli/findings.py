@@ -12,7 +12,7 @@ from nemo_rng_dcp.cli.streams import is_at_seed, refusals
 from nemo_rng_dcp.generators import is_reserved
 from nemo_rng_dcp.keys import is_name, path_of
 from nemo_rng_dcp.position import POSITION_KEY, Position
-from nemo_rng_dcp.record import KEY, Record, fingerprint
+from nemo_rng_dcp.record import KEY, Record, Stream, fingerprint
 
 SEVERITIES = DAMAGE, LOST, SUSPICIOUS = "damage", "lost", "suspicious"
 """From the worst: a load raises or mixes jobs; streams are in no checkpoint; it may be meant so."""
@@ -60,7 +60,7 @@ class Entry:
 
     def add(self, row: int, record: Record) -> None:
         """Take a good row in."""
-        emptied = {name: stream._replace(state=b"") for name, stream in record.streams.items()}
+        emptied = {name: Stream(s.kind, s.shared, b"") for name, s in record.streams.items()}
         self.records[row] = replace(record, streams=emptied)
         seed = -1 if record.seed is None else record.seed + (record.row if record.ranked else 0)
         for name, stream in record.streams.items():
