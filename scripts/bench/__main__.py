@@ -71,7 +71,7 @@ FULL = Settings(
     call_repeat=100,
     ranks=(1, 2, 4),
     models=(
-        Size(width=16, layers=1, rounds=60),
+        Size(width=16, layers=1, rounds=40, copies=8),
         Size(width=1024, layers=16, rounds=5, ways=("alone", "record")),
     ),
     planning_sizes=(16, 64, 256, 512, 1024, 4096, 16384),
@@ -87,7 +87,7 @@ QUICK = Settings(
     call_rounds=2,
     call_repeat=2,
     ranks=(2,),
-    models=(Size(width=16, layers=1, rounds=2),),
+    models=(Size(width=16, layers=1, rounds=2, copies=2),),
     planning_sizes=(4, 8),
     compared_sizes=(4, 8),
     model_sizes=(4,),

@@ -26,21 +26,24 @@ class Checkpoint:
     Attributes:
         ranks: Number of ranks.
         parameters: Of the model, on all ranks together.
+        copies: How many of what a way adds were in one checkpoint.
         seconds: The CPU seconds of the slowest rank, by operation and way, of every round.
         on_disk: By way: the ``files`` and ``bytes`` of its checkpoint.
     """
 
     ranks: int
     parameters: int
+    copies: int
     seconds: Seconds
     on_disk: dict[str, dict[str, int]]
 
     def adds(self, operation: str, way: str) -> list[float]:
-        """Return for every round the seconds by which a way is above no streams."""
-        return differences(self.seconds[operation][way], self.seconds[operation]["alone"])
+        """Return for every round the seconds by which one copy of a way is above no streams."""
+        added = differences(self.seconds[operation][way], self.seconds[operation]["alone"])
+        return [seconds / self.copies for seconds in added]
 
     def adds_on_disk(self, what: str, way: str) -> int:
-        return self.on_disk[way][what] - self.on_disk["alone"][what]
+        return (self.on_disk[way][what] - self.on_disk["alone"][what]) // self.copies
 
 
 def measure(ranks: Sequence[int], sizes: Sequence[Size]) -> list[Checkpoint]:

@@ -23,14 +23,15 @@ from torch.distributed.fsdp import fully_shard
 
 from scripts.bench.timing import cpu_seconds, rotated
 from scripts.bench.ways import (
-    Alone,
-    ExistingTensor,
+    Beside,
     FilePerRank,
     Gathered,
-    Least,
     RankNamed,
-    Record,
     Way,
+    alone,
+    existing_tensor,
+    least,
+    stateful_rng,
 )
 
 PRELOADED = ["torch.distributed.checkpoint", "torch.distributed.fsdp", "torch._dynamo", "fsspec"]
@@ -43,27 +44,30 @@ Seconds = dict[str, dict[str, list[float]]]
 """By operation (``save``) and way (``record``): the CPU seconds of every round."""
 
 
-WAYS: dict[str, Callable[[], Way]] = {
-    "alone": Alone,
-    "record": Record,
-    "tensor": ExistingTensor,
-    "least": Least,
+WAYS: dict[str, Callable[[int], Way]] = {
+    "alone": alone,
+    "record": stateful_rng,
+    "tensor": existing_tensor,
+    "least": least,
     "file_per_rank": FilePerRank,
     "gathered": Gathered,
     "rank_named": RankNamed,
 }
+STORE_NO_STREAMS = ("alone", "tensor", "least")
 
 
 class Size(NamedTuple):
     """A model of ``layers`` square matrices, how many rounds to measure beside it, and which ways.
 
-    The first two ways are measured beside all models.
+    The first two ways are measured beside all models. ``copies`` of what a way adds are in one
+    checkpoint.
     """
 
     width: int
     layers: int
     rounds: int
     ways: tuple[str, ...] = tuple(WAYS)
+    copies: int = 1
 
 
 class App:
@@ -131,7 +135,7 @@ def be_a_rank(rank: int, ranks: int, sizes: list[Size], folder: Path) -> list[di
 def measure(size: Size, out: Path) -> dict[str, Any]:
     """Measure beside a model of one size; returns what ``checkpoint.Checkpoint`` is made of."""
     app = App(size)
-    ways = {name: WAYS[name]() for name in size.ways}
+    ways = {name: WAYS[name](size.copies) for name in size.ways}
     # Collections of garbage strike at random; between the rounds they hit no one way.
     gc.disable()
     seconds: Seconds = {}
@@ -141,6 +145,7 @@ def measure(size: Size, out: Path) -> dict[str, Any]:
     return {
         "ranks": dist.get_world_size(),
         "parameters": app.parameters,
+        "copies": size.copies,
         "seconds": slowest(seconds),
         "on_disk": {name: on_disk(place(out, name)) for name in ways},
     }
@@ -173,9 +178,8 @@ def measure_async_rounds(
 ) -> None:
     """Time what ``async_save`` does before it returns, without and with streams."""
     record = ways["record"]
-    assert isinstance(record, Record)
-    states: dict[str, dict[str, Any]] = {"alone": {"app": app}}
-    states["record"] = {"app": app, "rng": record.rng}
+    assert isinstance(record, Beside)
+    states = {"alone": {"app": app}, "record": {"app": app, **record.entries}}
     for round_number in range(-1, rounds):
         gc.collect(1)
         order = rotated(list(states), round_number)
@@ -192,8 +196,7 @@ def check(name: str, way: Way, app: App, folder: Path) -> None:
     way.save(app, fresh(folder))
     expected = torch.rand(3)
     way.load(app, folder)
-    stores_streams = not isinstance(way, Alone | ExistingTensor | Least)
-    if stores_streams and not torch.equal(torch.rand(3), expected):
+    if name not in STORE_NO_STREAMS and not torch.equal(torch.rand(3), expected):
         raise RuntimeError(f"{name} did not bring back the streams of rank {dist.get_rank()}")
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -47,89 +49,108 @@ class Way(Protocol):
     def load(self, app: Stateful, folder: Path) -> None: ...
 
 
-class Alone:
+class Beside:
+    """Entries of the checkpoint beside model and optimizer.
+
+    Args:
+        make: Makes one.
+        copies: How many. One may take less than the noise.
+    """
+
+    def __init__(self, make: Callable[[], Any], copies: int) -> None:
+        self.entries = {f"entry{number}": make() for number in range(copies)}
+
+    def save(self, app: Stateful, folder: Path) -> None:
+        dcp.save({"app": app, **self.entries}, checkpoint_id=folder)
+
+    def load(self, app: Stateful, folder: Path) -> None:
+        dcp.load({"app": app, **self.entries}, checkpoint_id=folder)
+
+
+def alone(copies: int) -> Beside:
     """Model and optimizer, no streams."""
-
-    def save(self, app: Stateful, folder: Path) -> None:
-        dcp.save({"app": app}, checkpoint_id=folder)
-
-    def load(self, app: Stateful, folder: Path) -> None:
-        dcp.load({"app": app}, checkpoint_id=folder)
+    return Beside(dict, copies=0)
 
 
-class Record:
-    """``StatefulRNG`` beside model and optimizer."""
+def stateful_rng(copies: int) -> Beside:
+    """``StatefulRNG``."""
+    return Beside(partial(StatefulRNG, seed=0, ranked=True), copies)
 
-    def __init__(self) -> None:
-        self.rng = StatefulRNG(seed=0, ranked=True)
 
-    def save(self, app: Stateful, folder: Path) -> None:
-        dcp.save({"app": app, "rng": self.rng}, checkpoint_id=folder)
+def existing_tensor(copies: int) -> Beside:
+    """No streams, but a tensor as large as the record, sharded and there already, like a weight."""
+    return Beside(sharded_tensor, copies)
 
-    def load(self, app: Stateful, folder: Path) -> None:
-        dcp.load({"app": app, "rng": self.rng}, checkpoint_id=folder)
+
+def least(copies: int) -> Beside:
+    """What captures and restores streams by hand, beside a tensor that exists."""
+    return Beside(Least, copies)
 
 
 class FilePerRank:
     """One ``torch.save`` file per rank beside the checkpoint, as NeMo Automodel does."""
 
+    def __init__(self, copies: int) -> None:
+        self._copies = range(copies)
+
     def save(self, app: Stateful, folder: Path) -> None:
         dcp.save({"app": app}, checkpoint_id=folder)
         (folder / "rng").mkdir(exist_ok=True)
-        torch.save(plain_capture(), self._file(folder))
-        dist.barrier()
+        for copy in self._copies:
+            torch.save(plain_capture(), self._file(folder, copy))
+            dist.barrier()
 
     def load(self, app: Stateful, folder: Path) -> None:
         dcp.load({"app": app}, checkpoint_id=folder)
-        plain_restore(torch.load(self._file(folder), weights_only=False))
+        for copy in self._copies:
+            plain_restore(torch.load(self._file(folder, copy), weights_only=False))
 
-    def _file(self, folder: Path) -> Path:
-        return folder / "rng" / f"rank_{dist.get_rank()}.pt"
+    def _file(self, folder: Path, copy: int) -> Path:
+        return folder / "rng" / f"rank_{dist.get_rank()}_{copy}.pt"
 
 
 class Gathered:
     """Every rank's streams, gathered to all ranks and written by rank 0 into one file."""
 
+    def __init__(self, copies: int) -> None:
+        self._copies = range(copies)
+
     def save(self, app: Stateful, folder: Path) -> None:
         dcp.save({"app": app}, checkpoint_id=folder)
-        states: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(states, plain_capture())
-        if dist.get_rank() == 0:
-            torch.save(states, self._file(folder))
-        dist.barrier()
+        for copy in self._copies:
+            states: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(states, plain_capture())
+            if dist.get_rank() == 0:
+                torch.save(states, self._file(folder, copy))
+            dist.barrier()
 
     def load(self, app: Stateful, folder: Path) -> None:
         dcp.load({"app": app}, checkpoint_id=folder)
-        plain_restore(torch.load(self._file(folder), weights_only=False)[dist.get_rank()])
+        for copy in self._copies:
+            states = torch.load(self._file(folder, copy), weights_only=False)
+            plain_restore(states[dist.get_rank()])
 
-    def _file(self, folder: Path) -> Path:
-        return folder / "rng.pt"
+    def _file(self, folder: Path, copy: int) -> Path:
+        return folder / f"rng_{copy}.pt"
 
 
 class RankNamed:
     """Keys that carry the rank, of which every rank passes its own."""
 
-    def save(self, app: Stateful, folder: Path) -> None:
-        dcp.save({"app": app, "rng": rank_named(dist.get_rank())}, checkpoint_id=folder)
-
-    def load(self, app: Stateful, folder: Path) -> None:
-        rank = dist.get_rank()
-        checkpoint: dict[str, Any] = {"app": app, "rng": rank_named(rank)}
-        dcp.load(checkpoint, checkpoint_id=folder)
-        plain_restore(checkpoint["rng"][f"rank_{rank}"])
-
-
-class ExistingTensor:
-    """No streams, but a tensor as large as the record, sharded and there already, like a weight."""
-
-    def __init__(self) -> None:
-        self._state = {"tensor": sharded_tensor()}
+    def __init__(self, copies: int) -> None:
+        self._copies = range(copies)
 
     def save(self, app: Stateful, folder: Path) -> None:
-        dcp.save({"app": app, **self._state}, checkpoint_id=folder)
+        dcp.save({"app": app, **self._named()}, checkpoint_id=folder)
 
     def load(self, app: Stateful, folder: Path) -> None:
-        dcp.load({"app": app, **self._state}, checkpoint_id=folder)
+        named = self._named()
+        dcp.load({"app": app, **named}, checkpoint_id=folder)
+        for streams in named.values():
+            plain_restore(streams[f"rank_{dist.get_rank()}"])
+
+    def _named(self) -> dict[str, Any]:
+        return {f"entry{copy}": rank_named(dist.get_rank()) for copy in self._copies}
 
 
 class Least:
@@ -150,12 +171,6 @@ class Least:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         plain_capture()
         plain_restore(self._streams)
-
-    def save(self, app: Stateful, folder: Path) -> None:
-        dcp.save({"app": app, "least": self}, checkpoint_id=folder)
-
-    def load(self, app: Stateful, folder: Path) -> None:
-        dcp.load({"app": app, "least": self}, checkpoint_id=folder)
 
 
 def record() -> torch.Tensor:

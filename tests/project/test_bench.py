@@ -13,6 +13,7 @@ import torch
 
 from scripts.bench import __main__ as bench
 from scripts.bench import checkpoint, planning, processes, ranks
+from scripts.bench.checkpoint import Checkpoint
 from scripts.bench.table import Row, Section, filled, text
 from scripts.bench.timing import Target, cpu_seconds, growth
 from scripts.bench.ways import Way, plain_capture, plain_restore
@@ -142,17 +143,26 @@ def test_what_is_left_on_disk(results: Results) -> None:
     """Sizes, unlike times, are the same on every machine."""
     _, result, _ = results
     (saved,) = result["checkpoints"]
-    on_disk = saved["on_disk"]
+    ranks, copies, on_disk = saved["ranks"], saved["copies"], saved["on_disk"]
+    assert (ranks, copies) == (2, 2)
     files = {way: on_disk[way]["files"] - on_disk["alone"]["files"] for way in WAYS}
-    assert files == {**dict.fromkeys(WAYS, 0), "file_per_rank": 2, "gathered": 1}
-    added = {way: (on_disk[way]["bytes"] - on_disk["alone"]["bytes"]) / 2 for way in WAYS}
-    states = 2512 + 2512 + 5056
+    several = {"file_per_rank": ranks * copies, "gathered": copies}
+    assert files == {**dict.fromkeys(WAYS, 0), **several}
+    added = {way: on_disk[way]["bytes"] - on_disk["alone"]["bytes"] for way in WAYS}
+    states = (2512 + 2512 + 5056) * ranks * copies
     assert states < added["record"] < 1.5 * states
     # The tensor that is compared has as many bytes.
     assert added["tensor"] == pytest.approx(added["record"], rel=0.01)
     metadata = {way: on_disk[way]["metadata"] - on_disk["alone"]["metadata"] for way in WAYS}
     assert metadata["file_per_rank"] == metadata["gathered"] == 0
-    assert 2 * 100 < metadata["record"] < metadata["rank_named"]
+    assert 100 * ranks * copies < metadata["record"] < metadata["rank_named"]
+
+
+def test_of_several_copies_one_is_told() -> None:
+    seconds, on_disk = {"alone": [1.0, 2.0], "record": [3.0, 6.0]}, {"bytes": 10}
+    found = Checkpoint(2, 256, 4, {"save": seconds}, {"alone": on_disk, "record": {"bytes": 90}})
+    assert found.adds("save", "record") == [0.5, 1.0]
+    assert found.adds_on_disk("bytes", "record") == 20
 
 
 def test_ways_are_compared_on_real_ranks_and_by_planning(results: Results) -> None:
