@@ -14,7 +14,7 @@ from nemo_rng_dcp.cli.heading import name_of, title
 from nemo_rng_dcp.cli.reading.checkpoint import ranks_that_wrote
 from nemo_rng_dcp.cli.reading.foreign import ForeignState, find_foreign
 from nemo_rng_dcp.cli.reading.opening import open_checkpoint
-from nemo_rng_dcp.cli.reading.table import find_loaders, find_tables
+from nemo_rng_dcp.cli.reading.table import Table, find_loaders
 from nemo_rng_dcp.cli.terminal import MANY, aligned, numbered, paragraph, plural, within
 from nemo_rng_dcp.position import UNKNOWN, Position
 
@@ -38,7 +38,7 @@ class Inspection:
     def __init__(self, options: argparse.Namespace) -> None:
         checkpoint = open_checkpoint(options.checkpoint)
         self.where = checkpoint.where
-        self.entries = [findings.examine(table) for table in find_tables(checkpoint)]
+        self.entries = [findings.examine(Table(checkpoint, key)) for key in checkpoint.records]
         loaders = find_loaders(checkpoint)
         self.loaders = {key: found for key, found in loaders.items() if not isinstance(found, str)}
         self.others = find_foreign(checkpoint)

@@ -20,8 +20,8 @@ from nemo_rng_dcp.cli.main import main
 from nemo_rng_dcp.cli.reading import tensors
 from nemo_rng_dcp.cli.reading.checkpoint import Checkpoint
 from nemo_rng_dcp.cli.reading.index import Stored
-from nemo_rng_dcp.cli.reading.opening import open_checkpoint
-from nemo_rng_dcp.cli.reading.table import Table, find_tables
+from nemo_rng_dcp.cli.reading.opening import open_checkpoint, open_tables
+from nemo_rng_dcp.cli.reading.table import Table
 from nemo_rng_dcp.cli.reading.tensors import from_archive
 from nemo_rng_dcp.record import Record
 from tests.support.command import Capture
@@ -34,7 +34,7 @@ LENGTH = len(records(1)[0].to_tensor())
 
 
 def read(path: Path) -> Table:
-    (table,) = find_tables(open_checkpoint(str(path)))
+    (table,) = open_tables(str(path))
     return table
 
 
@@ -483,7 +483,7 @@ def test_a_chunk_in_two_places_is_refused(path: Path) -> None:
 
     change_metadata(path, share)
     with pytest.raises(RNGStateError, match="one chunk is in two places"):
-        find_tables(open_checkpoint(str(path)))
+        open_tables(str(path))
 
 
 def archive_of(numbers: torch.Tensor) -> bytes:

@@ -15,8 +15,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from nemo_rng_dcp.cli.reading.opening import open_checkpoint
-from nemo_rng_dcp.cli.reading.table import find_tables
+from nemo_rng_dcp.cli.reading.opening import open_tables
 from nemo_rng_dcp.record import Mesh, Record
 from nemo_rng_dcp.table import records_in
 from nemo_rng_dcp.versions import HASH_SEED, UNSEEDED, version_number, version_text
@@ -85,7 +84,7 @@ def test_the_commands_own_hash_seed_is_not_the_jobs(started: Started, tmp_path: 
     states = {"python": random.getstate(), "numpy": np.random.get_state()}
     torch.save({**states, "cpu": torch.get_rng_state()}, tmp_path / "rng_state.pth")
     assert started.ask("import", tmp_path, tmp_path / "out") == 0
-    [table] = find_tables(open_checkpoint(str(tmp_path / "out")))
+    [table] = open_tables(str(tmp_path / "out"))
     record = table.read(0)
     assert isinstance(record, Record)
     assert record.hash_seed == UNSEEDED

@@ -1,5 +1,6 @@
 """How tests ask the command."""
 
+import atexit
 import ctypes
 import faulthandler
 import json
@@ -7,6 +8,7 @@ import os
 import signal
 import sys
 import traceback
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -56,6 +58,9 @@ def _run(program: Callable[[Sequence[str]], int], words: list[str]) -> Completed
 
 def _start(program: Callable[[Sequence[str]], int], words: list[str]) -> None:
     sys.stdout = os.fdopen(1, "w", closefd=False)  # with a buffer, as Python has it by itself
+    # From Python 3.13 on, a process of multiprocessing forgets what was to run at its end. torch's
+    # finalizers would run so late that they fail.
+    atexit.register(weakref.finalize._exitfunc)  # type: ignore[attr-defined]
     code = 1
     try:
         code = program(words)

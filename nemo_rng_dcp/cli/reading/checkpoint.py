@@ -28,7 +28,7 @@ class Checkpoint:
         where: The folder's path or URL.
         keys: What is stored, by key.
         files: The names of all files that hold parts of it.
-        records: The keys of records.
+        records: The keys of records, in order.
         each_rank_reads_its_own: Whether it was saved with ``use_collectives=False``: a rank finds
             only what was saved by the rank of its number.
     """

@@ -9,7 +9,7 @@ from nemo_rng_dcp.cli.reading.checkpoint import Checkpoint
 from nemo_rng_dcp.cli.reading.dcp_metadata import Metadata, metadata_files
 from nemo_rng_dcp.cli.reading.folder import Folder
 from nemo_rng_dcp.cli.reading.safetensors import Safetensors
-from nemo_rng_dcp.cli.reading.table import Table, find_tables
+from nemo_rng_dcp.cli.reading.table import Table
 from nemo_rng_dcp.errors import RNGStateError
 
 _Found = TypeVar("_Found")
@@ -61,7 +61,7 @@ def open_tables(where: str) -> list[Table]:
     checkpoint = open_checkpoint(where)
     if not checkpoint.records:
         raise RNGStateError(f"{checkpoint.where}: no StatefulRNG's record in it; see inspect")
-    return find_tables(checkpoint)
+    return [Table(checkpoint, key) for key in checkpoint.records]
 
 
 def checkpoint_in(folder: Folder) -> Checkpoint | None:

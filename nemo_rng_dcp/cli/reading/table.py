@@ -12,11 +12,6 @@ from nemo_rng_dcp.position import POSITION_KEY, Position, positions_in
 from nemo_rng_dcp.record import KEY, LENGTH, ROWS, Record
 
 
-def find_tables(checkpoint: Checkpoint) -> list[Table]:
-    """Return the tables of a checkpoint, in the order of their keys."""
-    return [Table(checkpoint, key) for key in checkpoint.records]
-
-
 class Table:
     """The records that one ``StatefulRNG`` stored.
 
