@@ -71,7 +71,8 @@ FULL = Settings(
     call_repeat=100,
     ranks=(1, 2, 4),
     models=(
-        Size(width=16, layers=1, rounds=40, copies=8),
+        Size(16, 1, rounds=60, copies=8, ways=("alone", "record", "tensor", "least")),
+        Size(16, 1, rounds=10, copies=8, ways=("alone", *alternatives.NAMES)),
         Size(width=1024, layers=16, rounds=5, ways=("alone", "record")),
     ),
     planning_sizes=(16, 64, 256, 512, 1024, 4096, 16384),
@@ -128,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     imported = processes.measure(settings.import_rounds)
     inspected = command.measure(settings.inspected_rows, settings.inspected_rounds)
     trained = elastic.measure(settings.elastic_ranks, settings.elastic_rounds)
-    smallest = checkpoint.smallest(saved)
+    smallest = checkpoint.smallest(saved, "gathered")
     real = {found.ranks: alternatives.on_real_ranks(found) for found in smallest}
     at_scale = alternatives.by_planning(planned, real[settings.ranks[0]], settings.ranks[0])
     compared = alternatives.comparisons(real, at_scale)

@@ -65,13 +65,17 @@ def memory_folder() -> Path | None:
     return None
 
 
-def smallest(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
-    """Return those beside the smallest model.
+def smallest(checkpoints: Sequence[Checkpoint], way: str) -> list[Checkpoint]:
+    """Return those beside the smallest model with which a way was measured.
 
     What RNG state adds does not depend on the model, but how well it can be seen does.
     """
     parameters = min(checkpoint.parameters for checkpoint in checkpoints)
-    return [checkpoint for checkpoint in checkpoints if checkpoint.parameters == parameters]
+    return [
+        checkpoint
+        for checkpoint in checkpoints
+        if checkpoint.parameters == parameters and way in checkpoint.seconds["save"]
+    ]
 
 
 def sections(checkpoints: Sequence[Checkpoint]) -> list[Section]:
@@ -79,7 +83,7 @@ def sections(checkpoints: Sequence[Checkpoint]) -> list[Section]:
     parameters = max(checkpoint.parameters for checkpoint in checkpoints)
     large = [checkpoint for checkpoint in checkpoints if checkpoint.parameters == parameters]
     return [
-        *(added(cost) for cost in smallest(checkpoints)),
+        *(added(cost) for cost in smallest(checkpoints, "least")),
         Section(
             f"beside a model of {parameters / 1e6:.1f} M parameters, CPU time",
             "without",
