@@ -45,7 +45,10 @@ class Report(Protocol):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit code."""
+    """Run one command; returns its exit code.
+
+    From then on this process looks for garbage more rarely: it is the command's own.
+    """
     options = parser().parse_args(arguments)
     lines: list[str] = []
     try:

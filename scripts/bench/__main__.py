@@ -72,6 +72,7 @@ FULL = Settings(
     ranks=(1, 2, 4),
     models=(
         Size(16, 1, rounds=60, copies=8, ways=("alone", "record", "tensor", "least")),
+        # These have no limit to be judged by, and to gather eight times takes long.
         Size(16, 1, rounds=10, copies=8, ways=("alone", *alternatives.NAMES)),
         Size(width=1024, layers=16, rounds=5, ways=("alone", "record")),
     ),
