@@ -5,8 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.pages import collapse
-
 # Launched scripts import what the tests import.
 _PATH = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, _PATH))
@@ -45,6 +43,13 @@ LONGEST = [
 ]
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes() -> None:
+    from tests.support.workers import fork_workers
+
+    fork_workers()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     places = {path: place for place, path in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path, len(places)))
@@ -57,7 +62,6 @@ gc.disable()
 def pytest_collection_finish() -> None:
     # What forks of this process, a loader's workers, neither copy nor look through.
     gc.freeze()
-    collapse()
     gc.enable()
 
 

@@ -1,6 +1,6 @@
 """A pytest on the simulated device, without the seconds of importing torch.
 
-It is a fork of the fork server of ranks.py, which imports no module that asks for a device.
+It is a fork of the fork server of forks.py, which imports no module that asks for a device.
 """
 
 import importlib
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import ranks
+from tests.support import forks, ranks
 
 FOLDER = Path(__file__).with_name("simulated_device")
 LIMIT_SECONDS = 600
@@ -25,7 +25,7 @@ def on_the_device(environment: dict[str, str]) -> dict[str, str]:
 
 def run_pytest(arguments: list[str], output: Path) -> None:
     """Run pytest to its end in a process that has the device; what it prints is in ``output``."""
-    process = ranks.fork(_main, arguments, output, on_the_device(dict(os.environ)))
+    process = forks.fork(_main, arguments, output, on_the_device(dict(os.environ)))
     process.join(LIMIT_SECONDS)
     process.kill()
     process.join()

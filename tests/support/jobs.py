@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from tests.support import ranks
-from tests.support.ranks import preload
+from tests.support.forks import preload
 
 __all__ = ["JobError", "begin_group", "gather", "job", "preload", "process_groups"]
 

@@ -1,12 +1,11 @@
 """The processes of ranks, and the server of which they are forks.
 
-To import torch takes a process seconds, and to import a test's module, with the library and what
-else it needs, takes longer than most jobs. So the standard library's fork server imports torch,
-once for each pytest process. A fork of it, the server here, imports the modules of the tests as
-jobs name them. Every rank is a fork of that, with a process, streams and signals of its own.
+To import a test's module, with the library and what else it needs, takes longer than most jobs.
+So a fork of the process that has imported torch (see forks.py), the server here, imports the
+modules of the tests as jobs name them: one for each pytest process. Every rank is a fork of that,
+with a process, streams and signals of its own.
 """
 
-import atexit
 import faulthandler
 import gc
 import multiprocessing
@@ -19,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import cache, partial
-from multiprocessing import connection
+from multiprocessing import connection, util
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,23 +27,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from tests.support.pages import collapse
+from tests.support import forks
 
 GRACE_SECONDS = 2
 """When a rank has failed, the others have this long to fail by themselves and say where."""
-
-_CONTEXT: Any = multiprocessing.get_context("forkserver")
-# Not nemo_rng_dcp: this server can have another path than the test, and thus another copy of it.
-# DCP's first save and load import all but the first two.
-_PRELOADED = [
-    "pytest",
-    "torch.distributed.checkpoint",
-    "torch._dynamo",
-    "fsspec",
-    "torch.distributed.checkpoint._fsspec_filesystem",
-    "torch.utils.serialization",
-]
-_CONTEXT.set_forkserver_preload(_PRELOADED)
 
 
 class Request(NamedTuple):
@@ -68,11 +54,6 @@ class Outcome(NamedTuple):
     codes: list[int]
 
 
-def preload(*modules: str) -> None:
-    """Have the fork server import these as well, those that there are; before the first job."""
-    _CONTEXT.set_forkserver_preload([*_PRELOADED, *modules])
-
-
 def output(folder: Path, rank: int) -> Path:
     """Return the file of what a rank prints."""
     return folder / f"{rank}.output"
@@ -87,11 +68,11 @@ class _Server:
     """The server as a pytest process sees it; it ends with that."""
 
     def __init__(self) -> None:
-        self.requests, requests = _CONTEXT.Pipe()
-        self.process = fork(_serve, requests, self.requests)
+        self.requests, requests = forks.pipe()
+        self.process = forks.fork(_serve, requests, self.requests)
         requests.close()
-        # multiprocessing would wait for it for ever.
-        atexit.register(self.close)
+        # multiprocessing would wait for it for ever: this comes before, in its own processes too.
+        self.end = util.Finalize(None, self.close, exitpriority=0)
 
     def run(self, request: Request) -> Outcome:
         """Run a job to its end. What interrupts the wait ends the ranks, and the server."""
@@ -105,7 +86,7 @@ class _Server:
 
     def close(self) -> None:
         server.cache_clear()
-        atexit.unregister(self.close)
+        self.end.cancel()
         self.requests.close()
         self.process.join()
 
@@ -116,36 +97,21 @@ def server() -> _Server:
     return _Server()
 
 
-def fork(function: Callable[..., None], *arguments: object) -> BaseProcess:
-    """Start a fork of the fork server, which has imported torch and nothing of ours."""
-    process: BaseProcess = _CONTEXT.Process(target=_call, args=(function, arguments))
-    process.start()
-    return process
-
-
 @contextmanager
 def forks_of_this_process() -> Iterator[None]:
     """Have ranks that are forks of this process as it is now, and not of the fork server."""
-    global _CONTEXT
-    _CONTEXT = multiprocessing.get_context("fork")
-    try:
+    with forks.of_this_process():
         server()
+    try:
         yield
     finally:
         server().close()
-
-
-def _call(function: Callable[..., None], arguments: tuple[object, ...]) -> None:
-    # A process of a fork server starts its own processes with another one: that imports torch anew.
-    multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
-    function(*arguments)
 
 
 def _serve(requests: connection.Connection, other_end: connection.Connection) -> None:
     other_end.close()  # a fork has it, too, and would wait for itself
     # An interrupt is for pytest, which then closes the pipe.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    first = True
     with suppress(EOFError, BrokenPipeError):
         while True:
             request: Request = requests.recv()
@@ -160,9 +126,6 @@ def _serve(requests: connection.Connection, other_end: connection.Connection) ->
             # A collection in a rank would copy every page that has an object of today.
             gc.collect()
             gc.freeze()
-            if first:
-                collapse()
-                first = False
             requests.send(_outcome(request, requests))
 
 

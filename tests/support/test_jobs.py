@@ -29,6 +29,17 @@ def test_ranks_are_forks_of_one_process_that_has_imported_the_module() -> None:
     assert len({pid for _, pid in ended} - {imported_by for imported_by, _ in ended}) == 3
 
 
+def importer_of_torch() -> int:
+    return int(sys.modules["tests.support.imported"].PROCESS)
+
+
+def test_all_are_forks_of_one_process_that_has_imported_torch() -> None:
+    [of_a_rank] = job(1, importer_of_torch, group=False)
+    assert of_a_rank != os.getpid()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        assert of_a_rank == importer_of_torch()
+
+
 def identity() -> tuple[int, int, list[int], int, int]:
     variables = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     return *variables, gather(dist.get_rank()), os.getpid(), torch.get_num_threads()

@@ -1,0 +1,30 @@
+"""What the fork server imports: torch, and what nearly every test or rank needs beside it.
+
+Not nemo_rng_dcp: the server can have another path than the test, and thus another copy of it.
+"""
+
+import gc
+import importlib
+import os
+from contextlib import suppress
+
+from tests.support.pages import collapse
+
+PROCESS = os.getpid()
+
+# What is imported stays. To look for garbage meanwhile takes a fifth of the time.
+gc.disable()
+# DCP's first save and load import all but the first two.
+for name in (
+    "pytest",
+    "torch.distributed.checkpoint",
+    "torch._dynamo",
+    "fsspec",
+    "torch.distributed.checkpoint._fsspec_filesystem",
+    "torch.utils.serialization",
+):
+    with suppress(ImportError):
+        importlib.import_module(name)
+gc.freeze()
+collapse()
+gc.enable()
