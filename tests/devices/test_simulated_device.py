@@ -4,7 +4,6 @@ They run in one process that has the device, and are reported here one by one.
 """
 
 import json
-import os
 import shutil
 from pathlib import Path
 from xml.etree import ElementTree
@@ -15,9 +14,8 @@ import torch.distributed.checkpoint as dcp
 
 from nemo_rng_dcp import RNGLoadPlanner, RNGStateWarning, StatefulRNG
 from tests.devices import test_accelerator, test_accelerator_jobs
-from tests.devices.simulated import on_the_device, run_pytest
-from tests.support.launch import python
-from tests.support.streams import draw
+from tests.devices.simulated import run, run_pytest
+from tests.support.streams import draw, warned
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="g++ compiles the simulated device"),
@@ -30,7 +28,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Element
     folder = tmp_path_factory.mktemp("simulated")
     report, output = folder / "report.xml", folder / "output"
     files = [str(module.__file__) for module in (test_accelerator, test_accelerator_jobs)]
-    run_pytest(["-p", "no:cacheprovider", f"--junitxml={report}", *files], output)
+    run(run_pytest, "-p", "no:cacheprovider", f"--junitxml={report}", *files, output=output)
     assert report.exists(), output.read_text()
     cases: dict[str, list[ElementTree.Element]] = {}
     for case in ElementTree.parse(report).iter("testcase"):
@@ -57,21 +55,14 @@ def test_on_the_simulated_device(outcomes: dict[str, list[ElementTree.Element]],
                 pytest.fail(f"{case.attrib['name']}\n{outcome.text}", pytrace=False)
 
 
-LOADS_AND_SAVES = """
-import json, sys
-import torch
-import torch.distributed.checkpoint as dcp
-from nemo_rng_dcp import RNGLoadPlanner, StatefulRNG
-from tests.support.launch import python
-from tests.support.streams import draw, warned
-
-rng = StatefulRNG(7)
-planner = RNGLoadPlanner()
-messages = warned(lambda: dcp.load({"rng": rng}, checkpoint_id=sys.argv[1], planner=planner))
-drawn = draw()
-dcp.save({"rng": rng}, checkpoint_id=sys.argv[2])
-print(json.dumps([drawn, messages, draw()]))
-"""
+def load_and_save(folder: Path, other: Path) -> None:
+    """Print what is drawn behind a load, its warnings, and what is drawn behind a save."""
+    rng = StatefulRNG(7)
+    planner = RNGLoadPlanner()
+    messages = warned(lambda: dcp.load({"rng": rng}, checkpoint_id=folder, planner=planner))
+    drawn = draw()
+    dcp.save({"rng": rng}, checkpoint_id=other)
+    print(json.dumps([drawn, messages, draw()]))
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="needs a machine without accelerator")
@@ -79,10 +70,9 @@ print(json.dumps([drawn, messages, draw()]))
 def test_checkpoints_go_from_a_cpu_machine_to_an_accelerator_and_back(tmp_path: Path) -> None:
     dcp.save({"rng": StatefulRNG(42)}, checkpoint_id=tmp_path / "cpu")
     expected = draw()
-    folders = tmp_path / "cpu", tmp_path / "simacc"
-    done = python("-c", LOADS_AND_SAVES, *folders, **on_the_device(dict(os.environ)))
-    assert done.returncode == 0, done.stderr
-    drawn, messages, expected_next = json.loads(done.stdout.splitlines()[-1])
+    folders, output = (tmp_path / "cpu", tmp_path / "simacc"), tmp_path / "output"
+    assert run(load_and_save, *folders, output=output) == 0, output.read_text()
+    drawn, messages, expected_next = json.loads(output.read_text().splitlines()[-1])
     assert drawn == expected
     assert any(
         "the checkpoint has no simacc: the stream stays as it is" in message for message in messages
