@@ -172,6 +172,7 @@ def reason(folder: Path) -> str:
 def import_in_little_memory(folder: Path) -> str:
     # Its thread begins with memory of its own, at times after what is used was counted.
     faulthandler.cancel_dump_traceback_later()
+    faulthandler.register(signal.SIGALRM, chain=True)  # says where it was
     signal.alarm(30)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + LITTLE_MEMORY, resource.RLIM_INFINITY))

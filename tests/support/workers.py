@@ -14,6 +14,10 @@ from execnet import gateway_base, gateway_io
 
 from tests.support.forks import fork
 
+# Since Python 3.14 a fork server asks for a key, which the processes that run tests have not. They
+# begin servers of their own, which import torch anew.
+SHARED = not hasattr(forkserver._forkserver, "_forkserver_authkey")  # type: ignore[attr-defined]
+
 
 def fork_workers() -> None:
     """Have the processes that run the tests be forks of this process's fork server."""
@@ -40,9 +44,8 @@ class Worker(gateway_base.Popen2IO):  # type: ignore[misc]
 
 def _work(stdin: Connection, stdout: Connection, code: str) -> None:
     # What it forks are forks of the same server. The standard library means to do so, but looks
-    # for the server among the children of this process. Since Python 3.14 the server asks for a
-    # key, which this process has not: then it begins a server of its own, and imports torch anew.
-    if not hasattr(forkserver._forkserver, "_forkserver_authkey"):  # type: ignore[attr-defined]
+    # for the server among the children of this process.
+    if SHARED:
         forkserver._forkserver.ensure_running = lambda: None  # type: ignore[attr-defined]
     os.dup2(stdin.fileno(), 0)
     os.dup2(stdout.fileno(), 1)
